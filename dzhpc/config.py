@@ -1,0 +1,308 @@
+"""The input file: TOML -> validated sections. Every key is documented here, and printed by ``python -m dzhpc.info keys``.
+
+Precedence: defaults < file < ``--set KEY=VALUE``. The defaults are those of ``inputs/resnet20.toml``.
+"""
+
+import datetime
+import difflib
+import importlib
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dzhpc.errors import InputError
+
+FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
+FREE = ("data.root",)
+SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
+    "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
+    "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
+    "network": "model.name", "dataset": "data.name", "queries": "zo.q",
+}  # fmt: skip
+
+
+def _seconds(value: Any) -> Any:
+    """Seconds from a number, "H:MM:SS", or a TOML local time."""
+    if isinstance(value, datetime.time):
+        return value.hour * 3600.0 + value.minute * 60 + value.second
+    if isinstance(value, str) and ":" in value and all(part.isdigit() for part in value.split(":")):
+        hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in value.split(":")])[-3:]
+        return hours * 3600.0 + minutes * 60 + seconds
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Run(Section):
+    """Where and how the job runs; free on restart, but for the seed."""
+
+    name: str | None = Field(None, description="the run folder's name; None: the input file's name")
+    dir: str = Field("runs", description="the folder in which run folders lie")
+    seed: int = Field(0, ge=0, description="every random number is a function of (seed, purpose, step)")
+    threads: Count = Field(1, description="CPU threads per rank; bits may differ between thread counts")
+    deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
+    check_every: Count = Field(100, description="compare a hash of all replicated state over the ranks every so many steps")
+
+
+class Task(Section):
+    """What is trained."""
+
+    kind: Literal["classification", "objective"] = Field(
+        "classification", description="a network on labelled images, or the user's own loss of a parameter vector"
+    )
+    function: str | None = Field(None, description='objective: "package.module:Name" with initial() and __call__(thetas, step)')
+    batch_limit: Count = Field(1024, description="objective: the most thetas in one call")
+
+
+class Model(BaseModel):
+    """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = Field("resnet20", description='cnn | resnet20 | resnet18, or "package.module:Class"')
+    weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    """The data set. Root: this key, else $DZHPC_DATA, else data/."""
+
+    name: str = Field("cifar10", description='digits | cifar10 | imagefolder | packed, or "package.module:function"')
+    root: str | None = Field(None, description="the folder that holds <name>.h5 or <name>/; free on restart")
+    path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
+    image_size: Annotated[int, Field(ge=1)] | None = Field(None, description="imagefolder: resize and centre-crop to this many pixels")
+    batch_size: Count = Field(512, description="images per step; every rank sees the same batch")
+    train_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="train on a random subset of this many images")
+    augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
+    mean: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
+    std: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
+
+
+class Zo(Section):
+    """The gradient estimate."""
+
+    estimator: Literal["cge", "rge", "autograd"] = Field("cge", description="coordinate-wise, random directions, or first-order")
+    engine: Literal["full", "reuse"] = Field("reuse", description="how differences are evaluated; objectives have their own")
+    mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
+    q: Annotated[int, Field(ge=1)] | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
+    difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
+    precision: Literal["fp32"] = Field("fp32", description="the dtype in which differences travel")
+    memory_mb: Positive | None = Field(None, description="refuse a batch whose cached features exceed this many MiB; None: no limit")
+
+
+class Sparsity(Section):
+    """Which coordinates are perturbed."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="the fraction of prunable weights that is pruned")
+    target: Literal["gradients", "weights"] = Field("gradients", description="prune the gradient, or the weights themselves (static)")
+    scores: Literal["zo-grasp", "fo-grasp", "random"] = Field("zo-grasp", description="where the layer-wise pruning ratios come from")
+    rule: Literal["signed", "magnitude"] = Field(
+        "signed", description="prune the largest signed scores (Wang et al. 2020), or keep the largest |score| (the authors' code)"
+    )
+    pattern: Literal["dynamic", "static", "regrasp"] = Field(
+        "dynamic", description="redraw S by the ratios; keep the first (M2); score anew at every redraw (M1)"
+    )
+    prune: Literal["weights", "all"] = Field("weights", description="conv and linear weights only (others stay active), or every parameter")
+    redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
+    redraw_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="draw a new S every so many steps instead")
+    q: Count = Field(192, description="zo-grasp: directions per RGE")
+    lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
+
+
+class Optim(Section):
+    """The optimiser (torch.optim) and its learning-rate schedule, evaluated at every step."""
+
+    name: Literal["sgd", "adam"] = "sgd"
+    lr: Positive = Field(0.1, description="the peak learning rate")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(5e-4, description="L2, added to the gradient")
+    nesterov: bool = Field(False, description="sgd")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(3.0, description="linear from 0 to lr")
+    milestones: list[float] = Field([], description="step: the epochs at which lr is multiplied by gamma")
+    gamma: Positive = Field(0.1, description="step: see milestones")
+
+
+class Stop(Section):
+    """When the run ends."""
+
+    epochs: Positive = Field(50.0, description="the length of the run and of its schedule (an objective's epoch is one step)")
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="end early at this step; the schedule is unaltered")
+    queries: Annotated[int, Field(ge=1)] | None = Field(None, description="end after the step that reaches this many queries")
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="end when an evaluation reaches it")
+    walltime: Seconds | None = Field(None, description="stop (exit 75) after this long, in seconds or H:MM:SS")
+
+
+class Checkpoint(Section):
+    """When the state is written; a final checkpoint always is."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="write every so many steps")
+    every_minutes: Positive = Field(10.0, description="write when the last one is this old")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="how many of the newest files stay")
+
+
+class Eval(Section):
+    """Evaluation on the test set; a final one is always made."""
+
+    every_epochs: Count = 1
+    batch_size: Count = 1000
+
+
+class Config(Section):
+    """All sections of one input file."""
+
+    run: Run = Run()
+    task: Task = Task()
+    model: Model = Model()
+    data: Data = Data()
+    zo: Zo = Zo()
+    sparsity: Sparsity = Sparsity()
+    optim: Optim = Optim()
+    stop: Stop = Stop()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+
+    def to_toml(self) -> str:
+        """The resolved input; unset keys are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read an input file and apply ``KEY=VALUE`` overrides.
+
+    Raises InputError with file, key, value found and what was expected.
+    """
+    source = str(path) if path else "defaults"
+    table = _read(Path(path)) if path else {}
+    from_command_line = set()
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals or key.count(".") != 1:
+            raise InputError(f"--set {text}: expected SECTION.KEY=VALUE, for example --set zo.mu=1e-3")
+        section, name = key.strip().split(".")
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise InputError(f"{source}: {section} must be a [section]")
+        table[section][name] = _value(value.strip())
+        from_command_line.add((section, name))
+    config = parse(table, source, from_command_line)
+    if config.run.name is None:
+        config.run.name = Path(path).stem if path else config.model.name
+    return config
+
+
+def parse(table: dict[str, Any], source: str, from_command_line: set | frozenset = frozenset()) -> Config:
+    """Validate a table of sections; raises InputError that names ``source`` and the first key at fault."""
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as failure:
+        # an unknown key is usually the cause of the others, so it is named first
+        error = min(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        where = "--set" if error["loc"][:2] in from_command_line else source
+        raise InputError(f"{where}: {_explain(error)}") from None
+    for fault in _conflicts(config):
+        raise InputError(f"{source}: {fault}")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML input file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"][:2])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggestion(key)}; `python -m dzhpc.info keys` lists every key"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    found = error["input"]
+    return f"{key} = {found!r}: expected {expected}" if not isinstance(found, dict) else f"{key}: expected {expected}"
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _, _ in keys()]
+    last = key.split(".")[-1]
+    same_name = [name for name in known if name.split(".")[-1] == last]
+    near = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.7)
+    near_name = [n for n in known if difflib.SequenceMatcher(None, n.split(".")[-1], last).ratio() > 0.75]
+    best = [*([SYNONYMS[last]] if last in SYNONYMS else []), *same_name, *near, *near_name]
+    return f"; did you mean {best[0]}?" if best else ""
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """Keys that are each valid but not together."""
+    task, zo, sparsity, optim = config.task, config.zo, config.sparsity, config.optim
+    if sparsity.target == "weights" and sparsity.pattern != "static":
+        yield f'sparsity.pattern = "{sparsity.pattern}": pruned weights stay pruned, so sparsity.target = "weights" needs pattern = "static"'
+    if sparsity.pattern == "regrasp" and sparsity.lpr:
+        yield 'sparsity.lpr: a fixed file contradicts pattern = "regrasp", which scores anew; remove one of them'
+    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
+        yield "optim.nesterov = true: needs name = \"sgd\" and a momentum above 0"
+    if optim.schedule == "step" and not optim.milestones:
+        yield 'optim.schedule = "step": needs optim.milestones, the epochs at which lr drops'
+    if task.kind == "objective":
+        if not task.function:
+            yield 'task.kind = "objective": needs task.function = "package.module:Name"'
+        if zo.estimator == "autograd" or (sparsity.scores == "fo-grasp" and sparsity.ratio > 0):
+            yield 'task.kind = "objective": has queries only; use zo.estimator = "cge" or "rge" and sparsity.scores = "zo-grasp" or "random"'
+    elif task.function:
+        yield 'task.function: belongs to task.kind = "objective"'
+
+
+def keys() -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, meaning) of every key, in the order of the sections."""
+    for section, info in Config.model_fields.items():
+        for name, field in info.annotation.model_fields.items():
+            yield f"{section}.{name}", field.default, field.description or ""
+
+
+def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of frozen keys that differ; those must not change on restart."""
+    a, b = _flatten(old), _flatten(new)
+    frozen = (key for key in [*a, *(set(b) - set(a))] if key.startswith(FROZEN) and key not in FREE)
+    return [(key, a.get(key), b.get(key)) for key in frozen if a.get(key) != b.get(key)]
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, table in config.model_dump().items() for key, value in table.items()}
+
+
+def import_object(name: str, key: str) -> Any:
+    """The object behind ``package.module:Name``, looked up on sys.path and in the working directory.
+
+    Raises InputError that names ``key`` if the module or the name does not exist.
+    """
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError) as error:
+        raise InputError(f'{key} = "{name}": cannot import {module} ({error}); expected "package.module:Name" on the Python path') from None
+    except AttributeError:
+        raise InputError(f'{key} = "{name}": module {module} has no {attribute!r}') from None

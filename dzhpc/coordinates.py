@@ -1,0 +1,100 @@
+"""Coordinates: the trainable parameters as one flat vector theta [d]; chunks and slices of a coordinate set."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dzhpc.errors import InputError
+
+
+class ParameterIndex:
+    """Flat index <-> parameter, in ``named_parameters()`` order, row-major within a parameter.
+
+    A tied parameter occurs once, under its first name. Frozen parameters (``requires_grad=False``) have no coordinates.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        self.offsets = np.cumsum([0] + [p.numel() for p in self.parameters])
+        if self.size == 0:
+            raise InputError("the model has no trainable parameter, so there is no coordinate to perturb")
+        dtypes = {p.dtype for p in self.parameters}
+        if len(dtypes) > 1 or not self.dtype.is_floating_point:
+            raise InputError(f"trainable parameters must share one floating-point dtype, found {sorted(map(str, dtypes))}")
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "ParameterIndex":
+        return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    @property
+    def size(self) -> int:
+        """d, the number of coordinates."""
+        return int(self.offsets[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def owner(self, coords: np.ndarray) -> np.ndarray:
+        """The parameter number of each coordinate [n]; raises InputError for one outside 0 <= j < d."""
+        coords = np.asarray(coords)
+        if coords.size and (coords.min() < 0 or coords.max() >= self.size):
+            raise InputError(f"a coordinate lies outside 0..{self.size - 1}")
+        return np.searchsorted(self.offsets, coords, side="right") - 1
+
+    def element(self, coord: int) -> tuple[int, Tensor]:
+        """(parameter number, 0-dimensional view of the coordinate's element); any memory layout."""
+        owner = int(self.owner(np.array([coord]))[0])
+        parameter = self.parameters[owner]
+        return owner, parameter.detach()[np.unravel_index(coord - self.offsets[owner], parameter.shape)]
+
+    def describe(self, coord: int) -> str:
+        """``layer1.0.conv1.weight[3, 0, 1, 2] (coordinate 512)``."""
+        owner = int(self.owner(np.array([coord]))[0])
+        place = np.unravel_index(coord - self.offsets[owner], self.parameters[owner].shape)
+        return f"{self.names[owner]}{[int(i) for i in place]} (coordinate {coord})"
+
+    def range(self, name: str) -> np.ndarray:
+        """All coordinates of one parameter."""
+        k = self.names.index(name)
+        return np.arange(self.offsets[k], self.offsets[k + 1])
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One vector [d] from tensors in the parameters' order."""
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """name -> tensor of the parameter's shape (views of ``flat`` [d])."""
+        pieces = flat.split([p.numel() for p in self.parameters])
+        return {name: piece.view(p.shape) for name, p, piece in zip(self.names, self.parameters, pieces, strict=True)}
+
+
+def cut(owners: np.ndarray, size: int) -> list[range]:
+    """Cut positions 0..n-1 of a coordinate list into chunks: runs of one parameter, at most ``size`` long.
+
+    The rule knows nothing of ranks, so that each coordinate's number is the same whoever computes it.
+    """
+    if len(owners) == 0:
+        return []
+    edges = np.flatnonzero(np.diff(owners)) + 1
+    chunks = []
+    for start, stop in zip([0, *edges], [*edges, len(owners)], strict=True):
+        chunks += [range(int(k), int(min(k + size, stop))) for k in range(start, stop, size)]
+    return chunks
+
+
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Longest-first: chunk numbers for each rank so that the largest sum of costs is small; some may be empty."""
+    loads, slices = np.zeros(ranks), [[] for _ in range(ranks)]
+    for chunk in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
+        rank = int(np.argmin(loads))
+        loads[rank] += costs[chunk]
+        slices[rank].append(chunk)
+    return [sorted(chunks) for chunks in slices]

@@ -1,0 +1,39 @@
+"""The device of a rank, its threads, and the switches that make results reproducible."""
+
+import os
+
+import torch
+
+
+def choose(local_rank: int, threads: int) -> torch.device:
+    """The node's GPU number ``local_rank`` modulo the visible ones, else the CPU; sets threads and determinism."""
+    torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with a fixed workspace
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False  # autotuning would pick kernels by chance
+    torch.backends.cudnn.deterministic = True
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """Name and, for a GPU, its UUID."""
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{device} {properties.name} GPU-{properties.uuid}"
+
+
+def peak_bytes(device: torch.device, engine_bytes: int) -> int:
+    """Peak device memory; on a CPU what the engine keeps, which unlike the process's size does not depend on chance."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else engine_bytes
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

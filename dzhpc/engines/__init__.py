@@ -1,0 +1,39 @@
+"""Engines: how the differences l(theta + mu e_j) - l(theta) are evaluated.
+
+``full`` runs the whole model for every query; ``reuse`` only what lies downstream of the perturbed parameter.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from dzhpc.engines.full import Full
+from dzhpc.engines.reuse import Reuse
+from dzhpc.errors import InputError
+
+
+def make_engine(
+    kind: str,
+    model: Callable[[Tensor], Tensor],
+    loss: str | Callable[[Tensor, Tensor], Tensor],
+    precision: str = "fp32",
+    memory_mb: float | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Full:
+    """An engine over ``model``.
+
+    kind: "full" (any module or callable) or "reuse" (any torch.nn.Module that torch.fx can trace).
+    loss: "cross_entropy", "mse", or a callable (outputs, targets) -> scalar over the batch.
+    precision: "fp32": differences travel in the parameters' own dtype.
+    memory_mb: "reuse" refuses a batch whose cached features need more MiB than this (None: no limit).
+    parameters: name -> tensor, for a callable that is not a module; these tensors are perturbed in place.
+
+    Raises InputError for an unknown kind, a model the engine cannot run, or a model without trainable parameters.
+    """
+    if precision != "fp32":
+        raise InputError(f'precision = "{precision}": engine "{kind}" knows only "fp32"')
+    if kind == "full":
+        return Full(model, loss, parameters)
+    if kind == "reuse":
+        return Reuse(model, loss, memory_mb)
+    raise InputError(f'engine = "{kind}": expected "full" or "reuse"')

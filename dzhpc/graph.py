@@ -1,0 +1,153 @@
+"""The traced network (torch.fx): what lies downstream of each parameter, and what must be kept to start there.
+
+Tracing keeps PyTorch's own modules whole and looks into everybody else's. In-place operations would overwrite kept features, so
+they are replaced by their out-of-place forms, and later readers of the overwritten value read the result instead.
+"""
+
+import copy
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from dzhpc.errors import InputError
+
+OUT_OF_PLACE = {
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
+    for name in "add sub mul truediv floordiv mod matmul pow and_ or_ xor lshift rshift".split()
+}
+
+
+class Network:
+    """A module as a graph of operations. ``run`` is the base pass; ``tail`` re-runs what depends on one parameter.
+
+    Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way that cannot be undone.
+    """
+
+    def __init__(self, model: torch.nn.Module, parameters: list[Tensor]):
+        name = type(model).__name__
+        try:
+            graph = fx.Tracer().trace(model)
+        except Exception as error:  # tracing runs the user's forward, which may raise anything
+            raise InputError(
+                f'engine "reuse" needs a model that torch.fx can trace; {name} is not: {" ".join(str(error).split())}; use engine = "full"'
+            ) from None
+        self.module = fx.GraphModule(model, graph)
+        _remove_in_place(self.module, name)
+        self._order = {node: k for k, node in enumerate(self.module.graph.nodes)}
+        self._users = [self._nodes_using(p) for p in parameters]
+        self._tails: dict[tuple[fx.Node, ...], tuple[fx.GraphModule, list[fx.Node]] | None] = {}
+        for users in self._users:
+            if users not in self._tails:
+                self._tails[users] = self._cut_tail(users)
+        self._wanted = {node for tail in self._tails.values() if tail for node in tail[1]}
+        self._kept: dict[fx.Node, object] = {}
+
+    def run(self, inputs: Tensor, observe=None) -> Tensor:
+        """The base pass: the output, with all features kept that some tail reads.
+
+        ``observe(node)`` is called after every operation.
+        """
+        self._kept.clear()
+        return _Recorder(self.module, self._wanted, self._kept, observe).run(inputs)
+
+    def tail(self, parameter: int) -> Tensor | None:
+        """The output after a change of parameter number ``parameter``; None where the output does not depend on it."""
+        tail = self._tails[self._users[parameter]]
+        if tail is None:
+            return None
+        module, inputs = tail
+        return module(*[self._kept[node] for node in inputs])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the kept features; storage shared by several of them counts once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._kept.values() if isinstance(t, Tensor)}
+        return sum(storages.values())
+
+    def _nodes_using(self, parameter: Tensor) -> tuple[fx.Node, ...]:
+        def reads(node: fx.Node) -> bool:
+            if node.op == "call_module":
+                return any(p is parameter for p in self.module.get_submodule(node.target).parameters())
+            return node.op == "get_attr" and operator.attrgetter(node.target)(self.module) is parameter
+
+        return tuple(node for node in self._order if reads(node))
+
+    def _cut_tail(self, users: tuple[fx.Node, ...]) -> tuple[fx.GraphModule, list[fx.Node]] | None:
+        """The operations downstream of ``users`` as a module of its own, and the base values that it takes."""
+        downstream, stack = set(users), list(users)
+        while stack:
+            for user in stack.pop().users:
+                if user not in downstream:
+                    downstream.add(user)
+                    stack.append(user)
+        ordered = sorted(downstream, key=self._order.get)
+        if not ordered or ordered[-1].op != "output":
+            return None
+        inputs = sorted({n for node in ordered for n in node.all_input_nodes if n not in downstream}, key=self._order.get)
+        tail = fx.Graph()
+        copies = {node: tail.placeholder(f"kept_{k}") for k, node in enumerate(inputs)}
+        for node in ordered:
+            copies[node] = tail.node_copy(node, copies.__getitem__)
+        return fx.GraphModule(self.module, tail), inputs
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and keeps the wanted values."""
+
+    def __init__(self, module, wanted, kept, observe):
+        super().__init__(module)
+        self._wanted, self._kept, self._observe = wanted, kept, observe
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        if node in self._wanted:
+            self._kept[node] = value
+        if self._observe:
+            self._observe(node)
+        return value
+
+
+def _remove_in_place(module: fx.GraphModule, name: str) -> None:
+    """Replace in-place operations; raise InputError for those that have no out-of-place form."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if not _make_out_of_place(module, node, name):
+            continue
+        overwritten, seen = node.args[0], False
+        for later in graph.nodes:
+            if seen:
+                later.replace_input_with(overwritten, node)
+            seen = seen or later is node
+    graph.lint()
+    module.recompile()
+
+
+def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str) -> bool:
+    """Rewrite one node; True if it was in-place."""
+    if node.op == "call_module":
+        leaf = module.get_submodule(node.target)
+        if not getattr(leaf, "inplace", False):
+            return False
+        leaf = copy.copy(leaf)  # shares parameters and buffers with the user's module, which stays as it is
+        leaf.inplace = False
+        module.set_submodule(node.target, leaf)
+        return True
+    if node.op == "call_function" and node.target in OUT_OF_PLACE:
+        node.target = OUT_OF_PLACE[node.target]
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.update_kwarg("inplace", False)
+        return True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    method = node.op == "call_method"
+    target = node.target if method else getattr(node.target, "__name__", "")
+    if target != "setitem" and "out" not in node.kwargs and (not target.endswith("_") or target.endswith("__")):
+        return False
+    homes = [Tensor] if method else [torch, torch.nn.functional]
+    plain = next((getattr(home, target[:-1]) for home in homes if callable(getattr(home, target[:-1], None))), None)
+    if plain is None or "out" in node.kwargs:
+        raise InputError(f'{name} overwrites a tensor by {target} (node {node.name}), which engine "reuse" cannot undo; use engine = "full"')
+    node.target = target[:-1] if method else plain
+    return True

@@ -1,0 +1,89 @@
+"""Seeing it run: the log, and one live line (terminal) or one plain line per interval (file)."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+INTERVAL = 10.0  # seconds between plain lines
+log = logging.getLogger("dzhpc")
+
+
+class _Console(logging.Handler):
+    """Writes through tqdm, so that a live line survives; warnings go to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+def set_up_log(is_root: bool, quiet: bool = False) -> None:
+    """The root speaks; other ranks only warn."""
+    log.handlers.clear()
+    console = _Console()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO if is_root and not quiet else logging.WARNING)
+    log.addHandler(console)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def log_to(path: Path) -> None:
+    """Append everything to a file, too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+
+
+def _on_terminal() -> bool:
+    """Whether a person sees standard output. Open MPI gives its ranks a pseudo-terminal in any case, so mpirun's own is asked."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        return sys.stdout.isatty()
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    return False
+
+
+def duration(seconds: float) -> str:
+    """1:27:10."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+class Progress:
+    """``step 1200/9750 epoch 6.2 loss 1.834 |ghat| 0.41 lr 0.098 31,000 queries/s comm 2% ETA 1:27:10``."""
+
+    def __init__(self, first: int, last: int, quiet: bool):
+        self._last, self._quiet, self._next = last, quiet, 0.0
+        self._times: deque[tuple[float, float, int]] = deque(maxlen=50)  # (seconds, of them in collectives, queries) of late steps
+        self._bar = tqdm(total=last, initial=first, bar_format="{desc}", leave=False) if _on_terminal() and not quiet else None
+
+    def show(self, step: int, epoch: float, loss: float, grad_norm: float, lr: float, queries: int, step_s: float, comm_s: float) -> None:
+        """Take note of a step and print when it is time."""
+        self._times.append((step_s, comm_s, queries))
+        now = time.monotonic()
+        if self._quiet or (self._bar is None and now < self._next):
+            return
+        self._next = now + INTERVAL
+        seconds, comm, count = (sum(column) for column in zip(*self._times, strict=True))
+        eta = (self._last - step) * seconds / len(self._times)
+        line = (
+            f"step {step}/{self._last} epoch {epoch:.1f} loss {loss:.4g} |ghat| {grad_norm:.3g} lr {lr:.3g} "
+            f"{count / max(seconds, 1e-9):,.0f} queries/s comm {100 * comm / max(seconds, 1e-9):.0f}% ETA {duration(eta)}"
+        )
+        if self._bar is None:
+            log.info(line)
+        else:
+            self._bar.set_description_str(line)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        if self._bar is not None:
+            self._bar.close()

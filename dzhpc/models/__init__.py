@@ -1,0 +1,94 @@
+"""Networks: ours by name, the user's by ``package.module:Class``; building, starting weights, loading checkpoints."""
+
+import inspect
+import pickle
+from pathlib import Path
+
+import torch
+
+from dzhpc import config as configuration
+from dzhpc import store
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.resnet import resnet18, resnet20, resnet56
+from dzhpc.seeds import derive
+
+MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18}
+
+
+def constructor(section: configuration.Model):
+    """The callable behind ``model.name``. Raises InputError for an unknown one."""
+    if ":" in section.name:
+        return configuration.import_object(section.name, "model.name")
+    if section.name not in MODELS:
+        raise InputError(f'model.name = "{section.name}": expected {" | ".join(MODELS)} or "package.module:Class"')
+    return MODELS[section.name]
+
+
+def accepted(section: configuration.Model) -> set[str] | None:
+    """The keys that the constructor takes; None if it takes any."""
+    parameters = inspect.signature(constructor(section)).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+
+
+def build(section: configuration.Model, seed: int) -> torch.nn.Module:
+    """The network with weights drawn from ``seed``, or those of ``model.weights``. Raises InputError."""
+    known = accepted(section)
+    unknown = sorted(set(section.fields) - known) if known is not None else []
+    if unknown:
+        raise InputError(f"unknown key model.{unknown[0]}; model {section.name} takes {', '.join(sorted(known)) or 'none'}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "weights"))
+        try:
+            model = constructor(section)(**section.fields)
+        except TypeError as error:
+            raise InputError(f"[model] {section.name}: {error}") from None
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
+    if section.weights:
+        load_weights(model, section.weights)
+    return model
+
+
+def load_weights(model: torch.nn.Module, path: str) -> None:
+    """Copy the weights in ``path`` (our checkpoint, or a torch state_dict, possibly under "state_dict" and with "module.")."""
+    try:
+        if store.is_ours(path):
+            state = store.load_checkpoint(path)
+            assign(model, state.params, state.buffers)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = weights.get("state_dict", weights)
+            model.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
+    except OSError as error:
+        raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
+    except CheckpointError as error:
+        raise InputError(f"model.weights: {error}") from None
+    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
+        raise InputError(f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_model(checkpoint: str | Path) -> torch.nn.Module:
+    """The trained network of a checkpoint, in eval mode, on the CPU; ``.state_dict()`` of it is a plain torch one.
+
+    Raises CheckpointError if the file is missing or damaged, or was written by a task without a network.
+    """
+    state = store.load_checkpoint(checkpoint)
+    config = configuration.parse(configuration.tomllib.loads(state.config), str(checkpoint))
+    if config.task.kind != "classification":
+        raise CheckpointError(f"{checkpoint}: task.kind = {config.task.kind} has no network; its parameters are in dzhpc.store.load_checkpoint(...).params")
+    config.model.weights = None
+    model = build(config.model, state.seed)
+    assign(model, state.params, state.buffers)
+    return model.eval()
+
+
+@torch.no_grad()
+def assign(model: torch.nn.Module, params: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's tensors into the model, tied and non-persistent ones included. Raises CheckpointError if they differ in name or shape."""
+    for kind, own, given in (("parameter", dict(model.named_parameters()), params), ("buffer", dict(model.named_buffers()), buffers)):
+        wrong = sorted(name for name in own.keys() | given.keys() if name not in own or name not in given or own[name].shape != given[name].shape)
+        if wrong:
+            raise CheckpointError(f"the checkpoint is of another model: {kind} {wrong[0]} differs ({len(wrong)} in all)")
+        for name, tensor in own.items():
+            tensor.copy_(given[name])

@@ -1,0 +1,57 @@
+"""torch.optim and its schedulers, chosen by the input."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from dzhpc.config import Optim
+
+
+def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
+    """SGD or Adam over named parameters."""
+    if section.name == "adam":
+        return torch.optim.Adam(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
+    return torch.optim.SGD(
+        parameters.values(), lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay, nesterov=section.nesterov
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, section: Optim, epochs: float, steps_per_epoch: int, step: int) -> LambdaLR:
+    """The learning rate as a function of the step alone, so that a restart at any ``step`` continues it exactly.
+
+    Warm-up is linear over ``warmup_epochs``; then cosine to 0 at ``epochs``, or steps at ``milestones``, or constant.
+    """
+
+    def factor(k: int) -> float:
+        epoch = k / steps_per_epoch
+        if epoch < section.warmup_epochs:
+            return (k + 1) / math.ceil(section.warmup_epochs * steps_per_epoch)
+        if section.schedule == "cosine":
+            done = min(1.0, (epoch - section.warmup_epochs) / max(epochs - section.warmup_epochs, 1e-12))
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if section.schedule == "step":
+            return section.gamma ** sum(epoch >= m for m in section.milestones)
+        return 1.0
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = section.lr
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+def slots(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state as slot -> parameter name -> tensor (momentum_buffer; exp_avg, exp_avg_sq, step)."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, p in parameters.items():
+        for slot, value in optimizer.state.get(p, {}).items():
+            if value is not None:
+                found.setdefault(slot, {})[name] = value
+    return found
+
+
+def restore(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Put back what :func:`slots` gave; each slot in its parameter's memory layout."""
+    for slot, tensors in state.items():
+        for name, value in tensors.items():
+            p = parameters[name]
+            optimizer.state[p][slot] = value.clone() if slot == "step" else torch.empty_like(p).copy_(value)

@@ -1,0 +1,127 @@
+"""Verb: tables and plots from run folders. ``python -m dzhpc.report runs/a runs/b -o compare``"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dzhpc import store
+from dzhpc.errors import InputError
+from dzhpc.metrics import duration
+from dzhpc.spmd import World, run_verb
+
+
+@dataclass
+class Run:
+    """The rows of one run folder."""
+
+    name: str
+    train: dict[str, np.ndarray]
+    eval: dict[str, np.ndarray]
+
+    @property
+    def hours(self) -> np.ndarray:
+        """Wall time in training steps up to each of them, in hours."""
+        return np.cumsum(self.train["step_s"]) / 3600
+
+    def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """Where on an axis ("epoch", "queries", "hours") the given steps lie."""
+        values = self.hours if axis == "hours" else self.train[axis]
+        return np.interp(steps, self.train["step"], values)
+
+
+def read(folder: Path) -> Run:
+    """One run. Raises InputError if the folder holds no metrics."""
+    path = folder / "metrics.h5"
+    if not path.exists():
+        raise InputError(f"{folder}: no metrics.h5; expected a run folder that has trained at least one step")
+    train, evaluation = store.load_metrics(path)
+    columns = (dict(zip(store.TRAIN_COLUMNS, train.T, strict=True)), dict(zip(store.EVAL_COLUMNS, evaluation.T, strict=True)))
+    return Run(folder.resolve().name, *columns)
+
+
+def table(runs: list[Run]) -> str:
+    """A Markdown table, a run a row."""
+    rows = ["| run | steps | epochs | queries | train loss | test loss | test accuracy | best | wall time |", "|---" * 9 + "|"]
+    for run in runs:
+        t, e = run.train, run.eval
+        if not len(t["step"]):
+            rows.append(f"| {run.name} | 0 | | | | | | | |")
+            continue
+        tail = float(np.mean(t["loss"][-20:]))
+        loss = f"{e['loss'][-1]:.4g}" if len(e["loss"]) else ""
+        known = len(e["accuracy"]) and not math.isnan(e["accuracy"][-1])
+        last, best = (f"{100 * f(e['accuracy']):.2f} %" if known else "" for f in (lambda a: a[-1], np.nanmax))
+        rows.append(
+            f"| {run.name} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} | {loss} | {last} | {best} "
+            f"| {duration(run.hours[-1] * 3600)} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Loss and accuracy against epoch, queries and wall time; several runs overlaid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with_accuracy = any(np.isfinite(run.eval["accuracy"]).any() for run in runs)
+    rows = 2 if with_accuracy else 1
+    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False, layout="constrained")
+    for k, (axis, label) in enumerate((("epoch", "epoch"), ("queries", "queries"), ("hours", "wall time in hours"))):
+        for n, run in enumerate(runs):
+            color, steps = f"C{n}", run.eval["step"]
+            axes[0, k].plot(run.at(axis, run.train["step"]), run.train["loss"], color=color, lw=0.6, alpha=0.5)
+            axes[0, k].plot(run.at(axis, steps), run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name)
+            if with_accuracy:
+                axes[1, k].plot(run.at(axis, steps), 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
+        for row in range(rows):
+            axes[row, k].set_xlabel(label)
+            axes[row, k].grid(alpha=0.3)
+    if min(run.train["loss"].min() for run in runs if len(run.train["loss"])) > 0:
+        for k in range(3):
+            axes[0, k].set_yscale("log")
+    axes[0, 0].set_ylabel("loss (thin: training batches; dots: test set)")
+    if with_accuracy:
+        axes[1, 0].set_ylabel("test accuracy in %")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(folders: list[Path], out: Path) -> str:
+    """Write ``report.md`` and ``curves.png``; the table. Raises InputError."""
+    runs = [read(Path(folder)) for folder in folders]
+    text = table(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(f"# {', '.join(run.name for run in runs)}\n\n{text}\n\n![loss and accuracy](curves.png)\n")
+        if any(len(run.train["step"]) for run in runs):
+            plot([run for run in runs if len(run.train["step"])], out / "curves.png")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("dzhpc.report", description="Table and plots of one or several runs.")
+    p.add_argument("runs", nargs="+", type=Path, help="run folders")
+    p.add_argument("-o", "--out", type=Path, help="where to write (default: report/ in the run folder, or ./report for several)")
+    return p
+
+
+def main(world: World, args: argparse.Namespace) -> int:
+    """Run the verb; the exit code."""
+    if world.is_root:
+        out = args.out or (args.runs[0] / "report" if len(args.runs) == 1 else Path("report"))
+        print(write(args.runs, out))
+        print(f"written: {out / 'report.md'}, {out / 'curves.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_verb(parser(), main)

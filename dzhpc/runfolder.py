@@ -1,0 +1,87 @@
+"""The run folder: what lies where, which checkpoint to restart from, launch manifests. Used by the root only."""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from dzhpc import store
+from dzhpc.errors import CheckpointError, InputError
+
+log = logging.getLogger("dzhpc")
+
+
+class RunFolder:
+    """``runs/NAME/{input.toml, log.txt, metrics.h5, checkpoints/, launches/, report/}``."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.h5"
+
+    def create(self) -> None:
+        """Make the folders and see that they can be written. Raises InputError."""
+        try:
+            for folder in (self.checkpoints, self.path / "launches"):
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            for stale in self.path.rglob("*.tmp"):
+                stale.unlink()
+        except OSError as error:
+            raise InputError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --run-dir") from None
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.h5"
+
+    def checkpoint_files(self) -> list[Path]:
+        """All checkpoints, newest first."""
+        found = [p for p in self.checkpoints.glob("step-*.h5") if re.fullmatch(r"step-\d+\.h5", p.name)]
+        return sorted(found, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
+
+    def newest_state(self) -> tuple[Path, store.State] | None:
+        """The newest valid checkpoint; damaged ones are skipped with a warning.
+
+        Raises CheckpointError where there are checkpoints but none can be read: starting afresh would bury them.
+        """
+        files = self.checkpoint_files()
+        for path in files:
+            try:
+                return path, store.load_checkpoint(path)
+            except CheckpointError as error:
+                log.warning("skipped: %s", error)
+        if files:
+            raise CheckpointError(f"{self.checkpoints}: none of {len(files)} checkpoints can be read; to start afresh use --restart never")
+        return None
+
+    def save(self, state: store.State, keep: int) -> Path:
+        """Write a checkpoint, then drop the oldest beyond ``keep``."""
+        path = self.checkpoint_path(state.step)
+        store.save_checkpoint(path, state)
+        for old in self.checkpoint_files()[keep:]:
+            old.unlink()
+        return path
+
+    def set_aside(self, after_step: int = -1) -> None:
+        """Move what an earlier run left into ``previous-NNN/``: checkpoints after a step; everything if that is -1."""
+        old = [p for p in self.checkpoint_files() if int(p.stem.split("-")[1]) > after_step]
+        if after_step < 0:
+            old += [p for p in (self.metrics, self.path / "log.txt", self.path / "report") if p.exists()]
+        if not old:
+            return
+        number = 1 + len(list(self.path.glob("previous-*")))
+        target = self.path / f"previous-{number:03d}"
+        target.mkdir()
+        for path in old:
+            path.rename(target / path.name)
+        log.info("moved %d files of an earlier run to %s", len(old), target)
+
+    def write_input(self, toml: str) -> None:
+        (self.path / "input.toml").write_text(toml)
+
+    def write_manifest(self, manifest: dict) -> None:
+        """``launches/001.json``, ...: one a launch."""
+        number = 1 + len(list((self.path / "launches").glob("*.json")))
+        (self.path / "launches" / f"{number:03d}.json").write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""The active coordinate set S over a run: scored once or again, drawn, kept or redrawn (Algorithms 1 and 2)."""
+
+import logging
+
+import numpy as np
+import torch
+
+from dzhpc import pruning, store
+from dzhpc.errors import InputError
+from dzhpc.pruning import LPR, Split
+from dzhpc.seeds import derive
+
+log = logging.getLogger("dzhpc")
+
+
+class Pattern:
+    """Which coordinates are active at which step.
+
+    dynamic: S is redrawn by the LPR at every interval (ours); static: S stays what the scores keep (M2); regrasp: scored anew at
+    every interval (M1). All of it is a function of (seed, step) and theta, so every rank count gives the same S.
+    """
+
+    def __init__(self, task, split: Split):
+        self._task, self._split = task, split
+        self._config, self._seed = task.config.sparsity, task.config.run.seed
+        self._mu = task.config.zo.mu
+        self._interval = self._config.redraw_steps or self._config.redraw_epochs * task.steps_per_epoch
+        self.lpr: LPR | None = None
+        self.coords: np.ndarray | None = None
+        self.queries = 0  # spent on scores
+
+    def restore(self, lpr: LPR | None, coords: np.ndarray) -> None:
+        """Continue with a checkpoint's ratios and set."""
+        self.lpr, self.coords = lpr, coords
+
+    def due(self, step: int) -> bool:
+        """Whether a new S belongs to this step."""
+        if self.coords is None:
+            return True
+        return self._config.ratio > 0 and self._config.pattern != "static" and step % self._interval == 0
+
+    def redraw(self, step: int) -> None:
+        """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
+        index, number = self._task.engine.index, step // self._interval
+        if self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp"):
+            self.lpr = self.from_file() if self._config.lpr else self.score(number)
+        if self.lpr is not None and self._config.pattern != "dynamic":
+            self.coords = pruning.best(self.lpr, index)
+        else:
+            self.coords = pruning.draw(self.lpr, index, self._seed, number)
+        if self._config.target == "weights":
+            self._prune_weights()
+
+    def score(self, number: int = 0) -> LPR:
+        """Scores, and the ratios that they give, at the present theta; BatchNorm's running statistics stay as they are."""
+        config, task = self._config, self._task
+        index, seed = task.engine.index, derive(self._seed, "scores", number)
+        layers = pruning.prunable_layers(task.model, index, config.prune) if task.config.task.kind != "objective" else index.names
+        buffers = [b.clone() for b in task.model.buffers()]
+        before = task.engine.queries
+        if config.scores == "zo-grasp":
+            log.info("scoring weights: ZO-GraSP, %d queries", 2 * config.q + 2)
+            scores = pruning.zo_grasp(task.engine, lambda: task.bind_for_scores(number), config.q, self._mu, seed, self._split)
+            self.queries += 2 * config.q + 2
+        elif config.scores == "fo-grasp":
+            scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+            self.queries += task.engine.queries - before
+        else:
+            scores = pruning.random_scores(index, seed)
+        for buffer, value in zip(task.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
+        return pruning.lpr_from_scores(scores, index, layers, config.ratio, config.rule, store.model_sha256(task.model), attrs)
+
+    def from_file(self) -> LPR:
+        """``sparsity.lpr``. Raises InputError for a file of another model, another ratio, or without the scores it needs."""
+        config, index = self._config, self._task.engine.index
+        lpr, scores = store.load_lpr(config.lpr)
+        if lpr.model_sha256 != store.model_sha256(self._task.model) or not set(lpr.layers) <= set(index.names):
+            raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
+        if lpr.attrs["sparsity"] != config.ratio:
+            raise InputError(f"sparsity.lpr = {config.lpr}: holds ratios for sparsity {lpr.attrs['sparsity']}, the input has sparsity.ratio = {config.ratio}")
+        if scores:
+            lpr.scores = index.flatten(scores.get(name, torch.zeros(p.shape)).to(p) for name, p in zip(index.names, index.parameters, strict=True))
+        return lpr
+
+    def _prune_weights(self) -> None:
+        index = self._task.engine.index
+        mask = torch.zeros(index.size, dtype=torch.bool)
+        mask[torch.from_numpy(self.coords)] = True
+        with torch.no_grad():
+            for p, keep in zip(index.parameters, index.split(mask).values(), strict=True):
+                p.mul_(keep.to(p.device))

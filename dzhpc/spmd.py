@@ -1,0 +1,215 @@
+"""Ranks and what they say to one another: the only module that imports mpi4py.
+
+MPI starts when a :class:`World` is made, never on import. All buffers are host memory; no CUDA-aware MPI is assumed.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dzhpc.errors import DzhpcError, LaunchError
+
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
+
+
+PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
+
+
+class RankError(DzhpcError):
+    """What failed on one rank, raised on all of them, with that error's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class World:
+    """The ranks of this job, and the seconds spent in their collectives (``comm_s``).
+
+    Raises LaunchError where Slurm started several tasks that do not form one MPI job.
+    """
+
+    def __init__(self):
+        from mpi4py import MPI
+
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self._comm.rank, self._comm.size
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = node.rank, node.size
+        node.Free()
+        self._exit = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
+        self.comm_s = 0.0
+        self.crash_folder: Path | None = None
+        check_launch(self.size)
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def library(self) -> str:
+        return self._mpi.Get_library_version().split("\n")[0].split(",")[0]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.comm_s += time.perf_counter() - start
+
+    def bcast(self, value):
+        """Root's value on every rank."""
+        with self._timed():
+            return self._comm.bcast(value)
+
+    def scatter(self, pieces: list | None):
+        """``pieces[rank]`` of root's list."""
+        with self._timed():
+            return self._comm.scatter(pieces)
+
+    def gather(self, value) -> list | None:
+        """Root gets every rank's value, in rank order; others None."""
+        with self._timed():
+            return self._comm.gather(value)
+
+    def allgather(self, value) -> list:
+        """Every rank gets every rank's value, in rank order."""
+        with self._timed():
+            return self._comm.allgather(value)
+
+    def join(self, pieces: np.ndarray) -> np.ndarray:
+        """Allreduce of arrays with disjoint supports: each entry is one rank's number plus zeros, so the sum is exact.
+
+        One trap: -0.0 + 0.0 is +0.0, so a single rank would keep a sign that two ranks lose; adding 0.0 first mends it.
+        """
+        out = pieces + 0.0
+        with self._timed():
+            self._comm.Allreduce(self._mpi.IN_PLACE, out, op=self._mpi.SUM)
+        return out
+
+    def maximum(self, value: int) -> int:
+        """The largest value over the ranks."""
+        with self._timed():
+            return self._comm.allreduce(value, op=self._mpi.MAX)
+
+    def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
+        """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""
+        mine = range(self.rank, n, self.size)
+        values = np.asarray(evaluate(mine))
+        out = np.zeros((n, *values.shape[1:]), values.dtype)
+        out[mine] = values
+        return self.join(out)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block without collectives on every rank; if it fails on any, it fails on all, with the first rank's message."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            self._keep_traceback(error)
+            failure = (message_of(error), exit_code_of(error))
+        failures = [(rank, *f) for rank, f in enumerate(self.allgather(failure)) if f]
+        if failures:
+            rank, message, code = failures[0]
+            local = 0 < len(failures) < self.size and rank > 0
+            raise RankError(f"rank {rank}: {message}" if local else message, code)
+
+    def on_root(self, function: Callable):
+        """``function()`` evaluated by the root, its value or its error on every rank."""
+        value = None
+        with self.together():
+            if self.is_root:
+                value = function()
+        return self.bcast(value)
+
+    def _keep_traceback(self, error: BaseException) -> str:
+        """Where the traceback of an exception nobody foresaw went: a file in the run folder, else standard error."""
+        if isinstance(error, (DzhpcError, KeyboardInterrupt)):
+            return ""
+        text = "".join(traceback.format_exception(error))
+        if self.crash_folder is not None and self.crash_folder.is_dir():
+            path = self.crash_folder / f"crash-rank{self.rank}.txt"
+            with contextlib.suppress(OSError):
+                path.write_text(text)
+                return f" (traceback in {path})"
+        sys.stderr.write(text)
+        return ""
+
+    def fail(self, error: BaseException) -> int:
+        """Say the error once and end the job.
+
+        Where all ranks fail together the first of them speaks and all leave; a rank that fails alone speaks and aborts the job.
+        """
+        message, code = message_of(error) + self._keep_traceback(error), exit_code_of(error)
+        if self.size == 1:
+            print(message, file=sys.stderr, flush=True)
+            return code
+        barrier, end = self._exit.Ibarrier(), time.monotonic() + PATIENCE
+        while not barrier.Test():
+            if time.monotonic() > end:
+                print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+                self._comm.Abort(code)
+            time.sleep(0.01)
+        messages = self._exit.allgather(message)
+        if self.is_root:
+            own = message if len(set(messages)) == 1 else f"rank 0: {message}"
+            print(own, file=sys.stderr, flush=True)
+        self._exit.barrier()  # a rank that left earlier would make mpirun kill the root before it has spoken
+        return code
+
+
+def check_launch(size: int) -> None:
+    """Raise LaunchError if Slurm started several tasks, each of which believes to be alone.
+
+    Plain ``srun`` without a PMI that this MPI speaks gives N jobs of "rank 0 of 1", which would all write one run folder.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS") or 1)
+    if tasks > 1 and size == 1 and not any(name in os.environ for name in SIZE_VARIABLES):
+        raise LaunchError(
+            f"SLURM_NTASKS = {tasks}, but MPI sees 1 rank: srun and this MPI do not know each other; "
+            f"start with `mpirun -n {tasks} python -m dzhpc...` or `srun --mpi=pmix`"
+        )
+
+
+def message_of(error: BaseException) -> str:
+    """One line: the user's message, or type, text and place of an exception nobody foresaw."""
+    if isinstance(error, DzhpcError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+def exit_code_of(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, DzhpcError) else 1
+
+
+def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Namespace], int]) -> None:
+    """Run a verb on every rank and leave with its exit code; no rank is left waiting for one that failed."""
+    try:
+        world = World()
+    except LaunchError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    try:
+        parsed = world.bcast(_parse(parser) if world.is_root else None)  # argparse speaks once, not once a rank
+        code = parsed if isinstance(parsed, int) else main(world, parsed)
+    except (Exception, KeyboardInterrupt) as error:
+        code = world.fail(error)
+    sys.exit(code)
+
+
+def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace | int:
+    try:
+        return parser.parse_args()
+    except SystemExit as leave:
+        return int(leave.code or 0)

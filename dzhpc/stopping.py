@@ -1,0 +1,73 @@
+"""Why a run ends, and the signals, files and clocks that may ask for it."""
+
+import os
+import signal
+import time
+from enum import IntEnum
+from pathlib import Path
+
+from dzhpc.config import Config
+from dzhpc.errors import STOPPED_EARLY
+
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+class Reason(IntEnum):
+    """Ordered by weight: where ranks disagree the largest counts."""
+
+    NONE = 0
+    EPOCHS = 1
+    STEPS = 2
+    QUERIES = 3
+    ACCURACY = 4
+    STOP_FILE = 5
+    WALLTIME = 6
+    DEADLINE = 7
+    SIGNAL = 8
+
+    @property
+    def exit_code(self) -> int:
+        """75 where the same command should be submitted again, else 0."""
+        return STOPPED_EARLY if self >= Reason.WALLTIME else 0
+
+    @property
+    def text(self) -> str:
+        return {
+            Reason.EPOCHS: "all epochs done", Reason.STEPS: "stop.steps reached", Reason.QUERIES: "stop.queries reached",
+            Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
+            Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near", Reason.SIGNAL: "signal received",
+        }.get(self, "running")  # fmt: skip
+
+
+class Requests:
+    """What asks this rank to stop: a signal; on the root also the clock and the file STOP in the run folder (consumed)."""
+
+    def __init__(self, config: Config, folder: Path | None):
+        self._signalled = False
+        self._start, self._walltime = time.monotonic(), config.stop.walltime
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._deadline = float(end) - config.run.deadline_margin if end.isdigit() else None
+        self._file, self._next_look = folder / "STOP" if folder else None, 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        self._signalled = True
+
+    def reason(self) -> Reason:
+        """This rank's reason to stop now."""
+        if self._signalled:
+            return Reason.SIGNAL
+        if self._file is None:
+            return Reason.NONE
+        now = time.monotonic()
+        if self._deadline is not None and time.time() > self._deadline:
+            return Reason.DEADLINE
+        if self._walltime is not None and now - self._start > self._walltime:
+            return Reason.WALLTIME
+        if now >= self._next_look:  # a parallel file system dislikes a look per step
+            self._next_look = now + 0.5
+            if self._file.exists():
+                self._file.unlink()
+                return Reason.STOP_FILE
+        return Reason.NONE

@@ -1,0 +1,37 @@
+"""Tasks: what is trained. The trainer sees only this protocol."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dzhpc.config import Config
+from dzhpc.tasks.classification import Classification
+from dzhpc.tasks.objective import ObjectiveTask
+
+
+class Task(Protocol):
+    """A loss to be minimised by queries. All of it is replicated: every rank holds the same."""
+
+    config: Config  # with the fields filled in that the data decide
+    model: torch.nn.Module
+    engine: object  # bind, differences, directional, cut: see dzhpc.engines.full.Full
+    steps_per_epoch: int
+    evaluation_parts: int  # pieces of an evaluation that ranks may share
+
+    def bind(self, step: int) -> float:
+        """Bind the step's batch to the engine: the base loss."""
+
+    def bind_for_scores(self, number: int) -> float:
+        """Bind the ``number``-th batch for pruning scores."""
+
+    def evaluate(self, parts: range, step: int) -> np.ndarray:
+        """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part."""
+
+
+TASKS = {"classification": Classification, "objective": ObjectiveTask}
+
+
+def make_task(config: Config, device: torch.device) -> Task:
+    """The task of ``task.kind``. Raises InputError for data, models or functions that do not fit."""
+    return TASKS[config.task.kind](config, device)

@@ -1,0 +1,109 @@
+"""The user's own loss of a parameter vector: anything that maps thetas [P, d] to losses [P]."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dzhpc.config import Config, import_object
+from dzhpc.coordinates import ParameterIndex
+from dzhpc.errors import InputError
+
+
+class Blocks(nn.Module):
+    """theta as named blocks, each a parameter; one block "theta" where the user gave a plain vector."""
+
+    def __init__(self, initial: Mapping[str, object] | object):
+        super().__init__()
+        blocks = initial if isinstance(initial, Mapping) else {"theta": initial}
+        for name, value in blocks.items():
+            tensor = torch.as_tensor(value).detach().clone()
+            self.register_parameter(name, nn.Parameter(tensor if tensor.is_floating_point() else tensor.double()))
+
+
+class ObjectiveEngine:
+    """The engine interface over a user's loss: a chunk of coordinates is one call.
+
+    function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit.
+    """
+
+    def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, name: str):
+        self.index = ParameterIndex.of(model)
+        self.queries = 0
+        self.peak_bytes = 0
+        self._function, self._numpy, self._limit, self._name = function, numpy, batch_limit, name
+
+    def bind(self, step: int) -> float:
+        """The loss at theta; later differences are at this step."""
+        self._step = step
+        self._base = self._call(self._theta()[None])[0]
+        return float(self._base)
+
+    def cut(self, coords: np.ndarray) -> list[range]:
+        """Chunks of positions: small enough to be shared out, never more than a call may hold."""
+        size = max(1, min(self._limit, -(-len(coords) // 16)))
+        return [range(k, min(k + size, len(coords))) for k in range(0, len(coords), size)]
+
+    def differences(self, coords, mu: float) -> Tensor:
+        """l(theta + mu e_j) - l(theta) for each j -> [n]."""
+        coords = torch.as_tensor(np.asarray(coords, np.int64))
+        self.index.owner(coords.numpy())
+        theta, values = self._theta(), []
+        for part in coords.split(self._limit):
+            thetas = theta.repeat(len(part), 1)
+            thetas[torch.arange(len(part)), part] += mu
+            values.append(self._call(thetas) - self._base)
+        return torch.cat(values) if values else theta.new_zeros(0)
+
+    def directional(self, directions, mu: float) -> Tensor:
+        """l(theta + mu u_i) - l(theta) for each direction [d] -> [q]."""
+        theta, values, part = self._theta(), [], []
+        for u in directions:
+            part.append(theta + mu * u)
+            if len(part) == self._limit:
+                values.append(self._call(torch.stack(part)) - self._base)
+                part = []
+        if part:
+            values.append(self._call(torch.stack(part)) - self._base)
+        return torch.cat(values) if values else theta.new_zeros(0)
+
+    def _theta(self) -> Tensor:
+        return self.index.flatten(p.detach() for p in self.index.parameters)
+
+    def _call(self, thetas: Tensor) -> Tensor:
+        self.queries += len(thetas)
+        losses = self._function(thetas.numpy() if self._numpy else thetas, self._step)
+        losses = torch.as_tensor(losses).detach()
+        if losses.shape != (len(thetas),):
+            raise InputError(f"task.function = {self._name}: gave losses {list(losses.shape)} for {len(thetas)} thetas; expected [{len(thetas)}]")
+        return losses.to(self.index.dtype)
+
+
+class ObjectiveTask:
+    """See :class:`dzhpc.tasks.Task`. An epoch is one step; it runs on the CPU, and the function may use what it likes."""
+
+    steps_per_epoch = 1
+    evaluation_parts = 1
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config = config
+        name = config.task.function
+        function = import_object(name, "task.function")
+        if isinstance(function, type) or not hasattr(function, "initial"):
+            function = function()
+        if not callable(function) or not callable(getattr(function, "initial", None)):
+            raise InputError(f"task.function = {name}: needs initial() -> theta0 [d] and __call__(thetas [P, d], step) -> losses [P]")
+        initial = function.initial()
+        first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
+        self.model = Blocks(initial)
+        self.engine = ObjectiveEngine(function, self.model, not isinstance(first, Tensor), config.task.batch_limit, name)
+
+    def bind(self, step: int) -> float:
+        return self.engine.bind(step)
+
+    def bind_for_scores(self, number: int) -> float:
+        return self.engine.bind(number)
+
+    def evaluate(self, parts: range, step: int) -> np.ndarray:
+        return np.array([[self.engine.bind(step), np.nan, 1.0] for _ in parts]).reshape(len(parts), 3)

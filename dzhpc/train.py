@@ -1,0 +1,108 @@
+"""Verb: run or restart a campaign. ``mpirun -n 8 python -m dzhpc.train inputs/resnet20.toml``"""
+
+import argparse
+import datetime
+import importlib.metadata
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from dzhpc import config as configuration
+from dzhpc import device as devices
+from dzhpc import metrics, report, store
+from dzhpc.forecast import forecast
+from dzhpc.runfolder import RunFolder
+from dzhpc.spmd import World, run_verb
+from dzhpc.tasks import make_task
+from dzhpc.trainer import Trainer
+
+log = logging.getLogger("dzhpc")
+LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("dzhpc.train", description="Train by function queries alone; restart where a run was left.")
+    p.add_argument("input", nargs="?", help="TOML input file; without one the defaults of inputs/resnet20.toml")
+    p.add_argument("--run-dir", help="the run folder (default: run.dir/run.name)")
+    p.add_argument("--restart", default="auto", metavar="auto|never|FILE", help="auto: from the newest valid checkpoint, if any")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. zo.mu=1e-3; may be repeated")
+    p.add_argument("--dry-run", action="store_true", help="validate, print the resolved input, forecast hours and memory; write nothing")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    return p
+
+
+def main(world: World, args: argparse.Namespace) -> int:
+    """Run the verb on every rank; the exit code."""
+    metrics.set_up_log(world.is_root, args.quiet)
+    config = world.on_root(lambda: configuration.load(args.input, args.set))
+    device = devices.choose(world.local_rank, config.run.threads)
+    with world.together():
+        if args.input:
+            sys.path.insert(0, str(Path(args.input).resolve().parent))  # the user's own modules may lie beside the input
+        task = make_task(config, device)
+    if args.dry_run:
+        if world.is_root:
+            print(forecast(task))
+        return 0
+    folder = RunFolder(args.run_dir or Path(config.run.dir) / config.run.name)
+    state, source = world.on_root(lambda: open_folder(folder, args.restart))
+    world.crash_folder = folder.path
+    trainer = Trainer(world, task, folder, args.quiet)
+    with world.together():
+        if state is not None:
+            trainer.restore(state, source)
+    hosts = world.gather((world.rank, socket.gethostname(), devices.describe(device)))
+    if world.is_root:
+        begin(folder, trainer, state, source, hosts)
+    reason = trainer.run()
+    if world.is_root:
+        report.write([folder.path], folder.path / "report")
+        log.info("results: %s", folder.path / "report" / "report.md")
+    return reason.exit_code
+
+
+def open_folder(folder: RunFolder, restart: str) -> tuple[store.State | None, str]:
+    """(state, its file) to restart from, or (None, ""). Raises InputError or CheckpointError."""
+    chosen = None if restart in ("auto", "never") else (Path(restart), store.load_checkpoint(restart))
+    folder.create()
+    if restart == "never":
+        folder.set_aside()
+    elif restart == "auto":
+        chosen = folder.newest_state()
+    elif chosen:
+        folder.set_aside(after_step=chosen[1].step)
+    return (chosen[1], str(chosen[0])) if chosen else (None, "")
+
+
+def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, hosts: list[tuple[int, str, str]]) -> None:
+    """The first lines of the log, the resolved input, the launch manifest."""
+    metrics.log_to(folder.path / "log.txt")
+    log.info("restarting at step %d from %s" % (state.step, source) if state else f"starting afresh in {folder.path}")
+    index = trainer.task.engine.index
+    log.info("%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step)
+    for rank, host, device in hosts:
+        log.info("rank %d: %s, %s", rank, host, device)
+    folder.write_input(trainer.config.to_toml())
+    folder.write_manifest({
+        "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "hosts": [{"rank": r, "host": h, "device": d} for r, h, d in hosts],
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]},
+        "resumed_from_step": state.step if state else None, "run_uuid": trainer.run_uuid,
+    })  # fmt: skip
+
+
+def git_commit() -> str | None:
+    """The commit of the program, where it runs from a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+if __name__ == "__main__":
+    run_verb(parser(), main)

@@ -1,0 +1,257 @@
+"""The SPMD training loop: draw, bind, estimate, join, update; evaluate, record, checkpoint; stop for a named reason."""
+
+import logging
+import math
+import time
+import uuid
+
+import torch
+
+from dzhpc import config as configuration
+from dzhpc import device as devices
+from dzhpc import estimators, models, optimizers, store
+from dzhpc.distribution import Distribution
+from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
+from dzhpc.metrics import Progress, duration
+from dzhpc.runfolder import RunFolder
+from dzhpc.seeds import derive
+from dzhpc.sparsity import Pattern
+from dzhpc.spmd import World
+from dzhpc.stopping import Reason, Requests
+from dzhpc.tasks import Task
+
+log = logging.getLogger("dzhpc")
+REBALANCE = 50  # steps between two looks at who should evaluate what, beside every new S
+
+
+class Trainer:
+    """Trains a task on all ranks. Its state after a step is a function of the input file alone, not of ranks or restarts."""
+
+    def __init__(self, world: World, task: Task, folder: RunFolder, quiet: bool = False):
+        self.world, self.task, self.folder, self.config = world, task, folder, task.config
+        self._quiet = quiet
+        index = task.engine.index
+        self._parameters = dict(zip(index.names, index.parameters, strict=True))
+        self._optimizer = optimizers.make_optimizer(self.config.optim, self._parameters)
+        self._pattern = Pattern(task, world.split)
+        self._distribution = Distribution(world, task.engine)
+        self._metrics = store.Metrics(folder.metrics)
+        self._history: list[str] = []
+        self.run_uuid = str(uuid.uuid4())
+        self.step, self._queries, self._wall_before, self._start = 0, 0, 0.0, time.monotonic()
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._evaluated_step, self._accuracy = -1, math.nan
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends, if nothing ends it before."""
+        return min(self._all_steps, self.config.stop.steps or self._all_steps)
+
+    @property
+    def _all_steps(self) -> int:
+        return max(1, round(self.config.stop.epochs * self.task.steps_per_epoch))
+
+    @property
+    def _evaluation_interval(self) -> int:
+        return self.config.eval.every_epochs * self.task.steps_per_epoch
+
+    def restore(self, state: store.State, source: str) -> None:
+        """Continue from a checkpoint. Raises CheckpointError for another model, or for frozen keys that differ."""
+        for key, old, new in configuration.frozen_changes(configuration.parse(configuration.tomllib.loads(state.config), source), self.config):
+            raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
+        if state.model_sha256 != store.model_sha256(self.task.model):
+            raise CheckpointError(f"{source} is of another model than model.name = {self.config.model.name!r} builds now")
+        models.assign(self.task.model, state.params, state.buffers)
+        optimizers.restore(self._optimizer, self._parameters, state.optimizer)
+        self._pattern.restore(state.lpr, state.coordinates)
+        self._history = state.history + ([state.config] if state.config != self.config.to_toml() else [])
+        self.run_uuid, self.step, self._queries, self._wall_before = state.run_uuid, state.step, state.queries, state.wall_time_s
+        self._saved_step = self.step
+        if self.world.is_root:
+            for key, value in self._environment().items():
+                if state.env.get(key, value) != value:
+                    log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, state.env[key], value)
+            if self.folder.metrics.exists():
+                self._metrics.restore(self.step, lambda step: step % self._evaluation_interval == 0)
+
+    def run(self) -> Reason:
+        """Train until something ends the run; the final state is written before this returns. Collective."""
+        self._check_replicas()
+        self._schedule = optimizers.make_schedule(
+            self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
+        )
+        requests = Requests(self.config, self.folder.path if self.world.is_root else None)
+        progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
+        self._first_step = self.step
+        try:
+            while not (reason := self._reason_to_stop(requests)):
+                self._train_step(progress)
+        finally:
+            progress.close()
+        self._finish(reason)
+        return reason
+
+    def _reason_to_stop(self, requests: Requests) -> Reason:
+        stop, reason = self.config.stop, requests.reason()
+        if self.step >= self._all_steps:
+            reason = Reason.EPOCHS
+        elif stop.steps and self.step >= stop.steps:
+            reason = Reason.STEPS
+        elif stop.queries and self._queries >= stop.queries:
+            reason = Reason.QUERIES
+        elif stop.target_accuracy and self._accuracy >= stop.target_accuracy:
+            reason = Reason.ACCURACY
+        return Reason(self.world.maximum(int(reason)))
+
+    def _train_step(self, progress: Progress) -> None:
+        start, comm_before, queries_before = time.perf_counter(), self.world.comm_s, self._queries
+        torch.manual_seed(derive(self.config.run.seed, "model", self.step))
+        self._draw()
+        loss = self.task.bind(self.step)
+        estimate = self._estimate()
+        self._check_finite(loss, estimate)
+        lr = self._optimizer.param_groups[0]["lr"]
+        self._update(estimate)
+        self.step += 1
+        devices.synchronize(self.task.engine.index.device)
+        grad_norm = float(torch.linalg.vector_norm(estimate.double()))
+        epoch = self.step / self.task.steps_per_epoch
+        step_s, comm_s = time.perf_counter() - start, self.world.comm_s - comm_before
+        peak = devices.peak_bytes(self.task.engine.index.device, self.task.engine.peak_bytes)
+        self._metrics.add_train(self.step, epoch, loss, lr, grad_norm, self._queries, step_s, comm_s, peak)
+        progress.show(self.step, epoch, loss, grad_norm, lr, self._queries - queries_before, step_s, comm_s)
+        if self.step % self.config.run.check_every == 0:
+            self._check_replicas()
+        if self.step % self._evaluation_interval == 0:
+            self._evaluate()
+        if self._checkpoint_due():
+            self._save()
+
+    def _draw(self) -> None:
+        """A new S where one is due; new slices for a new S, once the first step was measured, and now and then."""
+        reassign = self.step - self._first_step < 2 or self.step % REBALANCE == 0
+        if self._pattern.due(self.step):
+            self._pattern.redraw(self.step)
+            self._queries, self._pattern.queries = self._queries + self._pattern.queries, 0
+            reassign = True
+        if reassign:
+            self._distribution.assign(self._pattern.coords if self.world.is_root else None)
+
+    def _estimate(self) -> torch.Tensor:
+        """The gradient estimate on S [n]."""
+        zo, engine = self.config.zo, self.task.engine
+        sides = 2 if zo.difference == "central" else 1
+        if zo.estimator == "cge":
+            self._queries += 1 + sides * len(self._distribution.coords)
+            return self._distribution.cge(zo.mu, zo.difference)
+        if zo.estimator == "rge":
+            q = zo.q or len(self._distribution.coords)
+            self._queries += 1 + sides * q
+            return self._distribution.rge(q, zo.mu, derive(self.config.run.seed, "rge", self.step), zo.difference)
+        self._queries += 1
+        flat = engine.index.flatten(estimators.autograd(engine).values())
+        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
+
+    def _check_finite(self, loss: float, estimate: torch.Tensor) -> None:
+        """Raise NumericalError on every rank: a NaN in one slice reaches all of them through the sum."""
+        bad = (~torch.isfinite(estimate)).nonzero().flatten().tolist()
+        if not bad and math.isfinite(loss):
+            return
+        step = self.step + 1
+        if not math.isfinite(loss):
+            raise NumericalError(f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {self._advice()}")
+        coord, rank = int(self._distribution.coords[bad[0]]), max(0, self._distribution.owner_of(bad[0]))
+        raise NumericalError(
+            f"step {step}, rank {rank}: the difference at {self.task.engine.index.describe(coord)} is not finite "
+            f"({len(bad)} of {len(estimate)} coordinates); {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        files = self.folder.checkpoint_files()
+        return f"lower optim.lr or zo.mu; the last good checkpoint is {files[0]}" if files else "lower optim.lr or zo.mu"
+
+    @torch.no_grad()
+    def _update(self, estimate: torch.Tensor) -> None:
+        """theta = optimizer(theta, ghat): the same arithmetic on the same numbers on every rank."""
+        index = self.task.engine.index
+        flat = torch.zeros(index.size, dtype=index.dtype, device=index.device)
+        flat[torch.from_numpy(self._distribution.coords).to(index.device)] = estimate
+        for name, gradient in index.split(flat).items():
+            self._parameters[name].grad = gradient
+        self._optimizer.step()
+        self._schedule.step()
+
+    def _evaluate(self) -> None:
+        """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count."""
+        rows = self.world.split(self.task.evaluation_parts, lambda mine: self.task.evaluate(mine, self.step))
+        loss, correct, count = (sum(column) for column in rows.T.tolist())
+        self._accuracy, self._evaluated_step = correct / count, self.step
+        epoch = self.step / self.task.steps_per_epoch
+        self._metrics.add_eval(self.step, epoch, loss / count, self._accuracy)
+        text = "" if math.isnan(self._accuracy) else f" accuracy {100 * self._accuracy:.2f} %"
+        if self.task.steps_per_epoch > 1:
+            log.info("evaluation step %d epoch %.1f loss %.4f%s", self.step, epoch, loss / count, text)
+
+    def _checkpoint_due(self) -> bool:
+        """Only the root writes, and all ranks hold the same state, so the root's clock may decide alone."""
+        section = self.config.checkpoint
+        by_steps = section.every_steps is not None and self.step % section.every_steps == 0
+        return by_steps or time.monotonic() - self._saved_at > 60 * section.every_minutes
+
+    def _save(self) -> None:
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        if not self.world.is_root:
+            return
+        self._metrics.flush()  # first, so that no checkpoint is ahead of its metrics
+        self.folder.save(self._state(), self.config.checkpoint.keep)
+
+    def _state(self) -> store.State:
+        model = self.task.model
+        return store.State(
+            config=self.config.to_toml(),
+            history=self._history,
+            step=self.step,
+            epoch=self.step / self.task.steps_per_epoch,
+            queries=self._queries,
+            wall_time_s=self._wall_before + time.monotonic() - self._start,
+            run_uuid=self.run_uuid,
+            model_sha256=store.model_sha256(model),
+            seed=self.config.run.seed,
+            params=dict(model.named_parameters()),
+            buffers=dict(model.named_buffers()),
+            optimizer=optimizers.slots(self._optimizer, self._parameters),
+            coordinates=self._pattern.coords,
+            lpr=self._pattern.lpr,
+            env=self._environment(),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """What bits may depend on beside the input."""
+        return {"run.threads": str(self.config.run.threads), "device": self.task.engine.index.device.type, "torch": str(torch.__version__)}
+
+    def _check_replicas(self) -> None:
+        """Raise ReplicaError unless parameters, buffers and optimiser state agree on all ranks, bit for bit."""
+        tensors = {**dict(self.task.model.named_parameters()), **dict(self.task.model.named_buffers())}
+        for slot, values in optimizers.slots(self._optimizer, self._parameters).items():
+            tensors.update({f"{slot}/{name}": value for name, value in values.items()})
+        hashes = self.world.allgather(store.tensors_sha256(tensors, content=True))
+        different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+        if different:
+            raise ReplicaError(
+                f"step {self.step}: the state of rank {', '.join(map(str, different))} differs from rank 0's; "
+                f"look for differing hardware, libraries or run.threads, and restart from the last checkpoint"
+            )
+
+    def _finish(self, reason: Reason) -> None:
+        """Final state first; then, unless time is short, a final evaluation."""
+        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE:
+            log.info("nothing left to do: %s at step %d", reason.text, self.step)
+            return
+        if self.step > self._saved_step and self.step > 0:
+            self._save()
+        if reason.exit_code == 0 and self._evaluated_step != self.step:
+            self._evaluate()
+        if self.world.is_root:
+            self._metrics.flush()
+        seconds = time.monotonic() - self._start
+        log.info("stopped at step %d: %s; %s queries, %s", self.step, reason.text, f"{self._queries:,}", duration(seconds))
