@@ -70,7 +70,7 @@ class Model(BaseModel):
     """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field("resnet20", description='cnn | resnet20 | resnet18, or "package.module:Class"')
+    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, or "package.module:Class"')
     weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
 
     @property
@@ -82,14 +82,18 @@ class Model(BaseModel):
 class Data(Section):
     """The data set. Root: this key, else $DZHPC_DATA, else data/."""
 
-    name: str = Field("cifar10", description='digits | cifar10 | imagefolder | packed, or "package.module:function"')
+    name: str = Field("cifar10", description='digits, cifar10, imagefolder, packed, or "package.module:function"')
     root: str | None = Field(None, description="the folder that holds <name>.h5 or <name>/; free on restart")
     path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
-    image_size: Annotated[int, Field(ge=1)] | None = Field(None, description="imagefolder: resize and centre-crop to this many pixels")
+    image_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="imagefolder: resize and centre-crop to this many pixels"
+    )
     batch_size: Count = Field(512, description="images per step; every rank sees the same batch")
     train_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="train on a random subset of this many images")
     augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
-    mean: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
+    mean: list[float] | None = Field(
+        None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own"
+    )
     std: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
 
 
@@ -99,25 +103,36 @@ class Zo(Section):
     estimator: Literal["cge", "rge", "autograd"] = Field("cge", description="coordinate-wise, random directions, or first-order")
     engine: Literal["full", "reuse"] = Field("reuse", description="how differences are evaluated; objectives have their own")
     mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
-    q: Annotated[int, Field(ge=1)] | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
+    q: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="rge: directions per step; None: the number of active coordinates"
+    )
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32"] = Field("fp32", description="the dtype in which differences travel")
-    memory_mb: Positive | None = Field(None, description="refuse a batch whose cached features exceed this many MiB; None: no limit")
+    memory_mb: Positive | None = Field(
+        None, description="refuse a batch whose cached features exceed this many MiB; None: no limit"
+    )
 
 
 class Sparsity(Section):
     """Which coordinates are perturbed."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="the fraction of prunable weights that is pruned")
-    target: Literal["gradients", "weights"] = Field("gradients", description="prune the gradient, or the weights themselves (static)")
-    scores: Literal["zo-grasp", "fo-grasp", "random"] = Field("zo-grasp", description="where the layer-wise pruning ratios come from")
+    target: Literal["gradients", "weights"] = Field(
+        "gradients", description="prune the gradient, or the weights themselves (static)"
+    )
+    scores: Literal["zo-grasp", "fo-grasp", "random"] = Field(
+        "zo-grasp", description="where the layer-wise pruning ratios come from"
+    )
     rule: Literal["signed", "magnitude"] = Field(
-        "signed", description="prune the largest signed scores (Wang et al. 2020), or keep the largest |score| (the authors' code)"
+        "signed",
+        description="prune the largest signed scores (Wang et al. 2020), or keep the largest absolute ones (the authors' code)",
     )
     pattern: Literal["dynamic", "static", "regrasp"] = Field(
         "dynamic", description="redraw S by the ratios; keep the first (M2); score anew at every redraw (M1)"
     )
-    prune: Literal["weights", "all"] = Field("weights", description="conv and linear weights only (others stay active), or every parameter")
+    prune: Literal["weights", "all"] = Field(
+        "weights", description="conv and linear weights only (others stay active), or every parameter"
+    )
     redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
     redraw_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="draw a new S every so many steps instead")
     q: Count = Field(192, description="zo-grasp: directions per RGE")
@@ -245,7 +260,7 @@ def _explain(error: dict[str, Any]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    known = [name for name, _, _ in keys()]
+    known = [name for name, _, _ in known_keys()]
     last = key.split(".")[-1]
     same_name = [name for name in known if name.split(".")[-1] == last]
     near = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.7)
@@ -258,23 +273,23 @@ def _conflicts(config: Config) -> Iterator[str]:
     """Keys that are each valid but not together."""
     task, zo, sparsity, optim = config.task, config.zo, config.sparsity, config.optim
     if sparsity.target == "weights" and sparsity.pattern != "static":
-        yield f'sparsity.pattern = "{sparsity.pattern}": pruned weights stay pruned, so sparsity.target = "weights" needs pattern = "static"'
+        yield f'sparsity.pattern = "{sparsity.pattern}": sparsity.target = "weights" needs "static"'
     if sparsity.pattern == "regrasp" and sparsity.lpr:
         yield 'sparsity.lpr: a fixed file contradicts pattern = "regrasp", which scores anew; remove one of them'
     if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
-        yield "optim.nesterov = true: needs name = \"sgd\" and a momentum above 0"
+        yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
     if optim.schedule == "step" and not optim.milestones:
         yield 'optim.schedule = "step": needs optim.milestones, the epochs at which lr drops'
     if task.kind == "objective":
         if not task.function:
             yield 'task.kind = "objective": needs task.function = "package.module:Name"'
         if zo.estimator == "autograd" or (sparsity.scores == "fo-grasp" and sparsity.ratio > 0):
-            yield 'task.kind = "objective": has queries only; use zo.estimator = "cge" or "rge" and sparsity.scores = "zo-grasp" or "random"'
+            yield 'task.kind = "objective": has no autograd; use zo.estimator cge or rge, sparsity.scores zo-grasp or random'
     elif task.function:
         yield 'task.function: belongs to task.kind = "objective"'
 
 
-def keys() -> Iterator[tuple[str, Any, str]]:
+def known_keys() -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, meaning) of every key, in the order of the sections."""
     for section, info in Config.model_fields.items():
         for name, field in info.annotation.model_fields.items():
@@ -303,6 +318,8 @@ def import_object(name: str, key: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError) as error:
-        raise InputError(f'{key} = "{name}": cannot import {module} ({error}); expected "package.module:Name" on the Python path') from None
+        raise InputError(
+            f'{key} = "{name}": cannot import {module} ({error}); expected "package.module:Name" on the Python path'
+        ) from None
     except AttributeError:
         raise InputError(f'{key} = "{name}": module {module} has no {attribute!r}') from None

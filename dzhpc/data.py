@@ -62,7 +62,9 @@ class Batches:
     def __init__(self, data: DataSet, batch_size: int, seed: int, augment: bool):
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
         if batch_size > len(data.train):
-            raise InputError(f"data.batch_size = {batch_size}: the training set has {len(data.train)} images; choose a smaller batch")
+            raise InputError(
+                f"data.batch_size = {batch_size}: the training set has {len(data.train)} images; choose a smaller batch"
+            )
         self._epoch, self._order = -1, torch.empty(0)
 
     @property
@@ -106,7 +108,12 @@ def crop_and_flip(images: Tensor, draw: torch.Generator) -> Tensor:
     columns = shift[1][:, None] + torch.where(flip[:, None], columns.flip(0), columns)
     padded = F.pad(images, (PAD, PAD, PAD, PAD))
     k = torch.arange(b, device=images.device)
-    return padded[k[:, None, None, None], torch.arange(c, device=images.device)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[
+        k[:, None, None, None],
+        torch.arange(c, device=images.device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
 
 
 def load(section: configuration.Data, seed: int) -> DataSet:
@@ -122,7 +129,9 @@ def load(section: configuration.Data, seed: int) -> DataSet:
         values = getattr(section, key)
         if values is not None:
             if len(values) != channels or (key == "std" and min(values) <= 0):
-                raise InputError(f"data.{key} = {values}: expected {channels} numbers, one a channel{', above 0' if key == 'std' else ''}")
+                raise InputError(
+                    f"data.{key} = {values}: expected {channels} numbers, one a channel{', above 0' if key == 'std' else ''}"
+                )
             setattr(data, key, torch.tensor(values))
     if section.train_limit is not None and section.train_limit < len(data.train):
         chosen = torch.randperm(len(data.train), generator=generator(seed, "train_limit"))[: section.train_limit]
@@ -163,7 +172,9 @@ def cifar10_from(folder: Path, advice: str) -> DataSet:
     try:
         train, test = (CIFAR10(str(folder), train=train, download=False) for train in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
-        raise InputError(f"{folder / CIFAR10.base_folder}: incomplete or damaged ({' '.join(str(error).split())}); {advice}") from None
+        raise InputError(
+            f"{folder / CIFAR10.base_folder}: incomplete or damaged ({' '.join(str(error).split())}); {advice}"
+        ) from None
     splits = [(part.data.transpose(0, 3, 1, 2), np.asarray(part.targets)) for part in (train, test)]
     return make_data_set(*splits, classes=train.classes, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
@@ -185,7 +196,9 @@ def imagefolder_from(folder: Path, size: int) -> DataSet:
 
     test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or test is None:
-        raise InputError(f"{folder}: expected train/<class>/ and val/<class>/ (or test/) with images; check data.root and data.path")
+        raise InputError(
+            f"{folder}: expected train/<class>/ and val/<class>/ (or test/) with images; check data.root and data.path"
+        )
     shape = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     splits = []
     try:
@@ -217,7 +230,9 @@ def _from_function(name: str) -> DataSet:
         (train, test) = configuration.import_object(name, "data.name")()
         return make_data_set(train, test)
     except (TypeError, ValueError) as error:
-        raise InputError(f'data.name = "{name}": {error}; expected () -> ((images, labels), (images, labels)), images [N, C, H, W]') from None
+        raise InputError(
+            f'data.name = "{name}": {error}; expected () -> ((images, labels), (images, labels)), images [N, C, H, W]'
+        ) from None
 
 
 def make_data_set(train, test, classes: list[str] | None = None, mean=None, std=None) -> DataSet:
@@ -225,10 +240,15 @@ def make_data_set(train, test, classes: list[str] | None = None, mean=None, std=
 
     Unset mean and std are measured on the training images. Raises InputError for shapes or labels that do not fit.
     """
-    splits = [Split(torch.as_tensor(np.ascontiguousarray(images)), torch.as_tensor(np.asarray(labels)).long()) for images, labels in (train, test)]
+    splits = [
+        Split(torch.as_tensor(np.ascontiguousarray(images)), torch.as_tensor(np.asarray(labels)).long())
+        for images, labels in (train, test)
+    ]
     for part, split in zip(("training", "test"), splits, strict=True):
         if split.images.ndim < 2 or len(split.images) != len(split.labels) or len(split) == 0:
-            raise InputError(f"the {part} set has images {list(split.images.shape)} and labels {list(split.labels.shape)}; expected as many of each")
+            raise InputError(
+                f"the {part} set has images {list(split.images.shape)}, labels {list(split.labels.shape)}; not as many of each"
+            )
     top = int(max(split.labels.max() for split in splits)) + 1
     classes = classes or [str(k) for k in range(top)]
     if top > len(classes) or min(int(split.labels.min()) for split in splits) < 0:

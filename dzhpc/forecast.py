@@ -23,8 +23,12 @@ def forecast(task) -> str:
     directions = config.zo.q or len(coords)
     per_step = {"cge": 1 + sides * len(coords), "rge": 1 + sides * directions, "autograd": 1}[config.zo.estimator]
     steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
-    scores = 2 * config.sparsity.q + 2 if config.sparsity.ratio and not config.sparsity.lpr and config.sparsity.scores == "zo-grasp" else 0
-    base_s, chunks, cost = _timed(task, coords)
+    scores = (
+        2 * config.sparsity.q + 2
+        if config.sparsity.ratio and not config.sparsity.lpr and config.sparsity.scores == "zo-grasp"
+        else 0
+    )
+    base_s, cost = _timed(task, coords)
     lines = [
         config.to_toml(),
         f"coordinates {index.size:,}, active |S| {len(coords):,}, steps {steps:,} of {task.steps_per_epoch} an epoch",
@@ -51,8 +55,8 @@ def _mean_pattern(task) -> np.ndarray:
     return pruning.draw(lpr, index, task.config.run.seed, 0)
 
 
-def _timed(task, coords: np.ndarray) -> tuple[float, list[range], np.ndarray]:
-    """(seconds of a base pass, chunks, estimated seconds of each chunk)."""
+def _timed(task, coords: np.ndarray) -> tuple[float, np.ndarray]:
+    """(seconds of a base pass, estimated seconds of each chunk)."""
     engine = task.engine
     buffers = [b.clone() for b in task.model.buffers()]
     task.bind(0)  # warm-up: tracing, caches
@@ -73,7 +77,7 @@ def _timed(task, coords: np.ndarray) -> tuple[float, list[range], np.ndarray]:
         with torch.no_grad():
             buffer.copy_(value)
     cost = np.interp(range(len(chunks)), picked, per_coordinate) * [len(chunk) for chunk in chunks]
-    return base_s, chunks, cost
+    return base_s, cost
 
 
 def _resident_mib() -> float:

@@ -14,7 +14,7 @@ from dzhpc.errors import InputError
 
 OUT_OF_PLACE = {
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
-    for name in "add sub mul truediv floordiv mod matmul pow and_ or_ xor lshift rshift".split()
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and_", "or_", "xor", "lshift", "rshift"]
 }
 
 
@@ -30,7 +30,7 @@ class Network:
             graph = fx.Tracer().trace(model)
         except Exception as error:  # tracing runs the user's forward, which may raise anything
             raise InputError(
-                f'engine "reuse" needs a model that torch.fx can trace; {name} is not: {" ".join(str(error).split())}; use engine = "full"'
+                f'engine "reuse": torch.fx cannot trace {name} ({" ".join(str(error).split())}); use engine = "full"'
             ) from None
         self.module = fx.GraphModule(model, graph)
         _remove_in_place(self.module, name)
@@ -62,7 +62,9 @@ class Network:
     @property
     def kept_bytes(self) -> int:
         """Memory of the kept features; storage shared by several of them counts once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._kept.values() if isinstance(t, Tensor)}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._kept.values() if isinstance(t, Tensor)
+        }
         return sum(storages.values())
 
     def _nodes_using(self, parameter: Tensor) -> tuple[fx.Node, ...]:
@@ -148,6 +150,8 @@ def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str) -> bool
     homes = [Tensor] if method else [torch, torch.nn.functional]
     plain = next((getattr(home, target[:-1]) for home in homes if callable(getattr(home, target[:-1], None))), None)
     if plain is None or "out" in node.kwargs:
-        raise InputError(f'{name} overwrites a tensor by {target} (node {node.name}), which engine "reuse" cannot undo; use engine = "full"')
+        raise InputError(
+            f'{name} overwrites a tensor by {target} (node {node.name}), which engine "reuse" cannot undo; use engine = "full"'
+        )
     node.target = target[:-1] if method else plain
     return True

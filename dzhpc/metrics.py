@@ -61,10 +61,14 @@ class Progress:
 
     def __init__(self, first: int, last: int, quiet: bool):
         self._last, self._quiet, self._next = last, quiet, 0.0
-        self._times: deque[tuple[float, float, int]] = deque(maxlen=50)  # (seconds, of them in collectives, queries) of late steps
+        self._times: deque[tuple[float, float, int]] = deque(
+            maxlen=50
+        )  # (seconds, of them in collectives, queries) of late steps
         self._bar = tqdm(total=last, initial=first, bar_format="{desc}", leave=False) if _on_terminal() and not quiet else None
 
-    def show(self, step: int, epoch: float, loss: float, grad_norm: float, lr: float, queries: int, step_s: float, comm_s: float) -> None:
+    def show(
+        self, step: int, epoch: float, loss: float, grad_norm: float, lr: float, queries: int, step_s: float, comm_s: float
+    ) -> None:
         """Take note of a step and print when it is time."""
         self._times.append((step_s, comm_s, queries))
         now = time.monotonic()

@@ -13,7 +13,11 @@ def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch
     if section.name == "adam":
         return torch.optim.Adam(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
     return torch.optim.SGD(
-        parameters.values(), lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay, nesterov=section.nesterov
+        parameters.values(),
+        lr=section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        nesterov=section.nesterov,
     )
 
 
@@ -49,7 +53,9 @@ def slots(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor])
     return found
 
 
-def restore(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
+def restore(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]
+) -> None:
     """Put back what :func:`slots` gave; each slot in its parameter's memory layout."""
     for slot, tensors in state.items():
         for name, value in tensors.items():

@@ -38,7 +38,9 @@ class LPR:
 
     def table(self) -> str:
         """A Markdown table, a layer a row."""
-        rows = [f"| {n} | {s} | {k} | {r:.3f} |" for n, s, k, r in zip(self.layers, self.sizes, self.kept, self.ratios, strict=True)]
+        rows = [
+            f"| {n} | {s} | {k} | {r:.3f} |" for n, s, k, r in zip(self.layers, self.sizes, self.kept, self.ratios, strict=True)
+        ]
         return "\n".join(["| layer | size | kept | pruned |", "|---|---|---|---|", *rows])
 
 
@@ -90,14 +92,18 @@ def random_scores(index: ParameterIndex, seed: int) -> Tensor:
     return torch.rand(index.size, generator=generator(seed, "random scores"), dtype=index.dtype).to(index.device)
 
 
-def lpr_from_scores(scores: Tensor, index: ParameterIndex, layers: list[str], ratio: float, rule: str, sha: str, attrs: dict | None = None) -> LPR:
+def lpr_from_scores(
+    scores: Tensor, index: ParameterIndex, layers: list[str], ratio: float, rule: str, sha: str, attrs: dict | None = None
+) -> LPR:
     """Prune the fraction ``ratio`` of all prunable weights by one global threshold; what stays of each layer is its ratio.
 
     rule "signed": the largest signed scores go; "magnitude": the smallest |score| go. At least one coordinate stays a layer.
     Raises InputError if there is nothing to prune, or if a score is not finite.
     """
     if not layers:
-        raise InputError(f'sparsity.ratio = {ratio:g}: the model has no conv or linear weight to prune; use 0 or sparsity.prune = "all"')
+        raise InputError(
+            f'sparsity.ratio = {ratio:g}: the model has no conv or linear weight to prune; use 0 or sparsity.prune = "all"'
+        )
     if not torch.isfinite(scores).all():
         raise InputError("the pruning scores are not finite: zo.mu, sparsity.q or the initial weights are out of range")
     coords = np.concatenate([index.range(name) for name in layers])
@@ -128,7 +134,9 @@ def best(lpr: LPR, index: ParameterIndex) -> np.ndarray:
     Raises InputError for an LPR without scores.
     """
     if lpr.scores is None:
-        raise InputError('the LPR file holds ratios but no scores, which pattern = "static" needs; make it anew with `python -m dzhpc.prune`')
+        raise InputError(
+            'the LPR file holds ratios but no scores, which pattern = "static" needs; make it anew with `python -m dzhpc.prune`'
+        )
     badness, active = _badness(lpr.scores, lpr.attrs["rule"]), np.ones(index.size, bool)
     for name, kept in zip(lpr.layers, lpr.kept, strict=True):
         coords = index.range(name)

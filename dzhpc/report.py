@@ -55,8 +55,8 @@ def table(runs: list[Run]) -> str:
         known = len(e["accuracy"]) and not math.isnan(e["accuracy"][-1])
         last, best = (f"{100 * f(e['accuracy']):.2f} %" if known else "" for f in (lambda a: a[-1], np.nanmax))
         rows.append(
-            f"| {run.name} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} | {loss} | {last} | {best} "
-            f"| {duration(run.hours[-1] * 3600)} |"
+            f"| {run.name} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} "
+            f"| {loss} | {last} | {best} | {duration(run.hours[-1] * 3600)} |"
         )
     return "\n".join(rows)
 
@@ -75,7 +75,9 @@ def plot(runs: list[Run], path: Path) -> None:
         for n, run in enumerate(runs):
             color, steps = f"C{n}", run.eval["step"]
             axes[0, k].plot(run.at(axis, run.train["step"]), run.train["loss"], color=color, lw=0.6, alpha=0.5)
-            axes[0, k].plot(run.at(axis, steps), run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name)
+            axes[0, k].plot(
+                run.at(axis, steps), run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name
+            )
             if with_accuracy:
                 axes[1, k].plot(run.at(axis, steps), 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
         for row in range(rows):

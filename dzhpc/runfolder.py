@@ -31,7 +31,9 @@ class RunFolder:
             for stale in self.path.rglob("*.tmp"):
                 stale.unlink()
         except OSError as error:
-            raise InputError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --run-dir") from None
+            raise InputError(
+                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --run-dir"
+            ) from None
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.h5"
@@ -53,7 +55,9 @@ class RunFolder:
             except CheckpointError as error:
                 log.warning("skipped: %s", error)
         if files:
-            raise CheckpointError(f"{self.checkpoints}: none of {len(files)} checkpoints can be read; to start afresh use --restart never")
+            raise CheckpointError(
+                f"{self.checkpoints}: none of {len(files)} checkpoints can be read; to start afresh use --restart never"
+            )
         return None
 
     def save(self, state: store.State, keep: int) -> Path:

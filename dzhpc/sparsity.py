@@ -79,9 +79,13 @@ class Pattern:
         if lpr.model_sha256 != store.model_sha256(self._task.model) or not set(lpr.layers) <= set(index.names):
             raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
         if lpr.attrs["sparsity"] != config.ratio:
-            raise InputError(f"sparsity.lpr = {config.lpr}: holds ratios for sparsity {lpr.attrs['sparsity']}, the input has sparsity.ratio = {config.ratio}")
+            raise InputError(
+                f"sparsity.lpr = {config.lpr}: made for sparsity {lpr.attrs['sparsity']}, now sparsity.ratio = {config.ratio}"
+            )
         if scores:
-            lpr.scores = index.flatten(scores.get(name, torch.zeros(p.shape)).to(p) for name, p in zip(index.names, index.parameters, strict=True))
+            lpr.scores = index.flatten(
+                scores.get(name, torch.zeros(p.shape)).to(p) for name, p in zip(index.names, index.parameters, strict=True)
+            )
         return lpr
 
     def _prune_weights(self) -> None:

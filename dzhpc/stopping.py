@@ -35,7 +35,8 @@ class Reason(IntEnum):
         return {
             Reason.EPOCHS: "all epochs done", Reason.STEPS: "stop.steps reached", Reason.QUERIES: "stop.queries reached",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
-            Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near", Reason.SIGNAL: "signal received",
+            Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
+            Reason.SIGNAL: "signal received",
         }.get(self, "running")  # fmt: skip
 
 

@@ -29,8 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("input", nargs="?", help="TOML input file; without one the defaults of inputs/resnet20.toml")
     p.add_argument("--run-dir", help="the run folder (default: run.dir/run.name)")
     p.add_argument("--restart", default="auto", metavar="auto|never|FILE", help="auto: from the newest valid checkpoint, if any")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. zo.mu=1e-3; may be repeated")
-    p.add_argument("--dry-run", action="store_true", help="validate, print the resolved input, forecast hours and memory; write nothing")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. zo.mu=1e-3; may be repeated"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="validate, print the resolved input, forecast hours and memory; write nothing"
+    )
     p.add_argument("--quiet", action="store_true", help="warnings and errors only")
     return p
 
@@ -81,14 +85,17 @@ def open_folder(folder: RunFolder, restart: str) -> tuple[store.State | None, st
 def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, hosts: list[tuple[int, str, str]]) -> None:
     """The first lines of the log, the resolved input, the launch manifest."""
     metrics.log_to(folder.path / "log.txt")
-    log.info("restarting at step %d from %s" % (state.step, source) if state else f"starting afresh in {folder.path}")
+    log.info(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
     index = trainer.task.engine.index
-    log.info("%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step)
+    log.info(
+        "%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step
+    )
     for rank, host, device in hosts:
         log.info("rank %d: %s, %s", rank, host, device)
     folder.write_input(trainer.config.to_toml())
     folder.write_manifest({
-        "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
+        "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "hosts": [{"rank": r, "host": h, "device": d} for r, h, d in hosts],
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]},
         "resumed_from_step": state.step if state else None, "run_uuid": trainer.run_uuid,
@@ -99,7 +106,7 @@ def git_commit() -> str | None:
     """The commit of the program, where it runs from a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 

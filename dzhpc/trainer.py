@@ -57,7 +57,9 @@ class Trainer:
 
     def restore(self, state: store.State, source: str) -> None:
         """Continue from a checkpoint. Raises CheckpointError for another model, or for frozen keys that differ."""
-        for key, old, new in configuration.frozen_changes(configuration.parse(configuration.tomllib.loads(state.config), source), self.config):
+        for key, old, new in configuration.frozen_changes(
+            configuration.parse(configuration.tomllib.loads(state.config), source), self.config
+        ):
             raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
         if state.model_sha256 != store.model_sha256(self.task.model):
             raise CheckpointError(f"{source} is of another model than model.name = {self.config.model.name!r} builds now")
@@ -159,7 +161,9 @@ class Trainer:
             return
         step = self.step + 1
         if not math.isfinite(loss):
-            raise NumericalError(f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {self._advice()}")
+            raise NumericalError(
+                f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {self._advice()}"
+            )
         coord, rank = int(self._distribution.coords[bad[0]]), max(0, self._distribution.owner_of(bad[0]))
         raise NumericalError(
             f"step {step}, rank {rank}: the difference at {self.task.engine.index.describe(coord)} is not finite "
@@ -227,7 +231,11 @@ class Trainer:
 
     def _environment(self) -> dict[str, str]:
         """What bits may depend on beside the input."""
-        return {"run.threads": str(self.config.run.threads), "device": self.task.engine.index.device.type, "torch": str(torch.__version__)}
+        return {
+            "run.threads": str(self.config.run.threads),
+            "device": self.task.engine.index.device.type,
+            "torch": str(torch.__version__),
+        }
 
     def _check_replicas(self) -> None:
         """Raise ReplicaError unless parameters, buffers and optimiser state agree on all ranks, bit for bit."""

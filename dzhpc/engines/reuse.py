@@ -37,7 +37,7 @@ class Reuse(Full):
         self.peak_bytes = self._network.kept_bytes
         if self._memory_mb is not None and self.peak_bytes > self._memory_mb * 2**20:
             raise InputError(
-                f'zo.memory_mb = {self._memory_mb:g}: the kept features of this batch need {self.peak_bytes / 2**20:.0f} MiB; '
+                f"zo.memory_mb = {self._memory_mb:g}: the kept features of this batch need {self.peak_bytes / 2**20:.0f} MiB; "
                 f'raise it, use a smaller data.batch_size, or engine = "full"'
             )
         self._outputs = outputs
@@ -56,8 +56,8 @@ class Reuse(Full):
         def refuse_random(node):
             if any(not torch.equal(a, b) for a, b in zip(rng, self._rng_states(), strict=True)):
                 raise InputError(
-                    f'{type(self.model).__name__} draws random numbers in {node.target} (dropout in train mode?), which a partial pass '
-                    f'cannot repeat; use engine = "full"'
+                    f"{type(self.model).__name__} draws random numbers in {node.target} (dropout?), which a partial "
+                    f'pass cannot repeat; use engine = "full"'
                 )
 
         try:

@@ -65,7 +65,9 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
     except CheckpointError as error:
         raise InputError(f"model.weights: {error}") from None
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
-        raise InputError(f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(
+            f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def load_model(checkpoint: str | Path) -> torch.nn.Module:
@@ -76,7 +78,9 @@ def load_model(checkpoint: str | Path) -> torch.nn.Module:
     state = store.load_checkpoint(checkpoint)
     config = configuration.parse(configuration.tomllib.loads(state.config), str(checkpoint))
     if config.task.kind != "classification":
-        raise CheckpointError(f"{checkpoint}: task.kind = {config.task.kind} has no network; its parameters are in dzhpc.store.load_checkpoint(...).params")
+        raise CheckpointError(
+            f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.store.load_checkpoint(...).params"
+        )
     config.model.weights = None
     model = build(config.model, state.seed)
     assign(model, state.params, state.buffers)
@@ -85,9 +89,19 @@ def load_model(checkpoint: str | Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def assign(model: torch.nn.Module, params: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
-    """Copy a checkpoint's tensors into the model, tied and non-persistent ones included. Raises CheckpointError if they differ in name or shape."""
-    for kind, own, given in (("parameter", dict(model.named_parameters()), params), ("buffer", dict(model.named_buffers()), buffers)):
-        wrong = sorted(name for name in own.keys() | given.keys() if name not in own or name not in given or own[name].shape != given[name].shape)
+    """Copy a checkpoint's tensors into the model, tied and non-persistent ones included.
+
+    Raises CheckpointError if they differ in name or shape.
+    """
+    for kind, own, given in (
+        ("parameter", dict(model.named_parameters()), params),
+        ("buffer", dict(model.named_buffers()), buffers),
+    ):
+        wrong = sorted(
+            name
+            for name in own.keys() | given.keys()
+            if name not in own or name not in given or own[name].shape != given[name].shape
+        )
         if wrong:
             raise CheckpointError(f"the checkpoint is of another model: {kind} {wrong[0]} differs ({len(wrong)} in all)")
         for name, tensor in own.items():

@@ -21,7 +21,9 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels)) if projection else ZeroPadShortcut(stride, channels - in_channels)
+            self.shortcut = (
+                nn.Sequential(conv, nn.BatchNorm2d(channels)) if projection else ZeroPadShortcut(stride, channels - in_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))

@@ -76,11 +76,15 @@ class Classification:
             except Exception as error:  # the user's forward may raise anything
                 if self._layout is torch.contiguous_format:
                     shape = list(sample.shape[1:])
-                    raise InputError(f"model {self.config.model.name} cannot take images {shape}: {' '.join(str(error).split())}") from None
+                    raise InputError(
+                        f"model {self.config.model.name} cannot take images {shape}: {' '.join(str(error).split())}"
+                    ) from None
                 log.info("model %s cannot run in channels-last layout; using the slower contiguous one", self.config.model.name)
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] != classes:
             found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-            raise InputError(f"model {self.config.model.name} gives {found} for 2 images; expected [2, {classes}], a logit per class")
+            raise InputError(
+                f"model {self.config.model.name} gives {found} for 2 images; expected [2, {classes}], a logit per class"
+            )
 
     def _laid_out(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.contiguous(memory_format=self._layout)

@@ -76,7 +76,9 @@ class ObjectiveEngine:
         losses = self._function(thetas.numpy() if self._numpy else thetas, self._step)
         losses = torch.as_tensor(losses).detach()
         if losses.shape != (len(thetas),):
-            raise InputError(f"task.function = {self._name}: gave losses {list(losses.shape)} for {len(thetas)} thetas; expected [{len(thetas)}]")
+            raise InputError(
+                f"task.function = {self._name}: gave losses {list(losses.shape)}; expected [{len(thetas)}], one a theta"
+            )
         return losses.to(self.index.dtype)
 
 
@@ -93,7 +95,9 @@ class ObjectiveTask:
         if isinstance(function, type) or not hasattr(function, "initial"):
             function = function()
         if not callable(function) or not callable(getattr(function, "initial", None)):
-            raise InputError(f"task.function = {name}: needs initial() -> theta0 [d] and __call__(thetas [P, d], step) -> losses [P]")
+            raise InputError(
+                f"task.function = {name}: needs initial() -> theta0 [d] and __call__(thetas [P, d], step) -> losses [P]"
+            )
         initial = function.initial()
         first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
         self.model = Blocks(initial)

