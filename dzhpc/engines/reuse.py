@@ -51,19 +51,21 @@ class Reuse(Full):
 
     def _check_trace(self) -> None:
         """Compare trace and model once: the safety net under aliasing and control flow that a trace cannot see."""
-        rng = self._rng_states()
+        random: list[str] = []
 
-        def refuse_random(node):
-            if any(not torch.equal(a, b) for a, b in zip(rng, self._rng_states(), strict=True)):
-                raise InputError(
-                    f"{type(self.model).__name__} draws random numbers in {node.target} (dropout?), which a partial "
-                    f'pass cannot repeat; use engine = "full"'
-                )
+        def note_random(node):
+            if not random and any(not torch.equal(a, b) for a, b in zip(self._rng, self._rng_states(), strict=True)):
+                random.append(getattr(node.target, "__name__", str(node.target)))
 
         try:
-            traced = self._network.run(self._inputs, observe=refuse_random)
+            traced = self._network.run(self._inputs, observe=note_random)
         finally:
             self._rewind()
+        if random:
+            raise InputError(
+                f"{type(self.model).__name__} draws random numbers in {random[0]} (dropout?), which a partial pass cannot "
+                f'repeat; use engine = "full"'
+            )
         expected = self.model(self._inputs)
         self._rewind()
         a, b = self.loss(traced, self._targets), self.loss(expected, self._targets)
