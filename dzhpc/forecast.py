@@ -8,6 +8,7 @@ import torch
 from dzhpc import device as devices
 from dzhpc import pruning
 from dzhpc.coordinates import balance
+from dzhpc.metrics import duration
 
 CHUNKS = 12  # timed, spread evenly over the network
 
@@ -41,7 +42,7 @@ def forecast(task) -> str:
         for ranks in (1, 2, 4, 8, 16, 32, 64):
             slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
             seconds = (base_s + slowest * sides) * steps
-            lines.append(f"{ranks:3d} ranks: {seconds / 3600:9.2f} hours, {base_s + slowest * sides:8.2f} s a step")
+            lines.append(f"{ranks:3d} ranks: {duration(seconds):>11}, {base_s + slowest * sides:8.2f} s a step")
     lines.append("without pruning scores, evaluation and communication; ranks as fast as this one")
     return "\n".join(lines)
 

@@ -79,12 +79,8 @@ def zo_grasp(engine, bind: Callable[[], float], q: int, mu: float, seed: int, sp
 def fo_grasp(engine, bind: Callable[[], float]) -> Tensor:
     """GraSP scores [d] by a Hessian-vector product through autograd (eq. 2)."""
     bind()
-    parameters = engine.index.parameters
-    gradient = engine.gradient(create_graph=True)
-    flow = sum((g * g.detach()).sum() for g in gradient)
-    products = torch.autograd.grad(flow, parameters, allow_unused=True)
-    products = [torch.zeros_like(p) if h is None else h for h, p in zip(products, parameters, strict=True)]
-    return -engine.index.flatten(p.detach() * h for p, h in zip(parameters, products, strict=True))
+    index = engine.index
+    return -index.flatten(p.detach() for p in index.parameters) * index.flatten(engine.hessian_gradient())
 
 
 def random_scores(index: ParameterIndex, seed: int) -> Tensor:

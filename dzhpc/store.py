@@ -7,6 +7,7 @@ starts with a 512-byte user block that holds a SHA-256 of the rest; the sum is v
 import contextlib
 import datetime
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from dzhpc.pruning import LPR
 VERSION = 1
 BLOCK = 512
 MAGIC = b"dzhpc sha256 "
+log = logging.getLogger("dzhpc")
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "queries", "step_s", "comm_s", "peak_bytes")
 EVAL_COLUMNS = ("step", "epoch", "loss", "accuracy")
 INTEGERS = ("step", "queries", "peak_bytes")
@@ -153,7 +155,11 @@ class Metrics:
 
     def restore(self, step: int, keep_eval: Callable[[float], bool]) -> None:
         """Read the file and drop rows after ``step``, and evaluations that an undisturbed run would not have made."""
-        self.train, self.eval = load_metrics(self.path)
+        try:
+            self.train, self.eval = load_metrics(self.path)
+        except InputError as error:
+            log.warning("the record of steps before %d is lost: %s", step, error)
+            return
         self.train = self.train[self.train[:, 0] <= step]
         self.eval = self.eval[[row[0] <= step and keep_eval(row[0]) for row in self.eval]]
 

@@ -73,8 +73,9 @@ class Trainer:
             for key, value in self._environment().items():
                 if state.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, state.env[key], value)
-            if self.folder.metrics.exists():
-                self._metrics.restore(self.step, lambda step: step % self._evaluation_interval == 0)
+            self._metrics.restore(self.step, lambda step: step % self._evaluation_interval == 0)
+            if len(self._metrics.eval) and self._metrics.eval[-1, 0] == self.step:
+                self._accuracy, self._evaluated_step = float(self._metrics.eval[-1, 3]), self.step
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""

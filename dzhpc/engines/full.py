@@ -97,14 +97,24 @@ class Full:
                         p.copy_(value)
         return self._stack(values)
 
-    @torch.enable_grad()
-    def gradient(self, create_graph: bool = False) -> list[Tensor]:
-        """Autograd's gradient of the bound loss, one tensor per parameter: the first-order baseline, no query."""
+    def gradient(self) -> list[Tensor]:
+        """Autograd's gradient g of the bound loss, one tensor per parameter: the first-order baseline, no query."""
+        with self._unchanged(), torch.enable_grad():
+            return self._grad(self._rewound_loss())
+
+    def hessian_gradient(self) -> list[Tensor]:
+        """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box)."""
+        with self._unchanged(), torch.enable_grad():  # buffers may be put back only after the second pass has read them
+            gradient = self._grad(self._rewound_loss(), create_graph=True)
+            return self._grad(sum((g * g.detach()).sum() for g in gradient))
+
+    def _rewound_loss(self) -> Tensor:
         self._need_base()
-        with self._unchanged():
-            self._rewind()
-            value = self.loss(self.model(self._inputs), self._targets)
-            grads = torch.autograd.grad(value, self.index.parameters, create_graph=create_graph, allow_unused=True)
+        self._rewind()
+        return self.loss(self.model(self._inputs), self._targets)
+
+    def _grad(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
+        grads = torch.autograd.grad(value, self.index.parameters, create_graph=create_graph, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.index.parameters, strict=True)]
 
     def _run_base(self) -> Tensor:
@@ -125,8 +135,9 @@ class Full:
 
     def _rewind(self) -> None:
         """Buffers and random numbers as the base pass found them."""
-        for buffer, value in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in zip(self._buffers, self._before, strict=True):
+                buffer.copy_(value)
         self._set_rng_states(self._rng)
 
     @contextmanager
