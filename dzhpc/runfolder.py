@@ -43,22 +43,22 @@ class RunFolder:
         found = [p for p in self.checkpoints.glob("step-*.h5") if re.fullmatch(r"step-\d+\.h5", p.name)]
         return sorted(found, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
 
-    def newest_state(self) -> tuple[Path, store.State] | None:
-        """The newest valid checkpoint; damaged ones are skipped with a warning.
+    def newest_state(self) -> tuple[str, store.State | None]:
+        """(file, state) of the newest valid checkpoint, ("", None) where there is none; damaged ones are skipped with a warning.
 
         Raises CheckpointError where there are checkpoints but none can be read: starting afresh would bury them.
         """
         files = self.checkpoint_files()
         for path in files:
             try:
-                return path, store.load_checkpoint(path)
+                return str(path), store.load_checkpoint(path)
             except CheckpointError as error:
                 log.warning("skipped: %s", error)
         if files:
             raise CheckpointError(
                 f"{self.checkpoints}: none of {len(files)} checkpoints can be read; to start afresh use --restart never"
             )
-        return None
+        return "", None
 
     def save(self, state: store.State, keep: int) -> Path:
         """Write a checkpoint, then drop the oldest beyond ``keep``."""
@@ -69,7 +69,10 @@ class RunFolder:
         return path
 
     def set_aside(self, after_step: int = -1) -> None:
-        """Move what an earlier run left into ``previous-NNN/``: checkpoints after a step; everything if that is -1."""
+        """Move what a run starting at ``after_step`` must not find into ``previous-NNN/``.
+
+        These are newer checkpoints (damaged, or abandoned by --restart FILE); for a run that starts afresh (-1), everything.
+        """
         old = [p for p in self.checkpoint_files() if int(p.stem.split("-")[1]) > after_step]
         if after_step < 0:
             old += [p for p in (self.metrics, self.path / "log.txt", self.path / "report") if p.exists()]

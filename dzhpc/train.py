@@ -16,8 +16,8 @@ from dzhpc import metrics, report, store
 from dzhpc.forecast import forecast
 from dzhpc.runfolder import RunFolder
 from dzhpc.spmd import World, run_verb
-from dzhpc.tasks import make_task
-from dzhpc.trainer import Trainer
+from dzhpc.tasks import Task, make_task
+from dzhpc.trainer import Trainer, check_restart
 
 log = logging.getLogger("dzhpc")
 LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")
@@ -53,12 +53,11 @@ def main(world: World, args: argparse.Namespace) -> int:
             print(forecast(task))
         return 0
     folder = RunFolder(args.run_dir or Path(config.run.dir) / config.run.name)
-    state, source = world.on_root(lambda: open_folder(folder, args.restart))
+    state, source = world.on_root(lambda: open_folder(folder, args.restart, task))
     world.crash_folder = folder.path
     trainer = Trainer(world, task, folder, args.quiet)
-    with world.together():
-        if state is not None:
-            trainer.restore(state, source)
+    if state is not None:
+        trainer.restore(state)
     hosts = world.gather((world.rank, socket.gethostname(), devices.describe(device)))
     if world.is_root:
         begin(folder, trainer, state, source, hosts)
@@ -69,17 +68,23 @@ def main(world: World, args: argparse.Namespace) -> int:
     return reason.exit_code
 
 
-def open_folder(folder: RunFolder, restart: str) -> tuple[store.State | None, str]:
-    """(state, its file) to restart from, or (None, ""). Raises InputError or CheckpointError."""
-    chosen = None if restart in ("auto", "never") else (Path(restart), store.load_checkpoint(restart))
+def open_folder(folder: RunFolder, restart: str, task: Task) -> tuple[store.State | None, str]:
+    """(state, its file) to restart from, or (None, ""); the folder is touched only once that is known to be right.
+
+    Raises InputError or CheckpointError.
+    """
+    if restart == "auto":
+        source, state = folder.newest_state()
+    elif restart == "never":
+        source, state = "", None
+    else:
+        source, state = restart, store.load_checkpoint(restart)
+    if state is not None:
+        check_restart(state, source, task)
     folder.create()
-    if restart == "never":
-        folder.set_aside()
-    elif restart == "auto":
-        chosen = folder.newest_state()
-    elif chosen:
-        folder.set_aside(after_step=chosen[1].step)
-    return (chosen[1], str(chosen[0])) if chosen else (None, "")
+    if state is not None or restart == "never":
+        folder.set_aside(after_step=state.step if state else -1)
+    return state, source
 
 
 def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, hosts: list[tuple[int, str, str]]) -> None:

@@ -24,6 +24,14 @@ log = logging.getLogger("dzhpc")
 REBALANCE = 50  # steps between two looks at who should evaluate what, beside every new S
 
 
+def check_restart(state: store.State, source: str, task: Task) -> None:
+    """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model."""
+    for key, old, new in configuration.frozen_changes(models.config_of(state, source), task.config):
+        raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
+    if state.model_sha256 != store.model_sha256(task.model):
+        raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
+
+
 class Trainer:
     """Trains a task on all ranks. Its state after a step is a function of the input file alone, not of ranks or restarts."""
 
@@ -55,14 +63,8 @@ class Trainer:
     def _evaluation_interval(self) -> int:
         return self.config.eval.every_epochs * self.task.steps_per_epoch
 
-    def restore(self, state: store.State, source: str) -> None:
-        """Continue from a checkpoint. Raises CheckpointError for another model, or for frozen keys that differ."""
-        for key, old, new in configuration.frozen_changes(
-            configuration.parse(configuration.tomllib.loads(state.config), source), self.config
-        ):
-            raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
-        if state.model_sha256 != store.model_sha256(self.task.model):
-            raise CheckpointError(f"{source} is of another model than model.name = {self.config.model.name!r} builds now")
+    def restore(self, state: store.State) -> None:
+        """Continue from a checkpoint that :func:`check_restart` has let pass."""
         models.assign(self.task.model, state.params, state.buffers)
         optimizers.restore(self._optimizer, self._parameters, state.optimizer)
         self._pattern.restore(state.lpr, state.coordinates)
@@ -80,6 +82,7 @@ class Trainer:
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""
         self._check_replicas()
+        self._evaluated_step, self._accuracy = self.world.bcast((self._evaluated_step, self._accuracy))  # the root read them
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import tomllib
 from pathlib import Path
 
 import torch
@@ -70,13 +71,21 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
         ) from None
 
 
+def config_of(state: store.State, source: str) -> configuration.Config:
+    """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
+    try:
+        return configuration.parse(tomllib.loads(state.config), source)
+    except (InputError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"{error}; it was written by another version of dzhpc") from None
+
+
 def load_model(checkpoint: str | Path) -> torch.nn.Module:
     """The trained network of a checkpoint, in eval mode, on the CPU; ``.state_dict()`` of it is a plain torch one.
 
     Raises CheckpointError if the file is missing or damaged, or was written by a task without a network.
     """
     state = store.load_checkpoint(checkpoint)
-    config = configuration.parse(configuration.tomllib.loads(state.config), str(checkpoint))
+    config = config_of(state, str(checkpoint))
     if config.task.kind != "classification":
         raise CheckpointError(
             f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.store.load_checkpoint(...).params"
