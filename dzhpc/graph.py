@@ -24,7 +24,7 @@ class Network:
     Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way that cannot be undone.
     """
 
-    def __init__(self, model: torch.nn.Module, parameters: list[Tensor]):
+    def __init__(self, model: torch.nn.Module, parameters: list[Tensor], keep_all: bool = False):
         name = type(model).__name__
         graph = _trace(model, name)
         self.module = fx.GraphModule(model, graph)
@@ -37,6 +37,7 @@ class Network:
                 self._tails[users] = self._cut_tail(users)
         self._wanted = {node for tail in self._tails.values() if tail for node in tail[1]}
         self._kept: dict[fx.Node, object] = {}
+        self._keep_all = keep_all
         self._state = {b.untyped_storage().data_ptr() for b in model.buffers()}
 
     def run(self, inputs: Tensor, observe=None) -> Tensor:
@@ -49,7 +50,7 @@ class Network:
 
     def keep(self, node: fx.Node, value: object) -> None:
         """Keep a value for the tails. A buffer is copied: each query finds the buffers as they were before the base pass."""
-        if node in self._wanted:
+        if self._keep_all or node in self._wanted:
             is_buffer = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._state
             self._kept[node] = value.clone() if is_buffer else value
 
@@ -60,6 +61,21 @@ class Network:
             return None
         module, inputs = tail
         return module(*[self._kept[node] for node in inputs])
+
+    def value(self, node: fx.Node) -> object:
+        """The base value of an operation (all of them are kept with ``keep_all``)."""
+        return self._kept[node]
+
+    def users(self, parameter: int) -> tuple[fx.Node, ...]:
+        """The operations that read parameter number ``parameter``."""
+        return self._users[parameter]
+
+    def downstream(self, parameter: int) -> list[fx.Node]:
+        """The operations between a parameter and the output, in order; empty where the output does not depend on it."""
+        after = _closure(self._users[parameter], lambda node: node.users)
+        output = next(reversed(self.module.graph.nodes))
+        before = _closure([output], lambda node: node.all_input_nodes)
+        return sorted(after & before, key=self._order.get) if output in after else []
 
     @property
     def kept_bytes(self) -> int:
@@ -79,12 +95,7 @@ class Network:
 
     def _cut_tail(self, users: tuple[fx.Node, ...]) -> tuple[fx.GraphModule, list[fx.Node]] | None:
         """The operations downstream of ``users`` as a module of its own, and the base values that it takes."""
-        downstream, stack = set(users), list(users)
-        while stack:
-            for user in stack.pop().users:
-                if user not in downstream:
-                    downstream.add(user)
-                    stack.append(user)
+        downstream = _closure(users, lambda node: node.users)
         ordered = sorted(downstream, key=self._order.get)
         if not ordered or ordered[-1].op != "output":
             return None
@@ -94,6 +105,16 @@ class Network:
         for node in ordered:
             copies[node] = tail.node_copy(node, copies.__getitem__)
         return fx.GraphModule(self.module, tail), inputs
+
+
+def _closure(start, neighbours) -> set[fx.Node]:
+    """All nodes reached from ``start``, those included."""
+    found, stack = set(start), list(start)
+    while stack:
+        fresh = [node for node in neighbours(stack.pop()) if node not in found]
+        found.update(fresh)
+        stack += fresh
+    return found
 
 
 class _Tracer(fx.Tracer):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from dzhpc.engines.delta import Delta
 from dzhpc.engines.full import Full
 from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError
@@ -36,4 +37,6 @@ def make_engine(
         return Full(model, loss, parameters)
     if kind == "reuse":
         return Reuse(model, loss, memory_mb)
+    if kind == "delta":
+        return Delta(model, loss, memory_mb)
     raise InputError(f'engine = "{kind}": expected "full" or "reuse"')

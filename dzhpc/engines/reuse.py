@@ -25,12 +25,13 @@ class Reuse(Full):
             raise InputError('engine "reuse" needs a torch.nn.Module; use engine = "full" for other callables')
         super().__init__(model, loss)
         self._memory_mb = memory_mb
+        self._keep_all = False
         self._modes: list[bool] | None = None
 
     def _run_base(self) -> Tensor:
         modes = [m.training for m in self.model.modules()]
         if modes != self._modes:  # train and eval trace differently
-            self._network = Network(self.model, self.index.parameters)
+            self._network = Network(self.model, self.index.parameters, self._keep_all)
             self._check_trace()
             self._modes = modes
         outputs = self._network.run(self._inputs)
