@@ -468,29 +468,55 @@ def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
     return centred, ((centred * centred).mean(dims, keepdim=True) + eps).sqrt()
 
 
+def coefficients(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean D, 1/s', (s' - s)/(s s')) over ``dims``: all that a normalised change needs beside D itself.
+
+    Three sums in one pass: dv = 2 mean(D x_c) + mean(D^2) - (mean D)^2, since x_c has mean zero.
+    """
+    mean_d = d.mean(dims, keepdim=True)
+    dv = (2 * d * centred + d * d).mean(dims, keepdim=True) - mean_d * mean_d
+    s2 = (s * s + dv).sqrt()
+    return mean_d, 1 / s2, dv / ((s2 + s) * s * s2)
+
+
 def normalised_change(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> Tensor:
     """Change of x_c / s, s^2 = mean(x_c^2) + eps over ``dims``: D_c/s' - x_c (s' - s)/(s s')."""
-    dc = d - d.mean(dims, keepdim=True)
-    dv = 2 * (dc * centred).mean(dims, keepdim=True) + (dc * dc).mean(dims, keepdim=True)
-    s2 = (s * s + dv).sqrt()
-    return dc / s2 - centred * (dv / ((s2 + s) * s * s2))
+    mean_d, scale, shrink = coefficients(d, centred, s, dims)
+    return (d - mean_d) * scale - centred * shrink
 
 
 def batch_norm(op: Operation) -> Change | None:
     """Batch statistics in train mode, an affine map per channel in eval mode; a one-channel change stays one-channel."""
-    m, x, change = op.module, op.x, op.d
-    if change.channel is not None and change.axis != 1:
-        change = Change(change.dense(x))
-    dims = [0, *range(2, x.ndim)]
+    m, x, change = op.module, op.x, _along_channels(op)
     shape = [1, -1, *[1] * (x.ndim - 2)]
     gamma = m.weight.reshape(shape) if m.weight is not None else x.new_ones(shape)
-    if not (m.training or m.running_var is None):
+    if not uses_batch_statistics(m):
         factor = gamma / (m.running_var.reshape(shape) + m.eps).sqrt()
         return change.like(change.data * change.of(factor))
-    centred, s = op.cached("statistics", lambda: statistics(x, dims, m.eps))
-    data_dims = [k + 1 for k in dims] if change.channel is None else list(range(1, change.data.ndim))
-    out = normalised_change(change.data, change.of(centred), change.of(s), data_dims)
-    return change.like(out * change.of(gamma))
+    mean_d, scale, shrink = op.cache.get("coefficients") or batch_coefficients(op)
+    centred, _ = batch_statistics(op)
+    return change.like(((change.data - mean_d) * scale - change.of(centred) * shrink) * change.of(gamma))
+
+
+def uses_batch_statistics(m: nn.Module) -> bool:
+    """Whether a BatchNorm layer normalises by the batch at hand."""
+    return m.training or m.running_var is None
+
+
+def batch_statistics(op: Operation) -> tuple[Tensor, Tensor]:
+    """(x - mean, s) of a BatchNorm layer's input, once a batch."""
+    return op.cached("statistics", lambda: statistics(op.x, [0, *range(2, op.x.ndim)], op.module.eps))
+
+
+def batch_coefficients(op: Operation) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`coefficients` of a BatchNorm layer: a pass of its own, which is faster than one that also applies them."""
+    change, (centred, s) = _along_channels(op), batch_statistics(op)
+    dims = [1, *range(3, op.x.ndim + 1)] if change.channel is None else list(range(1, change.data.ndim))
+    return coefficients(change.data, change.of(centred), change.of(s), dims)
+
+
+def _along_channels(op: Operation) -> Change:
+    return op.d if op.d.channel is None or op.d.axis == 1 else Change(op.d.dense(op.x))
 
 
 def layer_norm(op: Operation) -> Change | None:
@@ -628,6 +654,12 @@ BY_FUNCTION = {
     for home in (torch, F, operator)
     if callable(getattr(home, name, None))
 }
+
+#: elementwise or nearly so: the compiler merges a run of these into few passes over memory
+FUSABLE = {
+    add, sub, product, quotient, mean, pad, identity, leaky_relu, gelu, max_pool, batch_norm, per_channel_map,
+    _relu, _sigmoid, _tanh, _silu, _relu6, _exp, _square, _neg,
+}  # fmt: skip
 
 
 def find(node: fx.Node, module: nn.Module | None) -> Callable:
