@@ -96,6 +96,6 @@ def read_lpr(task) -> LPR:
         lpr.scores = index.flatten(scores.get(name, torch.zeros(p.shape)).to(p) for name, p in parameters)
     elif config.pattern == "static":
         raise InputError(
-            f'sparsity.lpr = {config.lpr}: holds ratios but no scores, which pattern = "static" needs; make it with `python -m dzhpc.prune`'
+            f'sparsity.lpr = {config.lpr}: holds no scores, which pattern = "static" needs; use `python -m dzhpc.prune`'
         )
     return lpr
