@@ -142,7 +142,7 @@ class Sparsity(Section):
 class Optim(Section):
     """The optimiser (torch.optim) and its learning-rate schedule, evaluated at every step."""
 
-    name: Literal["sgd", "adam"] = "sgd"
+    name: Literal["sgd", "adam"] = Field("sgd", description="torch.optim.SGD or Adam")
     lr: Positive = Field(0.1, description="the peak learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(5e-4, description="L2, added to the gradient")
@@ -174,8 +174,8 @@ class Checkpoint(Section):
 class Eval(Section):
     """Evaluation on the test set; a final one is always made."""
 
-    every_epochs: Count = 1
-    batch_size: Count = 1000
+    every_epochs: Count = Field(1, description="evaluate every so many epochs")
+    batch_size: Count = Field(1000, description="test images in one forward pass; ranks share the passes")
 
 
 class Config(Section):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.coordinates import ParameterIndex
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, NumericalError
 from dzhpc.estimators import rge_slopes, rge_sum
 from dzhpc.seeds import derive, generator
 
@@ -94,14 +94,14 @@ def lpr_from_scores(
     """Prune the fraction ``ratio`` of all prunable weights by one global threshold; what stays of each layer is its ratio.
 
     rule "signed": the largest signed scores go; "magnitude": the smallest |score| go. At least one coordinate stays a layer.
-    Raises InputError if there is nothing to prune, or if a score is not finite.
+    Raises InputError if there is nothing to prune, NumericalError if a score is not finite.
     """
     if not layers:
         raise InputError(
             f'sparsity.ratio = {ratio:g}: the model has no conv or linear weight to prune; use 0 or sparsity.prune = "all"'
         )
     if not torch.isfinite(scores).all():
-        raise InputError("the pruning scores are not finite: zo.mu, sparsity.q or the initial weights are out of range")
+        raise NumericalError("the pruning scores are not finite: lower zo.mu or optim.lr, or raise sparsity.q")
     coords = np.concatenate([index.range(name) for name in layers])
     sizes = np.array([len(index.range(name)) for name in layers])
     order = np.argsort(_badness(scores, rule)[coords], kind="stable")
@@ -125,14 +125,7 @@ def draw(lpr: LPR | None, index: ParameterIndex, seed: int, number: int) -> np.n
 
 
 def best(lpr: LPR, index: ParameterIndex) -> np.ndarray:
-    """The static pattern S: the coordinates that the scores themselves keep, and all that are not prunable; sorted.
-
-    Raises InputError for an LPR without scores.
-    """
-    if lpr.scores is None:
-        raise InputError(
-            'the LPR file holds ratios but no scores, which pattern = "static" needs; make it anew with `python -m dzhpc.prune`'
-        )
+    """The static pattern S: the coordinates that the scores themselves keep, and all that are not prunable; sorted."""
     badness, active = _badness(lpr.scores, lpr.attrs["rule"]), np.ones(index.size, bool)
     for name, kept in zip(lpr.layers, lpr.kept, strict=True):
         coords = index.range(name)

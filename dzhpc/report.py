@@ -129,9 +129,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
+    out = args.out or (args.runs[0] / "report" if len(args.runs) == 1 else Path("report"))
+    text = world.on_root(lambda: write(args.runs, out))
     if world.is_root:
-        out = args.out or (args.runs[0] / "report" if len(args.runs) == 1 else Path("report"))
-        print(write(args.runs, out))
+        print(text)
         print(f"written: {out / 'report.md'}, {out / 'curves.png'}")
     return 0
 

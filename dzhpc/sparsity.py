@@ -43,7 +43,7 @@ class Pattern:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
         index, number = self._task.engine.index, step // self._interval
         if self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp"):
-            self.lpr = self.from_file() if self._config.lpr else self.score(number)
+            self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
         if self.lpr is not None and self._config.pattern != "dynamic":
             self.coords = pruning.best(self.lpr, index)
         else:
@@ -72,22 +72,6 @@ class Pattern:
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
         return pruning.lpr_from_scores(scores, index, layers, config.ratio, config.rule, store.model_sha256(task.model), attrs)
 
-    def from_file(self) -> LPR:
-        """``sparsity.lpr``. Raises InputError for a file of another model, another ratio, or without the scores it needs."""
-        config, index = self._config, self._task.engine.index
-        lpr, scores = store.load_lpr(config.lpr)
-        if lpr.model_sha256 != store.model_sha256(self._task.model) or not set(lpr.layers) <= set(index.names):
-            raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
-        if lpr.attrs["sparsity"] != config.ratio:
-            raise InputError(
-                f"sparsity.lpr = {config.lpr}: made for sparsity {lpr.attrs['sparsity']}, now sparsity.ratio = {config.ratio}"
-            )
-        if scores:
-            lpr.scores = index.flatten(
-                scores.get(name, torch.zeros(p.shape)).to(p) for name, p in zip(index.names, index.parameters, strict=True)
-            )
-        return lpr
-
     def _prune_weights(self) -> None:
         index = self._task.engine.index
         mask = torch.zeros(index.size, dtype=torch.bool)
@@ -95,3 +79,23 @@ class Pattern:
         with torch.no_grad():
             for p, keep in zip(index.parameters, index.split(mask).values(), strict=True):
                 p.mul_(keep.to(p.device))
+
+
+def read_lpr(task) -> LPR:
+    """``sparsity.lpr``. Raises InputError for a file of another model or ratio, or without the scores that it needs."""
+    config, index = task.config.sparsity, task.engine.index
+    lpr, scores = store.load_lpr(config.lpr)
+    if lpr.model_sha256 != store.model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
+        raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
+    if lpr.attrs["sparsity"] != config.ratio:
+        raise InputError(
+            f"sparsity.lpr = {config.lpr}: made for sparsity {lpr.attrs['sparsity']}, now sparsity.ratio = {config.ratio}"
+        )
+    if scores:
+        parameters = zip(index.names, index.parameters, strict=True)
+        lpr.scores = index.flatten(scores.get(name, torch.zeros(p.shape)).to(p) for name, p in parameters)
+    elif config.pattern == "static":
+        raise InputError(
+            f'sparsity.lpr = {config.lpr}: holds no scores, which pattern = "static" needs; use `python -m dzhpc.prune`'
+        )
+    return lpr

@@ -114,7 +114,7 @@ class World:
         failure = None
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # a user's sys.exit included: the others must not wait for this rank
             self._keep_traceback(error)
             failure = (message_of(error), exit_code_of(error))
         failures = [(rank, *f) for rank, f in enumerate(self.allgather(failure)) if f]
@@ -203,7 +203,7 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
     try:
         parsed = world.bcast(_parse(parser) if world.is_root else None)  # argparse speaks once, not once a rank
         code = parsed if isinstance(parsed, int) else main(world, parsed)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         code = world.fail(error)
     sys.exit(code)
 

@@ -7,6 +7,7 @@ starts with a 512-byte user block that holds a SHA-256 of the rest; the sum is v
 import contextlib
 import datetime
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -245,16 +246,19 @@ def _get_lpr(group: h5py.Group) -> LPR:
 
 
 def _write(path: Path, kind: str, fill: Callable[[h5py.File], None], error: type[DzhpcError]) -> None:
+    image = io.BytesIO()  # HDF5 leaves a disk that is full with a broken file and noise; plain bytes fail cleanly
+    with h5py.File(image, "w", userblock_size=BLOCK) as file:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.attrs.update(format=kind, format_version=VERSION, creator="dzhpc", created=now)
+        fill(file)
+        file.attrs["complete"] = True
+    content = image.getbuffer()[BLOCK:]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        # no HDF5 locks: nobody else knows the temporary name, and many parallel file systems offer none
-        with h5py.File(temporary, "w", userblock_size=BLOCK, locking=False) as file:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            file.attrs.update(format=kind, format_version=VERSION, creator="dzhpc", created=now)
-            fill(file)
-            file.attrs["complete"] = True
-        with open(temporary, "r+b") as file:
-            file.write((MAGIC + _digest(temporary).encode()).ljust(BLOCK, b"\0"))
+        with open(temporary, "wb") as file:
+            file.write((MAGIC + hashlib.sha256(content).hexdigest().encode()).ljust(BLOCK, b"\0"))
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)

@@ -15,6 +15,7 @@ from dzhpc import device as devices
 from dzhpc import metrics, report, store
 from dzhpc.forecast import forecast
 from dzhpc.runfolder import RunFolder
+from dzhpc.sparsity import read_lpr
 from dzhpc.spmd import World, run_verb
 from dzhpc.tasks import Task, make_task
 from dzhpc.trainer import Trainer, check_restart
@@ -48,6 +49,7 @@ def main(world: World, args: argparse.Namespace) -> int:
         if args.input:
             sys.path.insert(0, str(Path(args.input).resolve().parent))  # the user's own modules may lie beside the input
         task = make_task(config, device)
+        try_out(task)
     if args.dry_run:
         if world.is_root:
             print(forecast(task))
@@ -59,13 +61,24 @@ def main(world: World, args: argparse.Namespace) -> int:
     if state is not None:
         trainer.restore(state)
     hosts = world.gather((world.rank, socket.gethostname(), devices.describe(device)))
-    if world.is_root:
-        begin(folder, trainer, state, source, hosts)
+    world.on_root(lambda: begin(folder, trainer, state, source, hosts))
     reason = trainer.run()
-    if world.is_root:
-        report.write([folder.path], folder.path / "report")
-        log.info("results: %s", folder.path / "report" / "report.md")
+    world.on_root(lambda: report.write([folder.path], folder.path / "report"))
+    log.info("results: %s", folder.path / "report" / "report.md")
     return reason.exit_code
+
+
+def try_out(task: Task) -> None:
+    """Bind a batch once and read the LPR file, so that what cannot work is said before the run folder is made.
+
+    Raises InputError. Buffers are left as they were.
+    """
+    buffers = [b.clone() for b in task.model.buffers()]
+    task.bind(0)
+    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    if task.config.sparsity.lpr:
+        read_lpr(task)
 
 
 def open_folder(folder: RunFolder, restart: str, task: Task) -> tuple[store.State | None, str]:

