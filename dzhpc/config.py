@@ -101,7 +101,9 @@ class Zo(Section):
     """The gradient estimate."""
 
     estimator: Literal["cge", "rge", "autograd"] = Field("cge", description="coordinate-wise, random directions, or first-order")
-    engine: Literal["full", "reuse"] = Field("reuse", description="how differences are evaluated; objectives have their own")
+    engine: Literal["full", "reuse", "delta"] = Field(
+        "reuse", description="how differences are evaluated; objectives have their own"
+    )
     mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
     q: Annotated[int, Field(ge=1)] | None = Field(
         None, description="rge: directions per step; None: the number of active coordinates"

@@ -5,6 +5,8 @@ so a chunk of P coordinates is one batch of P B samples, and a change that lives
 """
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from dzhpc.errors import InputError
 log = logging.getLogger("dzhpc")
 BUDGET_MB = {"cpu": 8.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 LARGEST = 256  # coordinates in a chunk
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 COPIES = 4  # of the largest change downstream that are alive at once
 
 
@@ -184,10 +187,17 @@ class Delta(Reuse):
             traced = make_fx(function)(*tensors)
             constants = lift_constants(traced)
             shapes = tuple((t.shape, t.stride(), t.dtype) for t in [*tensors, *constants])
-            program = self._compiled_code.setdefault((traced.code, shapes), torch.compile(traced.forward, dynamic=False))
+            program = self._compiled_code.setdefault((traced.code, shapes), self._compile(traced.forward))
             self._programs[key] = (program, constants, list(layout or []))
         program, constants, layout = self._programs[key]
         return list(program(*tensors, *constants)), layout
+
+    def _compile(self, function: Callable) -> Callable:
+        """float64 is for comparisons, and not worth a compiler's seconds."""
+        if self.index.dtype == torch.float64 or (self.index.device.type == "cpu" and not any(map(shutil.which, COMPILERS))):
+            self._say_once("not compiled: float64, or no C++ compiler (g++ or clang++) was found")
+            return function
+        return torch.compile(function, dynamic=False)
 
     def _laid_out(self, node: fx.Node, one_channel: bool) -> Tensor:
         """A base value; channel-major for a run that reads single channels of it."""

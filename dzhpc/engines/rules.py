@@ -631,21 +631,24 @@ _square = elementwise(lambda op, x, d: d * (2 * x + d))
 _neg = elementwise(lambda op, x, d: -d)
 
 MODULES: dict[type, Callable] = {
-    nn.Conv2d: convolution, nn.Linear: linear_layer, nn.BatchNorm1d: batch_norm, nn.BatchNorm2d: batch_norm, nn.BatchNorm3d: batch_norm,
-    nn.LayerNorm: layer_norm, nn.GroupNorm: group_norm, nn.ReLU: _relu, nn.ReLU6: _relu6, nn.LeakyReLU: leaky_relu, nn.GELU: gelu,
-    nn.SiLU: _silu, nn.Sigmoid: _sigmoid, nn.Tanh: _tanh, nn.Softmax: softmax, nn.MaxPool2d: max_pool, nn.AvgPool2d: per_channel_map,
-    nn.AdaptiveAvgPool2d: per_channel_map, nn.Flatten: linear_map, nn.Identity: identity, nn.Dropout: identity, nn.Dropout2d: identity,
+    nn.Conv2d: convolution, nn.Linear: linear_layer, nn.LayerNorm: layer_norm, nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm, nn.BatchNorm2d: batch_norm, nn.BatchNorm3d: batch_norm,
+    nn.ReLU: _relu, nn.ReLU6: _relu6, nn.LeakyReLU: leaky_relu, nn.GELU: gelu, nn.SiLU: _silu, nn.Sigmoid: _sigmoid,
+    nn.Tanh: _tanh, nn.Softmax: softmax, nn.MaxPool2d: max_pool, nn.AvgPool2d: per_channel_map,
+    nn.AdaptiveAvgPool2d: per_channel_map, nn.Flatten: linear_map, nn.Identity: identity, nn.Dropout: identity,
+    nn.Dropout2d: identity,
 }  # fmt: skip
 
 FUNCTIONS: dict[str, Callable] = {
-    "add": add, "sub": sub, "mul": product, "multiply": product, "truediv": quotient, "div": quotient, "neg": _neg, "matmul": bilinear,
-    "bmm": bilinear, "linear": linear_function, "scaled_dot_product_attention": attention, "cat": cat, "concat": cat, "pad": pad,
-    "getitem": getitem, "chunk": split, "split": split, "unbind": split, "mean": mean, "sum": linear_map, "flatten": linear_map,
-    "reshape": linear_map, "view": linear_map, "permute": linear_map, "transpose": linear_map, "t": linear_map, "squeeze": linear_map,
-    "unsqueeze": linear_map, "expand": linear_map, "movedim": linear_map, "contiguous": identity, "unflatten": linear_map,
-    "relu": _relu, "relu6": _relu6, "leaky_relu": leaky_relu, "gelu": gelu, "silu": _silu, "sigmoid": _sigmoid, "tanh": _tanh,
-    "softmax": softmax, "exp": _exp, "square": _square, "avg_pool2d": per_channel_map, "adaptive_avg_pool2d": per_channel_map,
-    "max_pool2d": max_pool, "layer_norm": layer_norm, "dropout": identity, "interpolate": linear_map,
+    "add": add, "sub": sub, "mul": product, "multiply": product, "truediv": quotient, "div": quotient, "neg": _neg,
+    "matmul": bilinear, "bmm": bilinear, "linear": linear_function, "scaled_dot_product_attention": attention,
+    "cat": cat, "concat": cat, "pad": pad, "getitem": getitem, "chunk": split, "split": split, "unbind": split,
+    "mean": mean, "sum": linear_map, "flatten": linear_map, "reshape": linear_map, "view": linear_map,
+    "permute": linear_map, "transpose": linear_map, "t": linear_map, "squeeze": linear_map, "unsqueeze": linear_map,
+    "expand": linear_map, "movedim": linear_map, "contiguous": identity, "unflatten": linear_map,
+    "relu": _relu, "relu6": _relu6, "leaky_relu": leaky_relu, "gelu": gelu, "silu": _silu, "sigmoid": _sigmoid,
+    "tanh": _tanh, "softmax": softmax, "exp": _exp, "square": _square, "avg_pool2d": per_channel_map,
+    "adaptive_avg_pool2d": per_channel_map, "max_pool2d": max_pool, "layer_norm": layer_norm, "dropout": identity,
 }  # fmt: skip
 
 BY_FUNCTION = {
