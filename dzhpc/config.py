@@ -30,7 +30,7 @@ def _seconds(value: Any) -> Any:
     """Seconds from a number, "H:MM:SS", or a TOML local time."""
     if isinstance(value, datetime.time):
         return value.hour * 3600.0 + value.minute * 60 + value.second
-    if isinstance(value, str) and ":" in value and all(part.isdigit() for part in value.split(":")):
+    if isinstance(value, str) and value.count(":") in (1, 2) and all(part.isdigit() for part in value.split(":")):
         hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in value.split(":")])[-3:]
         return hours * 3600.0 + minutes * 60 + seconds
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -229,7 +229,8 @@ def parse(table: dict[str, Any], source: str, from_command_line: set | frozenset
     except ValidationError as failure:
         # an unknown key is usually the cause of the others, so it is named first
         error = min(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        where = "--set" if error["loc"][:2] in from_command_line else source
+        at_fault = error["loc"][:2]  # a key, or a section alone
+        where = "--set" if any(place[: len(at_fault)] == at_fault for place in from_command_line) else source
         raise InputError(f"{where}: {_explain(error)}") from None
     for fault in _conflicts(config):
         raise InputError(f"{source}: {fault}")
@@ -255,7 +256,7 @@ def _value(text: str) -> Any:
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"][:2])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(key)}; `python -m dzhpc.info keys` lists every key"
+        return f"unknown key {key}{_suggestion(key)} (`python -m dzhpc.info keys` lists every key)"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     found = error["input"]
     return f"{key} = {found!r}: expected {expected}" if not isinstance(found, dict) else f"{key}: expected {expected}"
@@ -314,7 +315,9 @@ def import_object(name: str, key: str) -> Any:
 
     Raises InputError that names ``key`` if the module or the name does not exist.
     """
-    module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise InputError(f'{key} = "{name}": expected "package.module:Name"')
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

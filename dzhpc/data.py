@@ -88,7 +88,7 @@ class Batches:
         """The ``number``-th class-balanced batch for pruning scores, without augmentation: equally many images a class."""
         labels = self.data.train.labels.cpu()
         present = labels.unique()
-        share = max(1, self.batch_size // len(present))
+        share = min(max(1, self.batch_size // len(present)), int(labels.bincount()[present].min()))
         draw = generator(self.seed, "balanced", number)
         chosen = []
         for label in present:
@@ -241,7 +241,10 @@ def make_data_set(train, test, classes: list[str] | None = None, mean=None, std=
     Unset mean and std are measured on the training images. Raises InputError for shapes or labels that do not fit.
     """
     splits = [
-        Split(torch.as_tensor(np.ascontiguousarray(images)), torch.as_tensor(np.asarray(labels)).long())
+        Split(
+            torch.as_tensor(np.asarray(images)).clone(memory_format=torch.contiguous_format),
+            torch.as_tensor(np.asarray(labels)).long(),
+        )
         for images, labels in (train, test)
     ]
     for part, split in zip(("training", "test"), splits, strict=True):
@@ -252,7 +255,8 @@ def make_data_set(train, test, classes: list[str] | None = None, mean=None, std=
     top = int(max(split.labels.max() for split in splits)) + 1
     classes = classes or [str(k) for k in range(top)]
     if top > len(classes) or min(int(split.labels.min()) for split in splits) < 0:
-        raise InputError(f"labels run up to {top - 1}, but the data set names {len(classes)} classes")
+        low = min(int(split.labels.min()) for split in splits)
+        raise InputError(f"labels run from {low} to {top - 1}, but the data set names {len(classes)} classes")
     images = splits[0].images
     channels = images.shape[1]
     if mean is None or std is None:

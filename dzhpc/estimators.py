@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.coordinates import ParameterIndex
+from dzhpc.errors import InputError
 from dzhpc.seeds import generator
 
 BLOCK = 64  # directions summed in one matrix product; fixed, since it decides the order of the sum
@@ -30,6 +31,8 @@ def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:
 
 def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> dict[str, Tensor]:
     """Estimate from q Gaussian directions over all coordinates: name -> tensor; q queries ("central": 2q)."""
+    if q < 1:
+        raise InputError(f"q = {q}: expected at least one direction")
     coords = np.arange(engine.index.size)
     slopes = rge_slopes(engine, range(q), mu, seed, coords, difference)
     flat = torch.zeros(engine.index.size, dtype=engine.index.dtype, device=engine.index.device)

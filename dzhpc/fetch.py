@@ -5,6 +5,8 @@ network access, before the job: nothing is downloaded inside a run. One file ins
 """
 
 import argparse
+import tarfile
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -74,7 +76,8 @@ def _cifar10(args: argparse.Namespace) -> data.DataSet:
         md5 = CIFAR10.tgz_md5 if args.url == URL else None  # another archive's files are verified one by one below
         try:
             download_and_extract_archive(args.url, str(folder), filename=CIFAR10.filename, md5=md5)
-        except (URLError, OSError, RuntimeError, EOFError) as error:
+        except (URLError, OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
+            (folder / CIFAR10.filename).unlink(missing_ok=True)  # else the next fetch would take it for a good one
             raise InputError(
                 f"{args.url}: cannot be downloaded ({error}); without network, copy the files here and use --from"
             ) from None

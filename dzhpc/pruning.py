@@ -73,6 +73,7 @@ def zo_grasp(engine, bind: Callable[[], float], q: int, mu: float, seed: int, sp
         second = estimate()
     finally:
         _assign(index, theta)
+        engine.unbind()  # it still held theta + mu g
     return -theta * (second - first) / mu
 
 

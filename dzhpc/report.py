@@ -44,13 +44,16 @@ def read(folder: Path) -> Run:
 
 def table(runs: list[Run]) -> str:
     """A Markdown table, a run a row."""
-    rows = ["| run | steps | epochs | queries | train loss | test loss | test accuracy | best | wall time |", "|---" * 9 + "|"]
+    rows = [
+        "| run | steps | epochs | queries | train loss | test loss | test accuracy | best | wall time |",
+        "|---" * 9 + "|",
+    ]
     for run in runs:
         t, e = run.train, run.eval
         if not len(t["step"]):
             rows.append(f"| {run.name} | 0 | | | | | | | |")
             continue
-        tail = float(np.mean(t["loss"][-20:]))
+        tail = float(np.mean(t["loss"][-max(1, len(t["loss"]) // 10) :]))
         loss = f"{e['loss'][-1]:.4g}" if len(e["loss"]) else ""
         known = len(e["accuracy"]) and not math.isnan(e["accuracy"][-1])
         last, best = (f"{100 * f(e['accuracy']):.2f} %" if known else "" for f in (lambda a: a[-1], np.nanmax))

@@ -193,6 +193,7 @@ class Trainer:
         """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count."""
         rows = self.world.split(self.task.evaluation_parts, lambda mine: self.task.evaluate(mine, self.step))
         loss, correct, count = (sum(column) for column in rows.T.tolist())
+        self._queries += self.task.evaluation_queries
         self._accuracy, self._evaluated_step = correct / count, self.step
         epoch = self.step / self.task.steps_per_epoch
         self._metrics.add_eval(self.step, epoch, loss / count, self._accuracy)

@@ -35,6 +35,8 @@ def make_engine(
         raise InputError(f'precision = "{precision}": engine "{kind}" knows only "fp32"')
     if kind == "full":
         return Full(model, loss, parameters)
+    if parameters is not None:
+        raise InputError(f'engine "{kind}" perturbs a module\'s own parameters; use engine = "full" for parameters = {{...}}')
     if kind == "reuse":
         return Reuse(model, loss, memory_mb)
     if kind == "delta":

@@ -27,6 +27,14 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 LOSSES = {"cross_entropy": cross_entropy, "mse": mse}
 
 
+def checked(coords) -> list[int]:
+    """Coordinates as integers. Raises InputError for anything else: a mask of booleans is not a list of indices."""
+    array = np.asarray(coords)
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"coordinates must be integers, found {array.dtype}")
+    return [int(j) for j in array]
+
+
 class Full:
     """Evaluates l(theta + mu e_j) - l(theta) by running the model once per coordinate.
 
@@ -46,16 +54,26 @@ class Full:
         self.peak_bytes = 0  # what the engine holds besides the model
         self._buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
         self._before: list[Tensor] = []
+        self.unbind()
 
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
         """The batch loss at theta. Later differences are on this batch. The only pass that moves buffers."""
+        self.unbind()
         self._inputs, self._targets = inputs, targets
+        version = inputs._version
         self._before = [b.clone() for b in self._buffers]
         self._rng = self._rng_states()
-        self._base = self.loss(self._run_base(), targets)
+        base = self.loss(self._run_base(), targets)
         self.queries += 1
-        return float(self._base)
+        if inputs._version != version:
+            raise InputError(f"{type(self.model).__name__} overwrites its input, so no second pass would see the same batch")
+        self._base = base
+        return float(base)
+
+    def unbind(self) -> None:
+        """Forget the batch: differences need a new :meth:`bind` first, as they do after theta has moved."""
+        self._base: Tensor | None = None
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Chunks of a coordinate list [n], as ranges of positions."""
@@ -68,7 +86,7 @@ class Full:
         Raises InputError for a coordinate outside 0 <= j < d.
         """
         self._need_base()
-        elements = [self.index.element(int(j)) for j in coords]
+        elements = [self.index.element(j) for j in checked(coords)]
         values = []
         with self._unchanged():
             for owner, element in elements:
@@ -130,7 +148,7 @@ class Full:
         return self.model(self._inputs)
 
     def _need_base(self) -> None:
-        if not hasattr(self, "_base"):
+        if self._base is None:
             raise InputError("no batch is bound: call engine.bind(inputs, targets) first")
 
     def _rewind(self) -> None:

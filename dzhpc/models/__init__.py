@@ -28,7 +28,10 @@ def constructor(section: configuration.Model):
 
 def accepted(section: configuration.Model) -> set[str] | None:
     """The keys that the constructor takes; None if it takes any."""
-    parameters = inspect.signature(constructor(section)).parameters.values()
+    try:
+        parameters = inspect.signature(constructor(section)).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise InputError(f'model.name = "{section.name}": {error}; expected a torch.nn.Module class') from None
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
@@ -64,7 +67,7 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
     except OSError as error:
         raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
     except CheckpointError as error:
-        raise InputError(f"model.weights: {error}") from None
+        raise InputError(f"model.weights = {path}: {error}") from None
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
         raise InputError(
             f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"

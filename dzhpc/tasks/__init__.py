@@ -18,6 +18,7 @@ class Task(Protocol):
     engine: object  # bind, differences, directional, cut: see dzhpc.engines.full.Full
     steps_per_epoch: int
     evaluation_parts: int  # pieces of an evaluation that ranks may share
+    evaluation_queries: int  # what an evaluation costs
 
     def bind(self, step: int) -> float:
         """Bind the step's batch to the engine: the base loss."""

@@ -27,6 +27,7 @@ class Classification:
         self._choose_layout()
         self.engine = make_engine(config.zo.engine, self.model, "cross_entropy", config.zo.precision, config.zo.memory_mb)
         self.steps_per_epoch = self.batches.steps_per_epoch
+        self.evaluation_queries = 0  # the test set belongs to us, not to the black box
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
 
     def bind(self, step: int) -> float:

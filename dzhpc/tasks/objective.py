@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dzhpc.config import Config, import_object
 from dzhpc.coordinates import ParameterIndex
+from dzhpc.engines.full import checked
 from dzhpc.errors import InputError
 
 
@@ -18,7 +19,7 @@ class Blocks(nn.Module):
         super().__init__()
         blocks = initial if isinstance(initial, Mapping) else {"theta": initial}
         for name, value in blocks.items():
-            tensor = torch.as_tensor(value).detach().clone()
+            tensor = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value)).detach().clone()
             self.register_parameter(name, nn.Parameter(tensor if tensor.is_floating_point() else tensor.double()))
 
 
@@ -33,12 +34,17 @@ class ObjectiveEngine:
         self.queries = 0
         self.peak_bytes = 0
         self._function, self._numpy, self._limit, self._name = function, numpy, batch_limit, name
+        self.unbind()
 
     def bind(self, step: int) -> float:
         """The loss at theta; later differences are at this step."""
-        self._step = step
+        self._step: int | None = step
         self._base = self._call(self._theta()[None])[0]
         return float(self._base)
+
+    def unbind(self) -> None:
+        """Forget the step."""
+        self._step = None
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Chunks of positions: small enough to be shared out, never more than a call may hold."""
@@ -47,7 +53,7 @@ class ObjectiveEngine:
 
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j -> [n]."""
-        coords = torch.as_tensor(np.asarray(coords, np.int64))
+        coords = torch.tensor(checked(coords), dtype=torch.int64)
         self.index.owner(coords.numpy())
         theta, values = self._theta(), []
         for part in coords.split(self._limit):
@@ -69,6 +75,8 @@ class ObjectiveEngine:
         return torch.cat(values) if values else theta.new_zeros(0)
 
     def _theta(self) -> Tensor:
+        if self._step is None:
+            raise InputError("no step is bound: call engine.bind(step) first")
         return self.index.flatten(p.detach() for p in self.index.parameters)
 
     def _call(self, thetas: Tensor) -> Tensor:
@@ -87,20 +95,24 @@ class ObjectiveTask:
 
     steps_per_epoch = 1
     evaluation_parts = 1
+    evaluation_queries = 1
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
         name = config.task.function
         function = import_object(name, "task.function")
         if isinstance(function, type) or not hasattr(function, "initial"):
-            function = function()
+            function = function() if callable(function) else function
         if not callable(function) or not callable(getattr(function, "initial", None)):
             raise InputError(
                 f"task.function = {name}: needs initial() -> theta0 [d] and __call__(thetas [P, d], step) -> losses [P]"
             )
         initial = function.initial()
-        first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
-        self.model = Blocks(initial)
+        try:
+            first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
+            self.model = Blocks(initial)
+        except (TypeError, ValueError, KeyError, StopIteration) as error:
+            raise InputError(f"task.function = {name}: initial() gave what is no theta0 ({error})") from None
         self.engine = ObjectiveEngine(function, self.model, not isinstance(first, Tensor), config.task.batch_limit, name)
 
     def bind(self, step: int) -> float:

@@ -1,0 +1,49 @@
+"""Shared fixtures. Data that are not in the repository lie below $DZHPC_DATA, else ../shared/data; without them tests skip."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("dzhpc", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("dzhpc")
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def project():
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """The folder that holds cifar10/ and weights/."""
+    root = Path(os.environ.get("DZHPC_DATA") or PROJECT.parent / "shared" / "data")
+    if not root.is_dir():
+        pytest.skip(f"real data: {root} does not exist; set DZHPC_DATA")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(data_root):
+    """The folder that holds cifar-10-batches-py."""
+    if not (data_root / "cifar10" / "cifar-10-batches-py" / "test_batch").exists():
+        pytest.skip(f"CIFAR-10: no cifar10/cifar-10-batches-py in {data_root}; set DZHPC_DATA")
+    return data_root / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def cifar10(cifar10_folder):
+    """CIFAR-10 as the program sees it."""
+    from dzhpc import data
+
+    return data.cifar10_from(cifar10_folder, "")

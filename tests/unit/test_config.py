@@ -1,0 +1,201 @@
+"""Input files: precedence, strictness, and errors that name file, key, found and expected."""
+
+import pytest
+
+from dzhpc import config
+from dzhpc.errors import InputError
+
+
+def write(folder, text, name="a.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_defaults_equal_inputs_resnet20(project):
+    defaults, shipped = config.load(), config.load(project / "inputs" / "resnet20.toml")
+    assert shipped.run.name == "resnet20"
+    shipped.run.name = defaults.run.name
+    assert shipped == defaults
+    assert (defaults.zo.mu, defaults.sparsity.q, defaults.stop.epochs, defaults.sparsity.ratio) == (5e-3, 192, 50, 0.9)
+    optim = defaults.optim
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.schedule, optim.warmup_epochs) == (0.1, 0.9, 5e-4, "cosine", 3)
+
+
+def test_every_shipped_input_is_valid(project):
+    inputs = [*(project / "inputs").glob("*.toml"), *(project / "examples").glob("*.toml")]
+    assert {p.stem for p in inputs} >= {"digits", "cnn", "resnet20"}
+    for path in inputs:
+        assert config.load(path).run.name == path.stem
+
+
+def test_precedence_is_defaults_file_command_line(tmp_path):
+    path = write(tmp_path, "[zo]\nmu = 1e-2\nq = 7\n")
+    found = config.load(path, ["zo.mu=1e-4", "zo.mu=2e-4"])
+    assert (found.zo.mu, found.zo.q, found.zo.difference, found.run.name) == (2e-4, 7, "forward", "a")
+    assert config.load().zo.mu == 5e-3  # nothing of it stays behind
+    assert config.load(None, ["model.name=cnn"]).run.name == "cnn"
+    assert config.load().run.name == "resnet20"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run.dir=/scratch/my runs", "/scratch/my runs"),
+        ('run.dir="quoted"', "quoted"),
+        ("run.dir = spaced ", "spaced"),
+        ("run.dir=a=b", "a=b"),
+    ],
+)
+def test_a_value_on_the_command_line_may_be_a_bare_string(text, expected):
+    assert config.load(None, [text]).run.dir == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("2.5", 2.5), ("1:30:00", 5400), ("01:30:00", 5400), ("100:00:05", 360_005), ("1:30", 90)]
+)
+def test_times_are_seconds_or_hours_minutes_seconds(text, seconds):
+    assert config.load(None, [f"stop.walltime={text}"]).stop.walltime == seconds
+
+
+def test_a_time_with_days_is_refused_rather_than_cut():
+    with pytest.raises(InputError, match=r"stop\.walltime"):
+        config.load(None, ["stop.walltime=1:02:00:00"])
+
+
+def refusal(*arguments):
+    with pytest.raises(InputError) as info:
+        config.load(*arguments)
+    return str(info.value)
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(tmp_path):
+    path = write(tmp_path, "[zo]\nstep_size = 1e-3\n")
+    assert f"{path}: unknown key zo.step_size; did you mean zo.mu?" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[zo]\nmue = 1e-3", "unknown key zo.mue; did you mean zo.mu?"),
+        ("[optim]\nmu = 1e-3", "unknown key optim.mu; did you mean zo.mu?"),
+        ("[optim]\nlearning_rate = 0.1", "unknown key optim.learning_rate; did you mean optim.lr?"),
+        ("[data]\nbatchsize = 3", "unknown key data.batchsize; did you mean data.batch_size?"),
+        ("[optimiser]\nlr = 1.0", "unknown key optimiser; did you mean optim?"),
+        ("[stop]\nxyzzy = 1", "unknown key stop.xyzzy (`python -m dzhpc.info keys` lists every key)"),
+        ("[zo]\nmu = -1.0\nstep_size = 2", "unknown key zo.step_size"),  # the unknown key first
+        ("[zo]\nmu = 0.0", "zo.mu = 0.0: expected greater than 0"),
+        ("[zo]\nmu = 'small'", "zo.mu = 'small': expected number"),
+        ("[zo]\nmu = inf", "zo.mu = inf: expected a finite number"),
+        ("[zo]\nengine = 'delta8'", "zo.engine = 'delta8': expected 'full'"),
+        ("[data]\nbatch_size = 0", "data.batch_size = 0: expected greater than or equal to 1"),
+        ("[data]\nbatch_size = 8.5", "data.batch_size = 8.5: expected integer"),
+        ("[data]\naugment = 1", "data.augment = 1: expected boolean"),
+        ("[sparsity]\nratio = 1.0", "sparsity.ratio = 1.0: expected less than 1"),
+        ("[checkpoint]\nkeep = 1", "checkpoint.keep = 1: expected greater than or equal to 2"),
+        ("[run]\nname = 7", "run.name = 7: expected string"),
+        ("zo = 3", "zo = 3: expected"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_file_found_and_expected(tmp_path, text, message):
+    path = write(tmp_path, text)
+    found = refusal(path)
+    assert found.startswith(f"{path}: {message}")
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zo.mu=small"], "--set: zo.mu = 'small': expected number"),
+        (["zo.step_size=1"], "--set: unknown key zo.step_size; did you mean zo.mu?"),
+        (["zoo.mu=1"], "--set: unknown key zoo"),
+        (["zo.mu"], "--set zo.mu: expected SECTION.KEY=VALUE"),
+        (["mu=1"], "--set mu=1: expected SECTION.KEY=VALUE"),
+        (["zo.a.b=1"], "--set zo.a.b=1: expected SECTION.KEY=VALUE"),
+    ],
+)
+def test_a_fault_on_the_command_line_is_said_to_be_there(tmp_path, overrides, message):
+    assert refusal(write(tmp_path, "[zo]\nmu = 1e-2\n"), overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"cannot be read (No such file or directory)"), (b"[zo\n", "not valid TOML"), (b"\xff\xfe", "not valid TOML")],
+)
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
+    path = tmp_path / "a.toml"
+    if content:
+        path.write_bytes(content)
+    assert refusal(path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sparsity.target=weights"], 'sparsity.pattern = "dynamic": sparsity.target = "weights" needs "static"'),
+        (["sparsity.pattern=regrasp", "sparsity.lpr=a.h5"], 'sparsity.lpr: a fixed file contradicts pattern = "regrasp"'),
+        (["optim.name=adam", "optim.nesterov=true"], 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'),
+        (["optim.momentum=0.0", "optim.nesterov=true"], "optim.nesterov = true"),
+        (["optim.schedule=step"], 'optim.schedule = "step": needs optim.milestones'),
+        (["task.kind=objective"], 'task.kind = "objective": needs task.function'),
+        (["task.kind=objective", "task.function=a:B", "zo.estimator=autograd"], 'task.kind = "objective": has no autograd'),
+        (["task.kind=objective", "task.function=a:B", "sparsity.scores=fo-grasp"], 'task.kind = "objective": has no autograd'),
+        (["task.function=a:B"], 'task.function: belongs to task.kind = "objective"'),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(overrides, message):
+    assert message in refusal(None, overrides)
+
+
+def test_a_config_comes_back_from_its_own_toml(tmp_path):
+    overrides = [
+        "model.name=cnn",
+        "model.depth=4",
+        "zo.q=9",
+        "data.mean=[0.5]",
+        "stop.walltime=2:00:00",
+        "run.dir=a\"b'c",
+        "run.seed=3",
+    ]
+    first = config.load(None, overrides)
+    path = write(tmp_path, first.to_toml(), "input.toml")
+    again = config.load(path)
+    assert again == first
+    assert again.model.fields == {"depth": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("zo.mu=0.1", ("zo.mu", 5e-3, 0.1)),
+        ("model.name=cnn", ("model.name", "resnet20", "cnn")),
+        ("model.depth=2", ("model.depth", None, 2)),
+        ("data.batch_size=3", ("data.batch_size", 512, 3)),
+        ("task.batch_limit=3", ("task.batch_limit", 1024, 3)),
+        ("sparsity.ratio=0.5", ("sparsity.ratio", 0.9, 0.5)),
+        ("optim.lr=1.0", ("optim.lr", 0.1, 1.0)),
+        ("stop.epochs=3.0", ("stop.epochs", 50.0, 3.0)),
+        ("run.seed=1", ("run.seed", 0, 1)),
+    ],
+)
+def test_a_changed_frozen_key_is_named_with_both_values(change, expected):
+    assert config.frozen_changes(config.load(None, ["run.name=a"]), config.load(None, ["run.name=a", change])) == [expected]
+
+
+FREE = (
+    "data.root=/x", "run.name=b", "run.threads=2", "stop.steps=5", "stop.queries=5", "stop.target_accuracy=0.5",
+    "stop.walltime=5", "checkpoint.keep=9", "eval.batch_size=7", "run.dir=x", "run.check_every=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FREE)
+def test_any_other_key_is_free_to_change_on_restart(change):
+    assert config.frozen_changes(config.load(), config.load(None, [change])) == []
+
+
+def test_every_key_is_known_with_its_default_and_documented():
+    keys = {key: (default, meaning) for key, default, meaning in config.known_keys()}
+    assert keys["zo.mu"] == (5e-3, "smoothing parameter: the length of a perturbation")
+    assert {key.split(".")[0] for key in keys} == set(config.Config.model_fields)
+    assert [key for key, (_, meaning) in keys.items() if not meaning] == []

@@ -1,0 +1,163 @@
+"""Fetch: what is packed or downloaded is what a run reads; what cannot be had leaves one clear line."""
+
+import functools
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dzhpc import config, data, fetch
+from dzhpc.errors import InputError
+
+
+def run(*arguments):
+    return fetch.fetch(fetch.parser().parse_args([str(a) for a in arguments]))
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes; one of the images is greyscale, one is not square."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    for part, name, shape in [
+        ("train", "cat", (8, 8, 3)),
+        ("train", "cat", (8, 8)),
+        ("train", "dog", (8, 12, 3)),
+        ("val", "cat", (8, 8, 3)),
+        ("val", "dog", (8, 8, 3)),
+    ]:
+        save(folder / part / name / f"{len(shape)}{shape[1]}.png", rng.integers(0, 256, shape, np.uint8))
+    return folder
+
+
+def test_a_packed_image_folder_holds_the_pixels_of_its_files(tmp_path, image_folder):
+    path = run("pets", "--from", image_folder, "--size", 8, "--root", tmp_path / "root")
+    assert path == tmp_path / "root" / "pets.h5"
+    packed = data.load(config.Data(name="packed", path="pets.h5", root=str(path.parent)), 0)
+    direct = data.load(config.Data(name="imagefolder", path="pictures", root=str(tmp_path), image_size=8), 0)
+    for found in (packed, direct):
+        assert (found.classes, found.train.labels.tolist(), found.test.labels.tolist()) == (["cat", "dog"], [0, 0, 1], [0, 1])
+        grey, colour = (np.asarray(Image.open(image_folder / "train" / "cat" / f"{n}8.png")) for n in (2, 3))
+        assert torch.equal(found.train.images[0], torch.from_numpy(np.stack([grey] * 3)))
+        assert torch.equal(found.train.images[1], torch.from_numpy(colour.transpose(2, 0, 1).copy()))
+        wide = np.asarray(Image.open(image_folder / "train" / "dog" / "312.png"))[:, 2:10]
+        assert torch.equal(found.train.images[2], torch.from_numpy(wide.transpose(2, 0, 1).copy()))
+    assert torch.equal(packed.mean, direct.mean)
+    assert torch.equal(packed.std, direct.std)
+
+
+def test_classes_that_differ_between_train_and_val_are_refused(tmp_path, image_folder):
+    (image_folder / "val" / "dog").rename(image_folder / "val" / "bird")
+    with pytest.raises(InputError, match=r"train/ has the classes \['cat', 'dog'\], val/ has \['bird', 'cat'\]; they must agree"):
+        run("pets", "--from", image_folder, "--size", 8, "--root", tmp_path)
+    assert not (tmp_path / "pets.h5").exists()
+
+
+def test_a_damaged_image_is_refused(tmp_path, image_folder):
+    (image_folder / "val" / "dog" / "38.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(InputError, match="cannot be read as an image folder"):
+        run("pets", "--from", image_folder, "--size", 8, "--root", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pets"], "pets: only cifar10 can be downloaded; pack an image folder with --from FOLDER --size PIXELS"),
+        (["pets", "--from", "here"], "--size: needed to pack here"),
+        (["pets", "--from", "here", "--size", "0"], "--size: needed to pack here"),
+        (["pets", "--from", "here", "--size", "8"], "expected train/<class>/ and val/<class>/"),
+        (["cifar10", "--from", "here"], "cifar-10-batches-py: incomplete or damaged"),
+    ],
+)
+def test_a_folder_that_cannot_be_packed_is_refused(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        run(*arguments, "--root", tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """(folder, address) of a web server on this machine."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "web"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+def test_downloaded_cifar10_is_packed_to_the_same_images(tmp_path, server, cifar10_folder, cifar10):
+    folder, address = server
+    with tarfile.open(folder / "c.tar.gz", "w:gz", compresslevel=0) as archive:
+        archive.add(cifar10_folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    path = run("cifar10", "--root", tmp_path / "root", "--url", f"{address}/c.tar.gz")
+    packed = data.load(config.Data(name="cifar10", root=str(path.parent)), 0)
+    for part, original in ((packed.train, cifar10.train), (packed.test, cifar10.test)):
+        assert torch.equal(part.images, original.images)
+        assert torch.equal(part.labels, original.labels)
+    assert (packed.classes, packed.mean.tolist(), packed.std.tolist()) == (
+        cifar10.classes,
+        cifar10.mean.tolist(),
+        cifar10.std.tolist(),
+    )
+    for big in (folder, path.parent):
+        shutil.rmtree(big)
+
+
+def archive_of(name, content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "a web page": b"<html>not here</html>",
+    "cut short": archive_of("cifar-10-batches-py/data_batch_1", np.random.default_rng(0).bytes(200_000))[:90_000],
+    "damaged": b"\x1f\x8b\x08\0\0\0\0\0\0\0" + b"\xff" * 1000,
+    "empty": b"",
+    "of something else": archive_of("readme", b"hello"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_archive_is_refused_with_the_next_step(tmp_path, server, what):
+    folder, address = server
+    (folder / "c.tar.gz").write_bytes(BROKEN[what])
+    with pytest.raises(InputError, match=r"c\.tar\.gz: cannot be .*use --from|incomplete or damaged .*remove .* and fetch again"):
+        run("cifar10", "--root", tmp_path / "root", "--url", f"{address}/c.tar.gz")
+    assert not (tmp_path / "root" / "cifar10.h5").exists()
+
+
+def test_a_broken_download_does_not_stand_in_the_way_of_the_next(tmp_path, server):
+    folder, address = server
+    for content in (BROKEN["a web page"], archive_of("cifar-10-batches-py/data_batch_1", b"the second download")):
+        (folder / "c.tar.gz").write_bytes(content)
+        with pytest.raises(InputError):
+            run("cifar10", "--root", tmp_path, "--url", f"{address}/c.tar.gz")
+    assert (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_1").read_bytes() == b"the second download"
+
+
+@pytest.mark.parametrize("address", ["{server}/absent.tar.gz", "http://127.0.0.1:9/c.tar.gz"])
+def test_an_address_that_does_not_answer_is_named_with_the_way_out(tmp_path, server, address):
+    url = address.format(server=server[1])
+    with pytest.raises(InputError, match=rf"{url}: cannot be downloaded .*copy the files here and use --from"):
+        run("cifar10", "--root", tmp_path, "--url", url)

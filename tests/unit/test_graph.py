@@ -1,0 +1,91 @@
+"""The traced network: what runs again, what is kept, and what stays the user's."""
+
+import pytest
+import torch
+from nets import InPlace, Unused, vectors
+from torch import nn
+
+import dzhpc
+from dzhpc.coordinates import ParameterIndex
+from dzhpc.errors import InputError
+from dzhpc.graph import Network
+
+
+class Branches(nn.Module):
+    """stem -> (left, right) -> head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        return self.head(torch.tanh(self.left(h)) + torch.tanh(self.right(h)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "downstream"),
+    [("stem", ["stem", "left", "right", "head"]), ("left", ["left", "head"]), ("right", ["right", "head"]), ("head", ["head"])],
+)
+def test_only_what_lies_downstream_of_the_perturbed_parameter_runs_again(layer, downstream):
+    model = Branches().double()
+    engine = dzhpc.make_engine("reuse", model, "mse")
+    engine.bind(*vectors())
+    calls = []
+    for name, module in model.named_children():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    engine.differences(engine.index.range(f"{layer}.weight")[:1], 0.1)
+    assert calls == downstream
+
+
+def test_a_bind_runs_the_model_once_after_the_first_of_its_mode():
+    model = Branches().double()
+    engine, calls = dzhpc.make_engine("reuse", model, "mse"), []
+    engine.bind(*vectors())
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    engine.bind(*vectors())
+    assert len(calls) == 1
+
+
+def test_an_output_that_does_not_depend_on_a_parameter_has_no_tail():
+    model = Unused().double()
+    network = Network(model, ParameterIndex.of(model).parameters)
+    output = network.run(vectors()[0])
+    names = ParameterIndex.of(model).names
+    assert [name for k, name in enumerate(names) if network.tail(k) is None] == ["never", "idle.weight", "idle.bias"]
+    assert torch.equal(network.tail(names.index("fc.weight")), output)
+
+
+def test_kept_bytes_count_what_tails_read_and_shared_storage_once():
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2), nn.Linear(2, 4)).double()
+    network = Network(model, list(model.parameters()))
+    network.run(vectors()[0])
+    assert network.kept_bytes == 8 * 6 * (4 + 16 + 2)
+
+
+def test_the_users_in_place_modules_stay_in_place():
+    model = InPlace().double()
+    features = model.a(vectors()[0])
+    dzhpc.make_engine("reuse", model, "mse").bind(*vectors())
+    assert model.act.inplace
+    assert model.act(features) is features
+
+
+@pytest.mark.parametrize(
+    ("write", "target"),
+    [
+        (lambda h: h.copy_(h * 2), "copy_"),
+        (lambda h: h.zero_(), "zero_"),
+        (lambda h: torch.add(h, 1, out=h), "add"),
+    ],
+)
+def test_an_overwriting_operation_without_another_form_is_refused_by_its_name(write, target):
+    class Writes(Branches):
+        def forward(self, x):
+            h = self.stem(x)
+            write(h)
+            return self.head(h)
+
+    model = Writes().double()
+    with pytest.raises(InputError, match=f'Writes overwrites a tensor by {target} .*use engine = "full"'):
+        Network(model, list(model.parameters()))

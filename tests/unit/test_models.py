@@ -1,0 +1,184 @@
+"""Models: the sizes of the paper, trained weights that classify as published, starting weights, checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+
+import dzhpc
+from dzhpc import config, data, models, store
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.resnet import resnet18, resnet20, resnet56
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(1, 730), (2, 3_700), (3, 6_670), (4, 9_640), (5, 12_610)])
+def test_the_simple_cnn_has_the_papers_parameters(depth, parameters):
+    model = SimpleCNN(depth)
+    assert size(model) == parameters
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("make", "parameters"), [(resnet20, 269_722), (resnet18, 11_173_962), (resnet56, 853_018)])
+def test_resnets_have_their_known_parameters(make, parameters):
+    model = make()
+    assert size(model) == parameters
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@torch.no_grad()
+def test_trained_resnet20_weights_classify_91_73_percent_of_the_test_images(data_root, cifar10):
+    path = data_root / "weights" / "cifar10-resnet20.th"
+    if not path.exists():
+        pytest.skip(f"trained weights: {path} does not exist; set DZHPC_DATA")
+    model = models.build(config.Model(name="resnet20", weights=str(path)), seed=0).eval().to(memory_format=torch.channels_last)
+    normalised = data.DataSet(
+        cifar10.train, cifar10.test, torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]), cifar10.classes
+    )
+    correct = 0
+    for images, labels in zip(cifar10.test.images.split(500), cifar10.test.labels.split(500), strict=True):
+        inputs = normalised.normalise(images).contiguous(memory_format=torch.channels_last)
+        correct += int((model(inputs).argmax(1) == labels).sum())
+    assert correct == 9173
+
+
+def test_the_option_a_shortcut_subsamples_and_pads_channels_on_both_sides():
+    x = torch.randn(2, 16, 6, 6)
+    out = resnet20().layer2[0].shortcut(x)
+    assert out.shape == (2, 32, 3, 3)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out[:, :8].abs().sum() + out[:, 24:].abs().sum() == 0
+
+
+def test_weights_are_a_function_of_the_seed_and_leave_the_global_random_numbers_alone():
+    section = config.Model(name="cnn", depth=2)
+    before = torch.get_rng_state()
+    a, b, c = (models.build(section, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (config.Model(name="cnn", dpeth=2), r"unknown key model\.dpeth; model cnn takes classes, depth, in_channels, width"),
+        (config.Model(name="resnet99"), r'model\.name = "resnet99": expected cnn \| resnet20'),
+        (config.Model(name="cnn", depth=0), r"model\.depth = 0.*expected at least 1"),
+        (config.Model(name="cnn", depth="two"), r"\[model\] cnn: "),
+        (config.Model(name="torch.nn:Relu"), "module torch.nn has no 'Relu'"),
+        (config.Model(name="pathlib:Path"), "gave a PosixPath, expected a torch.nn.Module"),
+        (config.Model(name="collections:OrderedDict"), 'model.name = "collections:OrderedDict"'),
+        (config.Model(name="math:pi"), 'model.name = "math:pi"'),
+        (config.Model(name="torch.nn:Linear", in_features=3), r"\[model\] torch.nn:Linear: .*out_features"),
+    ],
+)
+def test_a_model_section_that_builds_nothing_is_refused(section, message):
+    with pytest.raises(InputError, match=message):
+        models.build(section, 0)
+
+
+def test_a_class_of_the_users_is_built_with_its_own_arguments():
+    model = models.build(config.Model(name="torch.nn:Linear", in_features=3, out_features=2), 0)
+    assert model.weight.shape == (2, 3)
+
+
+def checkpoint_of(model, toml, path, lpr=None):
+    state = store.State(
+        config=toml,
+        history=[],
+        step=3,
+        epoch=0.5,
+        queries=7,
+        wall_time_s=1.0,
+        run_uuid="u",
+        model_sha256=store.model_sha256(model),
+        seed=0,
+        params=dict(model.named_parameters()),
+        buffers=dict(model.named_buffers()),
+        optimizer={},
+        coordinates=torch.arange(3).numpy(),
+        lpr=lpr,
+    )
+    store.save_checkpoint(path, state)
+
+
+def trained(seed=5):
+    model = SimpleCNN(2, 4)
+    with torch.no_grad():
+        for t in model.state_dict().values():
+            t.copy_(torch.rand(t.shape) * 9)
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_starting_weights_come_from_a_torch_state_dict(tmp_path, wrapped):
+    model, path = trained(), tmp_path / "w.pt"
+    state = model.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, path)
+    found = models.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_starting_weights_come_from_a_checkpoint_of_ours(tmp_path):
+    model, path = trained(), tmp_path / "step-00000003.h5"
+    checkpoint_of(model, "", path)
+    found = models.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def broken_weights(folder):
+    torch.save(SimpleCNN(3, 4).state_dict(), folder / "other depth")
+    torch.save(SimpleCNN(2, 5).state_dict(), folder / "other width")
+    torch.save([1, 2], folder / "a list")
+    torch.save({"state_dict": [1, 2]}, folder / "a list inside")
+    torch.save({"fc.weight": "text"}, folder / "text")
+    torch.save({1: torch.zeros(2)}, folder / "numbered")
+    torch.save(nn.ReLU(), folder / "a whole module")
+    checkpoint_of(SimpleCNN(2, 5), "", folder / "another checkpoint")
+    (folder / "a page").write_text("<html></html>")
+    (folder / "an input file").write_text("[run]\nname = 'x'\n")
+    (folder / "nothing").write_bytes(b"")
+    (folder / "a cut archive").write_bytes((folder / "other depth").read_bytes()[:3000])
+    (folder / "a cut checkpoint").write_bytes((folder / "another checkpoint").read_bytes()[:3000])
+    (folder / "zeros").write_bytes(bytes(100))
+    (folder / "a folder").mkdir()
+
+
+WRONG_WEIGHTS = (
+    "absent", "other depth", "other width", "a list", "a list inside", "text", "numbered", "a whole module",
+    "another checkpoint", "a page", "an input file", "nothing", "a cut archive", "a cut checkpoint", "zeros", "a folder",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_with_the_files_name(tmp_path, name):
+    broken_weights(tmp_path)
+    with pytest.raises(InputError, match=rf"model\.weights.*{tmp_path / name}"):
+        models.build(config.Model(name="cnn", depth=2, width=4, weights=str(tmp_path / name)), 0)
+
+
+def test_load_model_gives_the_trained_network_back_in_eval_mode(tmp_path):
+    model = trained()
+    toml = config.load(None, ["model.name=cnn", "model.depth=2", "model.width=4", "model.weights=gone.pt"]).to_toml()
+    checkpoint_of(model, toml, tmp_path / "c.h5")
+    found = dzhpc.load_model(tmp_path / "c.h5")
+    assert (type(found), found.training) == (SimpleCNN, False)
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_load_model_refuses_a_checkpoint_without_a_network_of_another_model_or_damaged(tmp_path):
+    objective = config.load(None, ["task.kind=objective", "task.function=a:B", "sparsity.scores=random"]).to_toml()
+    other = config.load(None, ["model.name=cnn", "model.depth=3", "model.width=4"]).to_toml()
+    for toml, message in ((objective, "task.kind = objective has no network"), (other, "of another model")):
+        checkpoint_of(trained(), toml, tmp_path / "c.h5")
+        with pytest.raises(CheckpointError, match=message):
+            dzhpc.load_model(tmp_path / "c.h5")
+    (tmp_path / "c.h5").write_bytes((tmp_path / "c.h5").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged"):
+        dzhpc.load_model(tmp_path / "c.h5")
+    with pytest.raises(CheckpointError, match=r"absent\.h5: cannot be read"):
+        dzhpc.load_model(tmp_path / "absent.h5")

@@ -1,0 +1,228 @@
+"""The user's own loss: differences through any function of thetas, numpy or torch, in calls of a limited size."""
+
+import numpy as np
+import pytest
+import torch
+
+import dzhpc
+from dzhpc import config
+from dzhpc.errors import InputError
+from dzhpc.tasks import make_task
+
+MODULE = '''
+import numpy as np
+import torch
+
+CALLS = []
+
+
+class Numpy:
+    """1/2 |theta - step|^2, weighted."""
+
+    def initial(self):
+        return np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    def __call__(self, thetas, step):
+        CALLS.append((type(thetas), thetas.shape))
+        return 0.5 * ((thetas - step) ** 2 * np.arange(1, 6)).sum(1)
+
+
+class Torch(Numpy):
+    def initial(self):
+        return torch.arange(1.0, 6.0)
+
+    def __call__(self, thetas, step):
+        CALLS.append((type(thetas), thetas.shape))
+        return 0.5 * ((thetas - step) ** 2 * torch.arange(1, 6)).sum(1)
+
+
+class Blocks(Numpy):
+    def initial(self):
+        return {"matrix": np.array([[1.0, 2.0], [3.0, 4.0]]), "last": np.array(5.0)}
+
+
+class Floats(Numpy):
+    def initial(self):
+        return [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+class Integers(Numpy):
+    def initial(self):
+        return np.arange(1, 6)
+
+
+class Greedy(Numpy):
+    """Scribbles into what it was given."""
+
+    def __call__(self, thetas, step):
+        losses = super().__call__(thetas, step)
+        thetas[:] = 99
+        return losses
+
+
+class Column(Numpy):
+    def __call__(self, thetas, step):
+        return thetas[:, :1]
+
+
+class Scalar(Numpy):
+    def __call__(self, thetas, step):
+        return 0.5
+
+
+class Dotted(Numpy):
+    def initial(self):
+        return {"layer.weight": np.ones(5)}
+
+
+class Reserved(Numpy):
+    def initial(self):
+        return {"training": np.ones(5)}
+
+
+class Empty(Numpy):
+    def initial(self):
+        return {}
+
+
+class Words(Numpy):
+    def initial(self):
+        return "theta"
+
+
+class NoInitial:
+    def __call__(self, thetas, step):
+        return thetas[:, 0]
+
+
+class NoCall:
+    def initial(self):
+        return np.ones(5)
+
+
+ready = Numpy()
+number = 5
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_module(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "own_objective.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+
+
+def task_of(name, *overrides):
+    keys = ["task.kind=objective", f"task.function=own_objective:{name}", "sparsity.ratio=0.0", *overrides]
+    return make_task(config.load(None, keys), torch.device("cpu"))
+
+
+def calls():
+    import own_objective
+
+    found = list(own_objective.CALLS)
+    own_objective.CALLS.clear()
+    return found
+
+
+THETA, WEIGHTS = np.arange(1.0, 6.0), np.arange(1.0, 6.0)
+
+
+@pytest.mark.parametrize("name", ["Numpy", "Torch", "Blocks", "Integers", "Floats", "ready"])
+def test_the_estimate_is_the_gradient_for_numpy_torch_and_blocks(name):
+    task = task_of(name)
+    base = task.bind(step=2)
+    assert base == pytest.approx(0.5 * ((THETA - 2) ** 2 * WEIGHTS).sum())
+    gradient = dzhpc.cge(task.engine, np.arange(5), 1e-3, "central")
+    tolerance = 1e-2 if name == "Torch" else 1e-8
+    assert np.allclose(gradient.numpy(), (THETA - 2) * WEIGHTS, atol=tolerance)
+    assert {kind for kind, _ in calls()} == {torch.Tensor if name == "Torch" else np.ndarray}
+
+
+def test_parameters_keep_the_precision_that_the_user_gave():
+    dtypes = {name: task_of(name).engine.index.dtype for name in ("Numpy", "Torch", "Integers", "Floats")}
+    assert dtypes == {"Numpy": torch.float64, "Torch": torch.float32, "Integers": torch.float64, "Floats": torch.float64}
+
+
+def test_named_blocks_are_parameters_of_their_shapes_and_reach_the_function_flat():
+    task = task_of("Blocks")
+    assert {name: tuple(p.shape) for name, p in task.model.named_parameters()} == {"matrix": (2, 2), "last": ()}
+    task.bind(0)
+    task.engine.differences([4], 0.1)
+    assert [shape for _, shape in calls()] == [(1, 5), (1, 5)]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(2, [2, 2, 1]), (3, [3, 2]), (100, [5])])
+def test_no_call_holds_more_than_batch_limit_thetas(limit, sizes):
+    task = task_of("Numpy", f"task.batch_limit={limit}")
+    task.bind(0)
+    calls()
+    task.engine.differences(np.arange(5), 0.1)
+    assert [shape[0] for _, shape in calls()] == sizes
+    task.engine.directional(torch.eye(5, dtype=torch.float64), 0.1)
+    assert [shape[0] for _, shape in calls()] == sizes
+    assert task.engine.queries == 1 + 5 + 5
+    assert max(len(chunk) for chunk in task.engine.cut(np.arange(5000))) <= limit
+
+
+def test_differences_do_not_depend_on_the_limit_and_a_direction_along_an_axis_is_a_coordinate():
+    tasks = [task_of("Numpy", f"task.batch_limit={n}") for n in (1, 4)]
+    for task in tasks:
+        task.bind(3)
+    one, four = (task.engine.differences([4, 0, 0, 2], -0.2) for task in tasks)
+    assert torch.equal(one, four)
+    axes = torch.eye(5, dtype=torch.float64)[[4, 0, 0, 2]]
+    assert torch.equal(one, tasks[0].engine.directional(axes, -0.2))
+
+
+def test_chunks_cover_the_coordinates_once():
+    engine = task_of("Numpy").engine
+    for n in (0, 1, 15, 16, 17, 5000):
+        assert [k for chunk in engine.cut(np.arange(n)) for k in chunk] == list(range(n))
+
+
+def test_a_function_that_writes_into_its_arguments_does_not_change_theta():
+    task, clean = task_of("Greedy"), task_of("Numpy")
+    for each in (task, clean):
+        each.bind(1)
+    assert torch.equal(task.engine.differences(np.arange(5), 0.1), clean.engine.differences(np.arange(5), 0.1))
+    assert task.model.theta.tolist() == THETA.tolist()
+
+
+def test_an_evaluation_is_the_loss_at_theta_without_an_accuracy():
+    rows = task_of("Numpy").evaluate(range(1), step=2)
+    assert rows[0, 0] == pytest.approx(0.5 * ((THETA - 2) ** 2 * WEIGHTS).sum())
+    assert np.isnan(rows[0, 1])
+    assert rows[0, 2] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Column", r"own_objective:Column: gave losses \[1, 1\]; expected \[1\], one a theta"),
+        ("Scalar", r"gave losses \[\]; expected"),
+    ],
+)
+def test_losses_of_a_wrong_shape_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        task_of(name).bind(0)
+
+
+@pytest.mark.parametrize("name", ["NoInitial", "NoCall", "number", "absent", "Dotted", "Reserved", "Empty", "Words"])
+def test_an_objective_that_cannot_be_used_is_refused_by_its_name(name):
+    with pytest.raises(InputError, match=f"own_objective:{name}|own_objective has no 'absent'"):
+        task_of(name)
+
+
+def test_a_coordinate_out_of_range_is_refused_before_any_query():
+    task = task_of("Numpy")
+    task.bind(0)
+    with pytest.raises(InputError, match=r"outside 0\.\.4"):
+        task.engine.differences([0, 5], 0.1)
+    assert task.engine.queries == 1
+
+
+def test_the_shipped_example_is_at_most_thirty_lines(project):
+    assert len((project / "examples" / "own_loss.py").read_text().splitlines()) <= 30

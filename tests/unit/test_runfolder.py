@@ -1,0 +1,94 @@
+"""The run folder: which checkpoint a restart finds, and what stays of an earlier run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dzhpc import store
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.runfolder import RunFolder
+
+
+def state(step):
+    weights = {"w": torch.full((3,), float(step))}
+    return store.State("", [], step, 0.0, 0, 0.0, "u", "s", 0, weights, {}, {}, np.arange(3), None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(tmp_path / "run")
+    made.create()
+    return made
+
+
+def names(folder):
+    return [p.name for p in folder.checkpoint_files()]
+
+
+def test_the_newest_files_are_kept_by_step_and_not_by_name(folder):
+    for step in (2, 99_999_999, 10, 100_000_000):
+        folder.save(state(step), keep=3)
+    assert names(folder) == ["step-100000000.h5", "step-99999999.h5", "step-00000010.h5"]
+    assert folder.newest_state()[1].step == 100_000_000
+
+
+def test_damaged_checkpoints_are_skipped_with_a_warning(folder, caplog):
+    for step in (9, 10):
+        folder.save(state(step), keep=3)
+    newest = folder.checkpoint_path(10)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with caplog.at_level("WARNING", "dzhpc"):
+        path, found = folder.newest_state()
+    assert (str(path), found.step, found.params["w"].tolist()) == (str(folder.checkpoint_path(9)), 9, [9.0] * 3)
+    assert f"skipped: {newest}: damaged" in caplog.text
+
+
+def test_an_empty_folder_has_no_state_and_one_of_damaged_files_is_an_error(folder):
+    assert folder.newest_state()[1] is None
+    for step in (1, 2):
+        folder.checkpoint_path(step).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints can be read; to start afresh use --restart never"):
+        folder.newest_state()
+
+
+def test_starting_afresh_moves_all_of_the_earlier_run_aside_and_loses_nothing(folder):
+    for step in (5, 6):
+        folder.save(state(step), keep=3)
+    store.Metrics(folder.metrics).flush()
+    folder.set_aside()
+    assert (names(folder), folder.metrics.exists()) == ([], False)
+    kept = sorted(p.name for p in (folder.path / "previous-001").iterdir())
+    assert kept == ["metrics.h5", "step-00000005.h5", "step-00000006.h5"]
+    folder.save(state(1), keep=3)
+    folder.set_aside()
+    assert [p.name for p in (folder.path / "previous-002").iterdir()] == ["step-00000001.h5"]
+
+
+def test_restarting_from_an_earlier_checkpoint_moves_only_newer_ones_aside(folder):
+    for step in (5, 6, 7):
+        folder.save(state(step), keep=3)
+    folder.set_aside(after_step=5)
+    assert names(folder) == ["step-00000005.h5"]
+
+
+def test_what_a_killed_writer_left_is_removed(folder):
+    stale = folder.checkpoints / "step-00000005.h5.4711.tmp"
+    stale.write_bytes(b"half")
+    assert names(folder) == []
+    folder.create()
+    assert not stale.exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"{tmp_path}/file/run: the run folder cannot be written .*--run-dir"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_each_launch_gets_its_own_manifest(folder):
+    for command in (["a"], ["b"]):
+        folder.write_manifest({"command": command})
+    found = {p.name: json.loads(p.read_text())["command"] for p in (folder.path / "launches").glob("*.json")}
+    assert found == {"001.json": ["a"], "002.json": ["b"]}
