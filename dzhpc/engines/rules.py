@@ -489,7 +489,7 @@ def batch_norm(op: Operation) -> Change | None:
     """Batch statistics in train mode, an affine map per channel in eval mode; a one-channel change stays one-channel."""
     m, x, change = op.module, op.x, _along_channels(op)
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    gamma = m.weight.reshape(shape) if m.weight is not None else x.new_ones(shape)
+    gamma = m.weight.reshape(shape) if m.weight is not None else x.new_ones([1, x.shape[1], *shape[2:]])
     if not uses_batch_statistics(m):
         factor = gamma / (m.running_var.reshape(shape) + m.eps).sqrt()
         return change.like(change.data * change.of(factor))

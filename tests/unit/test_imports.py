@@ -8,11 +8,12 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
-errors seeds device metrics models.resnet
+errors seeds device metrics models.resnet engines.rules
 config coordinates graph spmd models.cnn
 engines.full estimators optimizers stopping
 engines.reuse pruning
-engines store
+engines.delta store
+engines
 models data runfolder sparsity distribution forecast
 tasks.classification tasks.objective
 tasks
@@ -27,6 +28,8 @@ NUMERICAL = {
     "engines",
     "engines.full",
     "engines.reuse",
+    "engines.delta",
+    "engines.rules",
     "estimators",
     "pruning",
     "models",
