@@ -111,7 +111,7 @@ class Zo(Section):
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32"] = Field("fp32", description="the dtype in which differences travel")
     memory_mb: Positive | None = Field(
-        None, description="refuse a batch whose cached features exceed this many MiB; None: no limit"
+        None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
     )
 
 

@@ -43,9 +43,7 @@ def forecast(task) -> str:
             slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
             seconds = (base_s + slowest * sides) * steps
             lines.append(f"{ranks:3d} ranks: {duration(seconds):>11}, {base_s + slowest * sides:8.2f} s a step")
-    lines.append(
-        "without scores, evaluation and communication; true ratios often keep more of the early, dearer layers"
-    )
+    lines.append("without scores, evaluation and communication; true ratios often keep more of the early, dearer layers")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Engines: how the differences l(theta + mu e_j) - l(theta) are evaluated.
 
-``full`` runs the whole model for every query; ``reuse`` only what lies downstream of the perturbed parameter.
+``full`` runs the whole model for every query; ``reuse`` only what lies downstream of the perturbed parameter; ``delta``
+propagates the change itself, for many coordinates at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,10 +24,11 @@ def make_engine(
 ) -> Full:
     """An engine over ``model``.
 
-    kind: "full" (any module or callable) or "reuse" (any torch.nn.Module that torch.fx can trace).
+    kind: "full" (any module or callable), "reuse" or "delta" (any torch.nn.Module that torch.fx can trace).
     loss: "cross_entropy", "mse", or a callable (outputs, targets) -> scalar over the batch.
     precision: "fp32": differences travel in the parameters' own dtype.
-    memory_mb: "reuse" refuses a batch whose cached features need more MiB than this (None: no limit).
+    memory_mb: "reuse" refuses a batch whose cached features need more MiB than this (None: no limit); "delta" cuts its chunks
+        so that their changes need no more (None: a fixed default for each device type).
     parameters: name -> tensor, for a callable that is not a module; these tensors are perturbed in place.
 
     Raises InputError for an unknown kind, a model the engine cannot run, or a model without trainable parameters.
@@ -41,4 +43,4 @@ def make_engine(
         return Reuse(model, loss, memory_mb)
     if kind == "delta":
         return Delta(model, loss, memory_mb)
-    raise InputError(f'engine = "{kind}": expected "full" or "reuse"')
+    raise InputError(f'engine = "{kind}": expected "full", "reuse" or "delta"')
