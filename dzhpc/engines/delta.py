@@ -219,7 +219,8 @@ class Delta(Reuse):
 
     def _size(self, owner: int) -> int:
         """How many coordinates of a parameter fit into the budget. Raises InputError if not one does."""
-        self._need_base()
+        if not self._plans:  # they outlive a batch: sizes depend on shapes alone
+            self._need_base()
         bytes_each = max(1, COPIES * self._plans[owner].widest)
         if self._limit is not None and bytes_each > self._limit:
             raise InputError(
