@@ -24,6 +24,7 @@ class Distribution:
         self._counts = np.zeros(len(engine.index.names))
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []
+        self.bad_direction: int | None = None  # the first of the last RGE whose difference was not finite
 
     def assign(self, coords: np.ndarray | None) -> None:
         """Root cuts S into chunks, balances them by cost and scatters the slices. Collective; only root's ``coords`` count."""
@@ -60,6 +61,7 @@ class Distribution:
             return estimators.rge_slopes(engine, mine, mu, seed, self.coords, difference).cpu().numpy()
 
         slopes = torch.from_numpy(self._world.split(q, evaluate)).to(engine.index.device)
+        self.bad_direction = next(iter((~torch.isfinite(slopes)).nonzero().flatten().tolist()), None)
         return estimators.rge_sum(slopes, seed, self.coords, engine.index)
 
     def owner_of(self, position: int) -> int:

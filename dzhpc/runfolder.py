@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dzhpc import store
@@ -75,10 +76,11 @@ class RunFolder:
         """
         old = [p for p in self.checkpoint_files() if int(p.stem.split("-")[1]) > after_step]
         if after_step < 0:
-            old += [p for p in (self.metrics, self.path / "log.txt", self.path / "report") if p.exists()]
+            names = ("metrics.h5", "input.toml", "log.txt", "report")
+            old += [self.path / name for name in names if (self.path / name).exists()]
         if not old:
             return
-        number = 1 + len(list(self.path.glob("previous-*")))
+        number = _next_number(self.path.glob("previous-*"))
         target = self.path / f"previous-{number:03d}"
         target.mkdir()
         for path in old:
@@ -90,5 +92,10 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict) -> None:
         """``launches/001.json``, ...: one a launch."""
-        number = 1 + len(list((self.path / "launches").glob("*.json")))
+        number = _next_number((self.path / "launches").glob("*.json"))
         (self.path / "launches" / f"{number:03d}.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _next_number(paths: Iterable[Path]) -> int:
+    """One more than the largest number at the end of the names."""
+    return 1 + max((int(m[0]) for p in paths if (m := re.search(r"\d+$", p.stem))), default=0)

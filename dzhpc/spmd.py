@@ -111,15 +111,16 @@ class World:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Run a block without collectives on every rank; if it fails on any, it fails on all, with the first rank's message."""
-        failure = None
+        caught = failure = None
         try:
             yield
         except BaseException as error:  # a user's sys.exit included: the others must not wait for this rank
-            self._keep_traceback(error)
-            failure = (message_of(error), exit_code_of(error))
+            caught, failure = error, (message_of(error), exit_code_of(error))
         failures = [(rank, *f) for rank, f in enumerate(self.allgather(failure)) if f]
         if failures:
             rank, message, code = failures[0]
+            if rank == self.rank:
+                self._keep_traceback(caught)
             local = 0 < len(failures) < self.size and rank > 0
             raise RankError(f"rank {rank}: {message}" if local else message, code)
 

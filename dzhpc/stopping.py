@@ -40,24 +40,27 @@ class Reason(IntEnum):
         }.get(self, "running")  # fmt: skip
 
 
+_signals: list[int] = []  # received so far
+
+
+def listen() -> None:
+    """Take note of signals from now on: one that comes while libraries load must not kill the job."""
+    for number in SIGNALS:
+        signal.signal(number, lambda received, frame: _signals.append(received))
+
+
 class Requests:
     """What asks this rank to stop: a signal; on the root also the clock and the file STOP in the run folder (consumed)."""
 
     def __init__(self, config: Config, folder: Path | None):
-        self._signalled = False
         self._start, self._walltime = time.monotonic(), config.stop.walltime
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._deadline = float(end) - config.run.deadline_margin if end.isdigit() else None
         self._file, self._next_look = folder / "STOP" if folder else None, 0.0
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number, frame) -> None:
-        self._signalled = True
 
     def reason(self) -> Reason:
         """This rank's reason to stop now."""
-        if self._signalled:
+        if _signals:
             return Reason.SIGNAL
         if self._file is None:
             return Reason.NONE

@@ -17,6 +17,7 @@ from dzhpc.forecast import forecast
 from dzhpc.runfolder import RunFolder
 from dzhpc.sparsity import read_lpr
 from dzhpc.spmd import World, run_verb
+from dzhpc.stopping import listen
 from dzhpc.tasks import Task, make_task
 from dzhpc.trainer import Trainer, check_restart
 
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
+    listen()
     metrics.set_up_log(world.is_root, args.quiet)
     config = world.on_root(lambda: configuration.load(args.input, args.set))
     device = devices.choose(world.local_rank, config.run.threads)

@@ -168,10 +168,17 @@ class Trainer:
             raise NumericalError(
                 f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {self._advice()}"
             )
-        coord, rank = int(self._distribution.coords[bad[0]]), max(0, self._distribution.owner_of(bad[0]))
+        coord = self.task.engine.index.describe(int(self._distribution.coords[bad[0]]))
+        estimator = self.config.zo.estimator
+        if estimator == "cge":
+            rank, what = self._distribution.owner_of(bad[0]), f"the difference at {coord}"
+        elif estimator == "rge":
+            direction = self._distribution.bad_direction or 0
+            rank, what = direction % self.world.size, f"the difference along direction {direction}, or the sum at {coord},"
+        else:
+            rank, what = 0, f"the gradient at {coord}"
         raise NumericalError(
-            f"step {step}, rank {rank}: the difference at {self.task.engine.index.describe(coord)} is not finite "
-            f"({len(bad)} of {len(estimate)} coordinates); {self._advice()}"
+            f"step {step}, rank {rank}: {what} is not finite ({len(bad)} of {len(estimate)} coordinates); {self._advice()}"
         )
 
     def _advice(self) -> str:
