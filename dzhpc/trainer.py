@@ -172,9 +172,8 @@ class Trainer:
         estimator = self.config.zo.estimator
         if estimator == "cge":
             rank, what = self._distribution.owner_of(bad[0]), f"the difference at {coord}"
-        elif estimator == "rge":
-            direction = self._distribution.bad_direction or 0
-            rank, what = direction % self.world.size, f"the difference along direction {direction}, or the sum at {coord},"
+        elif estimator == "rge" and (direction := self._distribution.bad_direction) is not None:
+            rank, what = direction % self.world.size, f"the difference along direction {direction}"
         else:
             rank, what = 0, f"the gradient at {coord}"
         raise NumericalError(

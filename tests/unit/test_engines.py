@@ -294,7 +294,7 @@ def test_full_takes_a_plain_callable_with_named_parameters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fulll", nn.Linear(1, 1), "mse"), 'engine = "fulll": expected "full" or "reuse"'),
+        (("fulll", nn.Linear(1, 1), "mse"), 'engine = "fulll": expected "full", "reuse" or "delta"'),
         (("full", nn.Linear(1, 1), "nll"), 'loss = "nll": expected "cross_entropy", "mse" or a callable'),
         (("full", nn.Linear(1, 1), "mse", "bf16"), 'precision = "bf16"'),
         (("full", lambda x: x, "mse"), r"needs parameters = \{name: tensor\}"),
