@@ -105,7 +105,8 @@ def run(
                 stop(process)
         out.seek(0)
         err.seek(0)
-        return Result(process.returncode, out.read(), err.read(), time.monotonic() - start)
+        said = err.read().replace("\0", "")  # mpirun ends the stream of an aborted job with a NUL
+        return Result(process.returncode, out.read(), said, time.monotonic() - start)
 
 
 def mpirun(ranks: int, verb: str, *args: object, cwd: Path, **options) -> Result:

@@ -1,0 +1,113 @@
+"""Bits do not depend on the number of ranks: parameters, buffers, optimiser state, S, ratios and every metrics column."""
+
+import numpy as np
+import pytest
+from mpi_launch import Case, assert_same, attributes, batch, bits, checkpoints, column, mpirun, sets, tensor
+
+CONFIGS = {
+    "cge-dynamic": ("digits.toml", []),
+    "cge-full-engine": ("digits.toml", sets(zo__engine="full", stop__steps=3)),
+    "rge": ("digits.toml", sets(zo__estimator="rge", zo__q=5, sparsity__scores="random")),
+    "central-adam": ("digits.toml", sets(zo__difference="central", optim__name="adam", optim__lr=0.01, sparsity__ratio=0.8)),
+    "regrasp": ("digits.toml", sets(sparsity__pattern="regrasp", sparsity__ratio=0.8)),
+    "static-weights": ("digits.toml", sets(sparsity__pattern="static", sparsity__target="weights")),
+    "fo-grasp": ("digits.toml", sets(sparsity__pattern="static", sparsity__scores="fo-grasp", stop__steps=3)),
+    "autograd": ("digits.toml", sets(zo__estimator="autograd", sparsity__ratio=0.0, optim__nesterov=True)),
+    "dropout": ("own.toml", sets(model__name="userland:Dropout", zo__engine="full")),
+    "objective": ("objective.toml", sets(stop__steps=10)),  # 3 coordinates: the fourth rank has an empty slice
+    "objective-rge": (
+        "objective.toml",
+        sets(task__function="userland:Rings", zo__estimator="rge", zo__q=3, zo__mu=1e-3, sparsity__ratio=0.4, optim__lr=1e-3)
+        + sets(sparsity__q=5, sparsity__redraw_steps=2, optim__name="adam", stop__steps=9),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(place):
+    """Every configuration on 1, 2, 3 and 4 ranks, in folders RANKS/NAME; (the place, results by (RANKS, NAME))."""
+    results = {}
+    for ranks in (1, 2, 3, 4):
+        cases = [Case(name, "train", [file, "--run-dir", f"{ranks}/{name}", *args]) for name, (file, args) in CONFIGS.items()]
+        if ranks == 4:
+            cases.append(Case("converged", "train", ["objective.toml", "--run-dir", "converged"]))
+        results |= {(ranks, name): result for name, result in batch(ranks, place, cases).items()}
+    return place, results
+
+
+@pytest.fixture(scope="module")
+def runs(launched):
+    return launched[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bits_are_equal_for_all_rank_counts(launched, name):
+    runs, results = launched
+    for ranks in (1, 2, 3, 4):
+        results[ranks, name].succeeded()
+    alone = bits(runs / "1" / name)
+    assert any(place.startswith("optimizer/") for place in alone)
+    assert sum(place.startswith("metrics/train/") for place in alone) == 7 + 1  # columns but the two timings; rows
+    for ranks in (2, 3, 4):
+        assert_same(alone, bits(runs / str(ranks) / name))
+
+
+def test_the_comparison_sees_a_difference(runs):
+    # two configurations of one shape: everything that training touches must differ, or the tests above would see nothing
+    a, b = bits(runs / "3" / "cge-dynamic"), bits(runs / "3" / "static-weights")
+    different = {place for place in set(a) & set(b) if a[place] != b[place]}
+    assert {"params/fc.weight", "coordinates/S", "metrics/train/loss", "optimizer/momentum_buffer/fc.weight"} <= different
+
+
+def test_queries_are_what_the_estimator_says(runs):
+    active = len(tensor(checkpoints(runs / "4" / "cge-dynamic")[-1], "coordinates/S"))
+    d = 4 * 9 + 4 + 8 + 4 * 4 * 9 + 4 + 8 + 4 * 10 + 10  # the network of digits.toml
+    assert active == d - round(0.5 * (4 * 9 + 4 * 4 * 9 + 4 * 10))
+    assert column(runs / "4" / "cge-dynamic", "train/queries") == [14 + k * (1 + active) for k in range(1, 9)]
+    assert column(runs / "4" / "rge", "train/queries") == [k * 6 for k in range(1, 9)]
+    assert column(runs / "4" / "objective", "train/queries") == [5 * k - 1 for k in range(1, 11)]  # evaluations between
+    assert column(runs / "4" / "autograd", "train/queries") == list(range(1, 9))
+    central = len(tensor(checkpoints(runs / "4" / "central-adam")[-1], "coordinates/S"))
+    assert column(runs / "4" / "central-adam", "train/queries") == [14 + k * (1 + 2 * central) for k in range(1, 9)]
+
+
+def test_the_set_is_redrawn_when_due(runs):
+    sets_by_step = [tensor(p, "coordinates/S") for p in checkpoints(runs / "2" / "cge-dynamic")]  # steps 4, 6, 8
+    assert [p.stem for p in checkpoints(runs / "2" / "cge-dynamic")] == ["step-00000004", "step-00000006", "step-00000008"]
+    assert np.array_equal(sets_by_step[0], sets_by_step[1])  # drawn at step 3
+    assert not np.array_equal(sets_by_step[1], sets_by_step[2])  # at step 6
+    static = [tensor(p, "coordinates/S") for p in checkpoints(runs / "2" / "static-weights")]
+    assert np.array_equal(static[0], static[2])
+
+
+def test_pruned_weights_stay_zero(runs):
+    newest = checkpoints(runs / "3" / "static-weights")[-1]
+    weights = tensor(newest, "params/features.4.weight")
+    lpr = dict(zip(tensor(newest, "lpr/layer").tolist(), tensor(newest, "lpr/kept").tolist(), strict=True))
+    assert np.count_nonzero(weights) == lpr[b"features.4.weight"] < weights.size
+
+
+def test_the_objective_converges(launched):
+    place, result = launched[0], launched[1][4, "converged"].succeeded()
+    theta = tensor(checkpoints(place / "converged")[-1], "params/theta")
+    # the minimum of the quadratic, moved by the small sine: c_j (theta_j - t_j) 2 + 0.01 cos(theta_j) = 0
+    residual = 2 * np.array([1.0, 2.0, 3.0]) * (theta - [0.3, -1.2, 2.0]) + 0.01 * np.cos(theta)
+    assert np.abs(residual).max() < 0.02
+    assert result.out.startswith("starting afresh in converged\n3 coordinates, 1 steps an epoch, until step 60\n")
+    assert "stopped at step 60: all epochs done; 300 queries" in result.out
+    assert (
+        attributes(checkpoints(place / "converged")[-1], "state")["queries"] == 300
+    )  # per step a base, three differences, an evaluation
+
+
+def test_a_command_line_gives_the_bits_of_the_batch(runs):
+    """The tests above run many command lines in one job; here is one of them as a user types it."""
+    result = mpirun(2, "train", "digits.toml", "--run-dir", "typed", cwd=runs).succeeded()
+    assert_same(bits(runs / "1" / "cge-dynamic"), bits(runs / "typed"))
+    lines = result.out.splitlines()
+    assert lines[0] == "starting afresh in typed"
+    assert [line.split(":")[0] for line in lines if line.startswith("rank ")] == ["rank 0", "rank 1"]
+    assert sum(line.startswith("step 1/8 epoch 0.1 loss ") and " ETA " in line for line in lines) == 1
+    assert sorted(p.name for p in (runs / "typed").iterdir()) == [
+        "checkpoints", "input.toml", "launches", "log.txt", "metrics.h5", "report",
+    ]  # fmt: skip

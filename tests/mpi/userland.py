@@ -1,0 +1,213 @@
+"""What a user would write: losses, a network, a data set. The tests put this file beside their input files."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+TARGET = np.array([0.3, -1.2, 2.0])
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+
+
+class Bowl:
+    """A quadratic in float64 whose minimum is TARGET: three coordinates."""
+
+    def initial(self):
+        return np.zeros(3)
+
+    def __call__(self, thetas, step):
+        return ((thetas - TARGET) ** 2 @ np.array([1.0, 2.0, 3.0])) + 0.01 * np.sin(thetas).sum(1)
+
+
+class Rings:
+    """Two named blocks in float32, torch; the loss depends on the step."""
+
+    def initial(self):
+        return {"slow": torch.linspace(-1, 1, 7), "fast": torch.linspace(0.5, 2, 10).reshape(2, 5)}
+
+    def __call__(self, thetas, step):
+        scale = torch.arange(1, 18) / 10
+        return ((thetas**2 - 1) ** 2 * scale).sum(1) + 0.1 * torch.cos(thetas * (1 + step % 3)).sum(1)
+
+
+class Slow(Bowl):
+    """Bowl that lingers while a file ``slow`` lies here, and writes down the step and the process of each rank."""
+
+    def initial(self):
+        if (HERE / "slow-start").exists():
+            (HERE / f"at.{RANK}").write_text(f"0 {os.getpid()}")
+            time.sleep(1.5)
+        return super().initial()
+
+    def __call__(self, thetas, step):
+        (HERE / f"at.{RANK}").write_text(f"{step} {os.getpid()}")
+        if (HERE / "slow").exists() and step > 3:
+            time.sleep(0.15)
+        return super().__call__(thetas, step)
+
+
+class Stopped(Bowl):
+    """Bowl whose user puts the file STOP into the run folder at step 4."""
+
+    def __call__(self, thetas, step):
+        if step == 4 and (HERE / "once").exists():
+            (HERE / "once").unlink(missing_ok=True)
+            (HERE / "stopped" / "STOP").touch()
+        time.sleep(0.12)
+        return super().__call__(thetas, step)
+
+
+class NotANumber(Bowl):
+    """NaN once coordinate 1 is perturbed at step 3; the rank that met it leaves its name."""
+
+    def __call__(self, thetas, step):
+        losses = super().__call__(thetas, step)
+        if getattr(self, "step", None) != step:
+            self.step, self.base = step, thetas[0].copy()  # the base pass comes first
+        if step == 3:
+            moved = thetas[:, 1] != self.base[1]
+            if moved.any():
+                (HERE / "nan-rank").write_text(str(RANK))
+            losses[moved] = np.nan
+        return losses
+
+
+class NoDirection(Bowl):
+    """NaN for whatever rank 1 is asked beyond the base pass of step 3."""
+
+    def __call__(self, thetas, step):
+        losses = super().__call__(thetas, step)
+        if step == 3 and RANK == 1 and getattr(self, "step", None) == step:
+            losses[:] = np.nan
+        self.step = step
+        return losses
+
+
+class Disagrees(Bowl):
+    """Starts elsewhere on rank 1."""
+
+    def initial(self):
+        return np.full(3, float(RANK))
+
+
+class FailsToStart(Bowl):
+    """Rank 1 does not get what the others get."""
+
+    def initial(self):
+        if RANK == 1:
+            raise ConnectionError("no license left")
+        return super().initial()
+
+
+class Raises(Bowl):
+    """Raises on rank 1 alone, at step 2."""
+
+    def __call__(self, thetas, step):
+        if step == 2 and RANK == 1:
+            raise FloatingPointError("the solver diverged")
+        return super().__call__(thetas, step)
+
+
+class Leaves(Bowl):
+    """Calls sys.exit on rank 1 alone, at step 2."""
+
+    def __call__(self, thetas, step):
+        if step == 2 and RANK == 1:
+            raise SystemExit("license server not reached")
+        return super().__call__(thetas, step)
+
+
+class RaisesEverywhere(Bowl):
+    """Raises on every rank in the base pass of step 3, where none of them is asked for an evaluation."""
+
+    def __call__(self, thetas, step):
+        if step == 3:
+            raise FloatingPointError("the solver diverged")
+        return super().__call__(thetas, step)
+
+
+class RaisesAtOnce(Bowl):
+    """Raises on every rank whenever it is called."""
+
+    def __call__(self, thetas, step):
+        raise FloatingPointError("no license")
+
+
+class WrongShape(Bowl):
+    """One loss too many."""
+
+    def __call__(self, thetas, step):
+        return np.append(super().__call__(thetas, step), 0.0)
+
+
+class FullDisk(Bowl):
+    """From step 2 on no file may grow beyond 4 KiB: what a full disk or a quota looks like."""
+
+    def __call__(self, thetas, step):
+        if step == 2:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return super().__call__(thetas, step)
+
+
+class Net(torch.nn.Module):
+    """A small perceptron without BatchNorm; takes the number of classes from the data."""
+
+    def __init__(self, hidden: int = 3, classes: int = 10):
+        super().__init__()
+        self.hidden, self.out = torch.nn.Linear(16, hidden), torch.nn.Linear(hidden, classes)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.hidden(x.flatten(1))))
+
+
+class Dropout(Net):
+    """Net that draws random numbers in its forward pass."""
+
+    def __init__(self, hidden: int = 4, classes: int = 10):
+        super().__init__(hidden, classes)
+        self.drop = torch.nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.out(self.drop(torch.tanh(self.hidden(x.flatten(1)))))
+
+
+class Drifts(Net):
+    """Net with a buffer that other ranks see otherwise."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__(3, classes)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += RANK
+        return super().forward(x)
+
+
+class SixLogits(torch.nn.Module):
+    """Six logits, whatever the data say."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(64, 6)
+
+    def forward(self, x):
+        return self.out(x.flatten(1))
+
+
+def stripes():
+    """Three classes of 4 x 4 images, told apart by their brightest row: 105 to train, 30 to test."""
+    draw = np.random.default_rng(7)
+
+    def part(n):
+        labels = np.arange(n) % 3
+        images = draw.integers(0, 60, (n, 1, 4, 4))
+        images[np.arange(n), 0, labels] += 180
+        return images.astype(np.uint8), labels
+
+    return part(105), part(30)
