@@ -42,6 +42,8 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
+    """A table of the input file: unknown keys and wrong types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 

@@ -191,6 +191,7 @@ def message_of(error: BaseException) -> str:
 
 
 def exit_code_of(error: BaseException) -> int:
+    """The documented code of an error of ours, 1 for any other."""
     return error.exit_code if isinstance(error, DzhpcError) else 1
 
 
