@@ -164,7 +164,7 @@ class Stop(Section):
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="end early at this step; the schedule is unaltered")
     queries: Annotated[int, Field(ge=1)] | None = Field(None, description="end after the step that reaches this many queries")
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="end when an evaluation reaches it")
-    walltime: Seconds | None = Field(None, description="stop (exit 75) after this long, in seconds or H:MM:SS")
+    walltime: Seconds | None = Field(None, description="stop (exit 75) this long after training began, in seconds or H:MM:SS")
 
 
 class Checkpoint(Section):

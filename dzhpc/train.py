@@ -98,7 +98,8 @@ def open_folder(folder: RunFolder, restart: str, task: Task) -> tuple[store.Stat
         check_restart(state, source, task)
     folder.create()
     if state is not None or restart == "never":
-        folder.set_aside(after_step=state.step if state else -1)
+        own = bool(source) and Path(source).resolve().parent == folder.checkpoints.resolve()
+        folder.set_aside(after_step=state.step if own else -1)  # the record of another run is not continued
     return state, source
 
 
