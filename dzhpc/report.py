@@ -79,7 +79,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
     with_accuracy = any(np.isfinite(run.eval["accuracy"]).any() for run in runs)
     rows = 2 if with_accuracy else 1
-    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False, sharex="col", layout="constrained")
     unit, seconds = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if s == 1 or longest(runs) > 3 * s)
     axis_labels = (("epoch", "epoch", 1), ("queries", "queries", 1), ("seconds", f"wall time in {unit}", seconds))
     for k, (axis, label, scale) in enumerate(axis_labels):
@@ -93,11 +93,13 @@ def plot(runs: list[Run], path: Path) -> None:
                 axes[1, k].plot(run.at(axis, steps) / scale, 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
         for row in range(rows):
             axes[row, k].set_xlabel(label)
+            axes[row, k].tick_params(labelbottom=True)
             axes[row, k].grid(alpha=0.3)
     for row in range(rows):
         axes[row, 1].xaxis.set_major_formatter(EngFormatter())
         axes[row, 1].xaxis.set_major_locator(MaxNLocator(5))
-    if min(run.train["loss"].min() for run in runs if len(run.train["loss"])) > 0:
+    losses = np.concatenate([run.train["loss"] for run in runs])
+    if losses.min() > 0 and losses.max() > 5 * losses.min():
         for k in range(3):
             axes[0, k].set_yscale("log")
     axes[0, 0].set_ylabel("loss (thin: training batches; dots: test set)")
