@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dzhpc.coordinates import cut
 from dzhpc.engines import rules
-from dzhpc.engines.full import LOSSES
+from dzhpc.engines.full import LOSSES, checked
 from dzhpc.engines.reuse import Reuse
 from dzhpc.engines.rules import Change, Operation
 from dzhpc.errors import InputError
@@ -68,7 +68,7 @@ class Delta(Reuse):
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
         self._need_base()
-        coords = np.asarray(coords, np.int64)
+        coords = np.array(checked(coords), np.int64)
         order = np.argsort(coords, kind="stable")
         out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
         with self._unchanged():  # an operation without a rule runs as it is, its bookkeeping included
