@@ -111,7 +111,9 @@ class Zo(Section):
         None, description="rge: directions per step; None: the number of active coordinates"
     )
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
-    precision: Literal["fp32"] = Field("fp32", description="the dtype in which differences travel")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
+    )
     memory_mb: Positive | None = Field(
         None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
     )
@@ -285,6 +287,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
     if optim.schedule == "step" and not optim.milestones:
         yield 'optim.schedule = "step": needs optim.milestones, the epochs at which lr drops'
+    if zo.precision != "fp32" and zo.engine != "delta":
+        yield f'zo.precision = "{zo.precision}": only zo.engine = "delta" has it'
     if task.kind == "objective":
         if not task.function:
             yield 'task.kind = "objective": needs task.function = "package.module:Name"'

@@ -20,6 +20,14 @@ def choose(local_rank: int, threads: int) -> torch.device:
     return device
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    names = {name for name, present in torch.cpu.get_capabilities().items() if present is True}
+    return any("bf16" in name for name in names)
+
+
 def describe(device: torch.device) -> str:
     """Name and, for a GPU, its UUID."""
     if device.type == "cpu":

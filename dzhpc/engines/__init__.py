@@ -26,15 +26,17 @@ def make_engine(
 
     kind: "full" (any module or callable), "reuse" or "delta" (any torch.nn.Module that torch.fx can trace).
     loss: "cross_entropy", "mse", or a callable (outputs, targets) -> scalar over the batch.
-    precision: "fp32": differences travel in the parameters' own dtype.
+    precision: "fp32": differences travel in the parameters' own dtype; "bf16" ("delta" only): in bfloat16.
     memory_mb: "reuse" refuses a batch whose cached features need more MiB than this (None: no limit); "delta" cuts its chunks
         so that their changes need no more (None: a fixed default for each device type).
     parameters: name -> tensor, for a callable that is not a module; these tensors are perturbed in place.
 
     Raises InputError for an unknown kind, a model the engine cannot run, or a model without trainable parameters.
     """
-    if precision != "fp32":
-        raise InputError(f'precision = "{precision}": engine "{kind}" knows only "fp32"')
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f'precision = "{precision}": expected "fp32" or "bf16"')
+    if precision == "bf16" and kind != "delta":
+        raise InputError(f'precision = "bf16": engine "{kind}" subtracts losses, which would leave no digits; use engine = "delta"')
     if kind == "full":
         return Full(model, loss, parameters)
     if parameters is not None:
@@ -42,5 +44,5 @@ def make_engine(
     if kind == "reuse":
         return Reuse(model, loss, memory_mb)
     if kind == "delta":
-        return Delta(model, loss, memory_mb)
+        return Delta(model, loss, precision, memory_mb)
     raise InputError(f'engine = "{kind}": expected "full", "reuse" or "delta"')

@@ -14,78 +14,37 @@ x: base value, D: its change. A rule gets base values and changes of an operatio
 | anything else | f(x + D) - f(x), coordinate by coordinate |
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-
-@dataclass
-class Change:
-    """The change of one value for a chunk of P coordinates.
-
-    channel None: data [P, *x.shape]. Else each coordinate changes one channel only: data [P, *x.shape without axis], and
-    channel [P] says which one along ``axis`` of x.
-    """
-
-    data: Tensor
-    channel: Tensor | None = None
-    axis: int = 1
-
-    def dense(self, x: Tensor) -> Tensor:
-        """[P, *x.shape]."""
-        if self.channel is None:
-            return self.data
-        p = len(self.data)
-        out = self.data.new_zeros(p, *x.shape)
-        out.movedim(self.axis + 1, 1)[torch.arange(p, device=out.device), self.channel] = self.data
-        return out
-
-    def of(self, x: Tensor) -> Tensor:
-        """What of x (or of a per-channel vector, then broadcast) stands beside ``data``."""
-        return x if self.channel is None else x.movedim(self.axis, 0)[self.channel]
-
-    def like(self, data: Tensor) -> "Change":
-        return Change(data, self.channel, self.axis)
+from dzhpc.engines.changes import Change, Operation, flat, shifted
+from dzhpc.engines.differences import (
+    clamp_difference,
+    coefficients,
+    gelu_difference,
+    gelu_tanh_difference,
+    log_softmax_change,
+    normalised_change,
+    relu_difference,
+    sigmoid_difference,
+    silu_difference,
+    softmax_change,
+    statistics,
+    tanh_difference,
+)
 
 
-@dataclass
-class Operation:
-    """One operation with its base inputs and their changes."""
-
-    run: Callable  # the operation itself, on (args, kwargs)
-    args: tuple
-    kwargs: dict
-    changes: list  # parallel to args: Change, None, or a list of such for a list argument
-    value: object  # the base output
-    module: nn.Module | None = None
-    cache: dict = field(default_factory=dict)  # of this operation and batch: what only depends on base values
-
-    def cached(self, name: str, make: Callable):
-        """``make()``, computed once a batch."""
-        if name not in self.cache:
-            self.cache[name] = make()
-        return self.cache[name]
-
-    def arg(self, position: int, name: str, default=None):
-        """A non-tensor argument, by position or name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-    @property
-    def x(self) -> Tensor:
-        return self.args[0]
-
-    @property
-    def d(self) -> Change | None:
-        return self.changes[0]
+Rule = Callable[[Operation], Change]
 
 
-def fallback(op: Operation) -> Change | None:
+def fallback(op: Operation) -> Change:
     """f(x + D) - f(x) coordinate by coordinate: an operation may couple the samples of a batch."""
     count = next(len(c.data) for c in flat(op.changes) if c is not None)
     rows = []
@@ -95,40 +54,27 @@ def fallback(op: Operation) -> Change | None:
     return Change(torch.stack(rows))
 
 
-def shifted(x, change, k: int):
-    """x plus its change for the k-th coordinate."""
-    if isinstance(change, list):
-        return [shifted(a, c, k) for a, c in zip(x, change, strict=True)]
-    return x if change is None else x + Change(change.data[k : k + 1], *_slice(change, k)).dense(x)[0]
-
-
-def _slice(change: Change, k: int) -> tuple:
-    return (None if change.channel is None else change.channel[k : k + 1], change.axis)
-
-
-def flat(changes: list) -> list:
-    """All changes, those in list arguments included."""
-    return [c for item in changes for c in (item if isinstance(item, list) else [item])]
-
-
 # --- linear and structural operations ------------------------------------------------------------------------------------
 
 
-def linear_map(op: Operation) -> Change | None:
+def linear_map(op: Operation) -> Change:
     """The operation itself on D, for operations linear in their first argument (mean, average pool, reshape, permute, slice)."""
     data = op.d.dense(op.x)
     return Change(torch.vmap(lambda d: op.run((d, *op.args[1:]), op.kwargs))(data))
 
 
-def per_channel_map(op: Operation) -> Change | None:
-    """As :func:`linear_map`, for spatial operations that leave channels alone: a one-channel change stays one-channel."""
-    if op.d.channel is None or op.d.axis != 1:
+def average_pool(op: Operation) -> Change:
+    """An average over windows of images [B, C, H, W]: applied to all P B of them; a one-channel change stays one-channel."""
+    if op.x.ndim != 4:
         return linear_map(op)
-    run = lambda d: op.run((d[:, None], *op.args[1:]), op.kwargs)[:, 0]  # noqa: E731
-    return op.d.like(torch.vmap(run)(op.d.data))
+    run = lambda images: op.run((images, *op.args[1:]), op.kwargs)  # noqa: E731
+    if op.d.channel is not None and op.d.axis == 1:
+        return op.d.like(run(op.d.data.flatten(0, 1)[:, None])[:, 0].unflatten(0, op.d.data.shape[:2]))
+    data = op.d.dense(op.x)
+    return Change(run(data.flatten(0, 1)).unflatten(0, data.shape[:2]))
 
 
-def identity(op: Operation) -> Change | None:
+def identity(op: Operation) -> Change:
     """Nothing is done to the value (dropout in eval mode, contiguous, Identity)."""
     return op.d
 
@@ -139,14 +85,18 @@ def split(op: Operation) -> list[Change]:
     return [Change(piece) for piece in pieces]
 
 
-def getitem(op: Operation) -> Change | None:
-    """A piece of a list of values, or an index into a tensor."""
+def getitem(op: Operation) -> Change | list[Change]:
+    """A piece of a list of values, or an index into a tensor; slices beside the channel axis leave it alone."""
+    index = op.args[1]
     if isinstance(op.d, list):
-        return op.d[op.args[1]]
+        return op.d[index]
+    slices = isinstance(index, tuple) and all(isinstance(k, slice) for k in index)
+    if op.d.channel is not None and slices and len(index) > op.d.axis and index[op.d.axis] == slice(None):
+        return op.d.like(op.d.data[(slice(None), *index[: op.d.axis], *index[op.d.axis + 1 :])])
     return linear_map(op)
 
 
-def mean(op: Operation) -> Change | None:
+def mean(op: Operation) -> Change:
     """A mean over spatial axes leaves a one-channel change one-channel."""
     dims, keepdim = op.arg(1, "dim"), op.arg(2, "keepdim", False)
     dims = [dims] if isinstance(dims, int) else dims
@@ -155,14 +105,18 @@ def mean(op: Operation) -> Change | None:
     return op.d.like(op.d.data.mean([k % op.x.ndim for k in dims], keepdim))
 
 
-def pad(op: Operation) -> Change | None:
-    """Padding adds values that do not change: zeros of D."""
-    mode = op.arg(2, "mode", "constant")
-    args = (op.args[1] if len(op.args) > 1 else op.kwargs["pad"], mode, 0.0 if mode == "constant" else None)
-    return Change(torch.vmap(lambda d: F.pad(d, *args))(op.d.dense(op.x)))
+def pad(op: Operation) -> Change:
+    """Padding adds values that do not change: zeros of D. Zeros on the channel axis move a one-channel change."""
+    border, mode = list(op.arg(1, "pad")), op.arg(2, "mode", "constant")
+    if mode == "constant" and op.d.channel is not None and len(border) == 2 * (op.x.ndim - op.d.axis):
+        *inner, front, back = border
+        if front >= 0 and back >= 0:
+            return Change(F.pad(op.d.data, inner) if inner else op.d.data, op.d.channel + front, op.d.axis)
+    value = 0.0 if mode == "constant" else None
+    return Change(torch.vmap(lambda d: F.pad(d, border, mode, value))(op.d.dense(op.x)))
 
 
-def cat(op: Operation) -> Change | None:
+def cat(op: Operation) -> Change:
     """Concatenation of the changes, zeros where an input does not change."""
     changes = op.d if isinstance(op.d, list) else [op.d]
     count = next(len(c.data) for c in changes if c is not None)
@@ -170,17 +124,17 @@ def cat(op: Operation) -> Change | None:
     return Change(torch.vmap(lambda *d: op.run((list(d), *op.args[1:]), op.kwargs))(*pieces))
 
 
-def add(op: Operation) -> Change | None:
+def add(op: Operation) -> Change:
     """D1 + alpha D2, broadcast as the values are."""
     return _sum(op, op.kwargs.get("alpha", 1))
 
 
-def sub(op: Operation) -> Change | None:
+def sub(op: Operation) -> Change:
     """D1 - alpha D2, broadcast as the values are."""
     return _sum(op, -op.kwargs.get("alpha", 1))
 
 
-def _sum(op: Operation, alpha: float) -> Change | None:
+def _sum(op: Operation, alpha: float) -> Change:
     first, second = op.changes[:2]
     if second is None and op.x.shape == op.value.shape:
         return first
@@ -205,7 +159,7 @@ def _expanded(data: Tensor, value: Tensor) -> Tensor:
 # --- products ------------------------------------------------------------------------------------------------------------
 
 
-def product(op: Operation) -> Change | None:
+def product(op: Operation) -> Change:
     """a b: Da b + a Db + Da Db; a scalar or unchanging factor keeps a one-channel change one-channel."""
     (a, b), (da, db) = op.args[:2], op.changes[:2]
     if db is None or da is None:
@@ -224,9 +178,11 @@ def product(op: Operation) -> Change | None:
     return Change(_expanded(sum(parts), op.value))
 
 
-def quotient(op: Operation) -> Change | None:
+def quotient(op: Operation) -> Change:
     """a / b: (Da - (a/b) Db) / (b + Db)."""
     (a, b), (da, db) = op.args[:2], op.changes[:2]
+    if op.kwargs.get("rounding_mode"):
+        return fallback(op)
     if db is None and (not isinstance(b, Tensor) or b.ndim == 0):
         return da.like(da.data / b)
     top = _aligned(da.dense(a), op.value) if da is not None else 0
@@ -236,7 +192,7 @@ def quotient(op: Operation) -> Change | None:
     return Change(_expanded((top - op.value * db) / (b + db), op.value))
 
 
-def bilinear(op: Operation) -> Change | None:
+def bilinear(op: Operation) -> Change:
     """matmul, bmm and whatever else is linear in each of its first two arguments."""
     (a, b), (da, db) = op.args[:2], op.changes[:2]
     run = lambda x, y: op.run((x, y, *op.args[2:]), op.kwargs)  # noqa: E731
@@ -251,7 +207,7 @@ def bilinear(op: Operation) -> Change | None:
     return Change(sum(parts))
 
 
-def attention(op: Operation) -> Change | None:
+def attention(op: Operation) -> Change:
     """Scaled dot-product attention, composed of product, softmax and product."""
     query, key, value = op.args[:3]
     mask, causal = op.arg(3, "attn_mask"), op.arg(5, "is_causal", False)
@@ -277,35 +233,63 @@ def attention(op: Operation) -> Change | None:
 # --- convolution and linear layers ---------------------------------------------------------------------------------------
 
 
-def convolution(op: Operation) -> Change | None:
-    """W * D without bias, for a conv2d module; a one-channel D meets W[:, c] only."""
+def convolution(op: Operation) -> Change:
+    """W * D without bias; a one-channel D meets W[:, c] only."""
     conv = op.module
-    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return fallback(op)
-    if op.d.channel is not None and conv.groups == 1:
-        return Change(_convolve_one_channel(conv, op.d))
+    border = borders(conv)
+    if op.d.channel is not None and op.d.axis == 1 and conv.groups == 1:
+        columns = conv.weight.flatten(2)[:, op.d.channel].permute(1, 2, 0).contiguous()  # [P, k*k, O]
+        data = padded(op.d.data, border, conv.padding_mode)
+        if op.compiled is None:
+            return Change(_by_product(data, columns, window_of(conv)))
+        return Change(op.compiled(_by_sum(window_of(conv)), data, columns))
     data = op.d.dense(op.x)
-    flat_data = data.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    out = F.conv2d(flat_data, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight = op.cached(("weight", data.dtype), lambda: conv.weight.to(data.dtype))
+    merged = data.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    if conv.padding_mode == "zeros" and border[0] == border[1] and border[2] == border[3]:
+        padding = (border[2], border[0])
+    else:
+        merged, padding = padded(merged, border, conv.padding_mode), 0
+    out = F.conv2d(merged, weight, None, conv.stride, padding, conv.dilation, conv.groups)
     return Change(out.unflatten(0, data.shape[:2]))
 
 
-def _convolve_one_channel(conv: nn.Conv2d, change: Change) -> Tensor:
-    """[P, B, H, W] -> [P, B, O, H', W']: the shifted copies of D as rows of a matrix product with W[:, c]."""
-    windows = shifts(F.pad(change.data, _padding(conv)), conv)  # k*k of [P, B, H', W']
-    rows = torch.stack(windows, dim=-1)
-    weights = conv.weight.flatten(2)[:, change.channel].permute(1, 2, 0)  # [P, k*k, O]
-    out = torch.bmm(rows.flatten(1, 3), weights)
-    return out.unflatten(1, rows.shape[1:4]).permute(0, 1, 4, 2, 3)
+@dataclass(frozen=True)
+class Window:
+    """What slides over an image, each as (vertical, horizontal)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def window_of(conv: nn.Conv2d) -> Window:
+    """The window of a convolution."""
+    return Window(conv.kernel_size, conv.stride, conv.dilation)
+
+
+def borders(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Padding on the left, right, top and bottom."""
+    if isinstance(conv.padding, str):
+        reach = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in reach)
+        return left, right, top, bottom
     return (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
 
 
-def shifts(padded: Tensor, conv: nn.Conv2d) -> list[Tensor]:
+def padded(data: Tensor, border: tuple[int, int, int, int], mode: str) -> Tensor:
+    """Images [..., H, W] with a border as ``padding_mode`` says: linear in the data, whatever it says."""
+    if not any(border):
+        return data
+    if mode == "zeros":
+        return F.pad(data, border)
+    out = F.pad(data.flatten(0, -3)[None], border, mode)[0]  # these modes take three or four axes only
+    return out.unflatten(0, data.shape[:-2])
+
+
+def shifts(padded: Tensor, window: Window) -> list[Tensor]:
     """For each kernel position (row-major) what it sees of the padded input [..., H, W]: [..., H', W']."""
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
     height = (padded.shape[-2] - dh * (kh - 1) - 1) // sh + 1
     width = (padded.shape[-1] - dw * (kw - 1) - 1) // sw + 1
     return [
@@ -315,26 +299,60 @@ def shifts(padded: Tensor, conv: nn.Conv2d) -> list[Tensor]:
     ]
 
 
-def linear_layer(op: Operation) -> Change | None:
+def _by_product(padded: Tensor, columns: Tensor, window: Window) -> Tensor:
+    """[P, B, H, W], [P, k*k, O] -> [P, B, O, H', W']: the shifted copies of D as rows of a matrix product with W[:, c]."""
+    rows = torch.stack(shifts(padded, window), dim=-1)
+    out = torch.bmm(rows.flatten(1, 3), columns)
+    return out.unflatten(1, rows.shape[1:4]).permute(0, 1, 4, 2, 3)
+
+
+@functools.cache
+def _by_sum(window: Window) -> Callable[[Tensor, Tensor], Tensor]:
+    """As :func:`_by_product`, as a sum over kernel positions: a compiler makes one pass of it, three times faster in fp32."""
+
+    def run(padded: Tensor, columns: Tensor) -> Tensor:
+        pieces = enumerate(shifts(padded, window))
+        return sum(piece[..., None] * columns[:, k, None, None, None] for k, piece in pieces).permute(0, 1, 4, 2, 3)
+
+    return run
+
+
+def convolution_function(op: Operation) -> Change:
+    """F.conv2d(x, W, b, ...) where any of the three may change."""
+    x, weight = op.args[0], op.arg(1, "weight")
+    names = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+    options = [op.arg(3 + k, name, default) for k, (name, default) in enumerate(names)]
+    run = lambda x, w: F.conv2d(x, w, None, *options)  # noqa: E731
+    return _affine(op, run, x, weight, [*op.changes, None, None][:3], bias_axis=1)
+
+
+def linear_layer(op: Operation) -> Change:
     """W D without bias; a one-channel D meets the column W[:, c]."""
-    return Change(_apply_linear(op.module.weight, op.d, op.x))
+    weight = op.cached(("weight", op.d.data.dtype), lambda: op.module.weight.to(op.d.data.dtype))
+    return Change(_apply_linear(weight, op.d, op.x))
 
 
-def linear_function(op: Operation) -> Change | None:
+def linear_function(op: Operation) -> Change:
     """F.linear(x, W, b) where any of the three may change."""
-    x, weight = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs["weight"]
-    changes = [*op.changes, None, None][:3]
+    return _affine(op, F.linear, op.args[0], op.arg(1, "weight"), [*op.changes, None, None][:3], bias_axis=-1)
+
+
+def _affine(op: Operation, run: Callable, x: Tensor, weight: Tensor, changes: list, bias_axis: int) -> Change:
+    """run(dx, W) + run(x, dW) + run(dx, dW) + db."""
+    dx, dw = (None if c is None else c.dense(value) for c, value in zip(changes, (x, weight), strict=False))
     parts = []
-    if changes[0] is not None:
-        parts.append(_apply_linear(weight, changes[0], x))
-    if changes[1] is not None:
-        dw = changes[1].dense(weight)
-        parts.append(torch.vmap(F.linear, (None, 0))(x, dw))
-        if changes[0] is not None:
-            parts.append(torch.vmap(F.linear)(changes[0].dense(x), dw))
+    if dx is not None:
+        parts.append(torch.vmap(run, (0, None))(dx, weight))
+    if dw is not None:
+        parts.append(torch.vmap(run, (None, 0))(x, dw))
+    if dx is not None and dw is not None:
+        parts.append(torch.vmap(run)(dx, dw))
     if changes[2] is not None:
-        parts.append(_expanded(_aligned(changes[2].data, op.value), op.value))
-    return Change(sum(parts))
+        bias = changes[2].dense(op.arg(2, "bias"))
+        shape = [1] * op.value.ndim
+        shape[bias_axis] = -1
+        parts.append(bias.reshape(len(bias), *shape))
+    return Change(_expanded(sum(parts), op.value))
 
 
 def _apply_linear(weight: Tensor, change: Change, x: Tensor) -> Tensor:
@@ -347,80 +365,40 @@ def _apply_linear(weight: Tensor, change: Change, x: Tensor) -> Tensor:
 # --- elementwise functions -----------------------------------------------------------------------------------------------
 
 
-def elementwise(difference: Callable[..., Tensor]) -> Callable[[Operation], Change | None]:
+def elementwise(difference: Callable[..., Tensor]) -> Rule:
     """A rule from ``difference(op, x, d)`` = f(x + d) - f(x), element by element."""
 
-    def rule(op: Operation) -> Change | None:
+    def rule(op: Operation) -> Change:
         return op.d.like(difference(op, op.d.of(op.x), op.d.data))
 
     return rule
 
 
-def relu_difference(x: Tensor, d: Tensor) -> Tensor:
-    """relu(x + d) - relu(x) without cancellation."""
-    return torch.maximum(d + x.clamp(max=0), -x.clamp(min=0))
-
-
-def sigmoid_difference(x: Tensor, d: Tensor) -> Tensor:
-    """s(x) s(-x) e / (1 + s(x) e), e = expm1(d)."""
-    s, e = torch.sigmoid(x), torch.expm1(d)
-    return s * torch.sigmoid(-x) * e / (1 + s * e)
-
-
-def tanh_difference(x: Tensor, d: Tensor) -> Tensor:
-    """tanh(x) = 2 sigmoid(2x) - 1."""
-    return 2 * sigmoid_difference(2 * x, 2 * d)
-
-
-def silu_difference(x: Tensor, d: Tensor) -> Tensor:
-    """x s(x): d s(x + d) + x [s(x + d) - s(x)]."""
-    return d * torch.sigmoid(x + d) + x * sigmoid_difference(x, d)
-
-
-GAUSS = ((0.1127016653792583, 5 / 18), (0.5, 8 / 18), (0.8872983346207417, 5 / 18))  # nodes and weights on [0, 1]
-
-
-def gelu_difference(x: Tensor, d: Tensor) -> Tensor:
-    """x Phi(x): d Phi(x + d) + x int_x^{x+d} phi, by three Gauss points where d is small and by subtraction elsewhere."""
-    cdf = lambda t: 0.5 * torch.erfc(-t / math.sqrt(2))  # noqa: E731
-    density = lambda t: torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)  # noqa: E731
-    small = d * sum(w * density(x + t * d) for t, w in GAUSS)
-    return d * cdf(x + d) + x * torch.where(d.abs() < 0.25, small, cdf(x + d) - cdf(x))
-
-
-def gelu_tanh_difference(x: Tensor, d: Tensor) -> Tensor:
-    """x (1 + tanh u) / 2 with u = c (x + a x^3)."""
-    a, c = 0.044715, math.sqrt(2 / math.pi)
-    u, du = c * (x + a * x**3), c * (d + a * d * (3 * x * x + 3 * x * d + d * d))
-    return 0.5 * (d * (1 + torch.tanh(u + du)) + x * tanh_difference(u, du))
-
-
-def clamp_difference(x: Tensor, d: Tensor, low: float, high: float) -> Tensor:
-    """clamp(x + d) - clamp(x)."""
-    c = x.clamp(low, high)
-    return torch.maximum(torch.minimum(d + (x - c), high - c), low - c)
-
-
-def softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
-    """p (e - r) / (1 + r), e = expm1(d), r = sum p e."""
-    e = torch.expm1(d)
-    r = (p * e).sum(dim, keepdim=True)
-    return p * (e - r) / (1 + r)
-
-
-def softmax(op: Operation) -> Change | None:
+def softmax(op: Operation) -> Change:
     """Softmax along the operation's axis."""
+    return Change(softmax_change(op.value, op.d.dense(op.x), _softmax_dim(op)))
+
+
+def log_softmax(op: Operation) -> Change:
+    """Log-softmax along the operation's axis."""
+    return Change(log_softmax_change(op.value.exp(), op.d.dense(op.x), _softmax_dim(op)))
+
+
+def _softmax_dim(op: Operation) -> int:
+    """The axis, counted from the end."""
     dim = op.module.dim if op.module is not None else op.arg(1, "dim")
-    return Change(softmax_change(op.value, op.d.dense(op.x), dim if dim < 0 else dim + 1))
+    if dim is None:  # torch's legacy choice
+        dim = 0 if op.x.ndim in (0, 1, 3) else 1
+    return dim if dim < 0 else dim - op.x.ndim
 
 
-def gelu(op: Operation) -> Change | None:
+def gelu(op: Operation) -> Change:
     """GELU, exact or by tanh."""
     kind = op.module.approximate if op.module is not None else op.kwargs.get("approximate", "none")
     return op.d.like((gelu_difference if kind == "none" else gelu_tanh_difference)(op.d.of(op.x), op.d.data))
 
 
-def leaky_relu(op: Operation) -> Change | None:
+def leaky_relu(op: Operation) -> Change:
     """slope d + (1 - slope) [relu(x + d) - relu(x)]."""
     slope = op.module.negative_slope if op.module is not None else op.arg(1, "negative_slope", 0.01)
     return op.d.like(slope * op.d.data + (1 - slope) * relu_difference(op.d.of(op.x), op.d.data))
@@ -429,7 +407,7 @@ def leaky_relu(op: Operation) -> Change | None:
 # --- pooling by maximum --------------------------------------------------------------------------------------------------
 
 
-def max_pool(op: Operation) -> Change | None:
+def max_pool(op: Operation) -> Change:
     """max_i [(x_i - x_max) + D_i] over each window."""
     m = op.module
     names = (("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
@@ -437,55 +415,37 @@ def max_pool(op: Operation) -> Change | None:
         kernel, stride, padding, dilation, ceil = (getattr(m, name) for name, _ in names)
     else:
         kernel, stride, padding, dilation, ceil = (op.arg(k + 1, name, default) for k, (name, default) in enumerate(names))
-    if ceil or op.x.ndim != 4:
+    if ceil or op.x.ndim != 4 or not isinstance(op.value, Tensor):
         return fallback(op)
-    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
-    window = _Window(*pairs)
-    border = (pairs[2][1], pairs[2][1], pairs[2][0], pairs[2][0])
+    kernel, stride, padding, dilation = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
+    border, window = (padding[1], padding[1], padding[0], padding[0]), Window(kernel, stride, dilation)
     change = op.d if op.d.axis == 1 else Change(op.d.dense(op.x))
-    x, top = F.pad(op.x, border, value=-math.inf), op.value
-    out = None
-    for xi, di in zip(shifts(x, window), shifts(F.pad(change.data, border), window), strict=True):
-        candidate = change.of(xi - top) + di
-        out = candidate if out is None else torch.maximum(out, candidate)
-    return change.like(out)
+    values = shifts(F.pad(op.x, border, value=-math.inf), window)
+    changes = shifts(F.pad(change.data, border), window)
+    candidates = [change.of(x - op.value) + d for x, d in zip(values, changes, strict=True)]
+    return change.like(functools.reduce(torch.maximum, candidates))
 
 
-@dataclass
-class _Window:
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+def adaptive_max_pool(op: Operation) -> Change:
+    """As :func:`max_pool`, where the output size divides the input's."""
+    size = op.module.output_size if op.module is not None else op.arg(1, "output_size")
+    if op.x.ndim != 4 or not isinstance(op.value, Tensor):
+        return fallback(op)
+    height, width = (n if k is None else k for n, k in zip(op.x.shape[2:], _pair(size), strict=True))
+    kernel = (op.x.shape[2] // height, op.x.shape[3] // width)
+    if (kernel[0] * height, kernel[1] * width) != tuple(op.x.shape[2:]):
+        return fallback(op)
+    return max_pool(Operation(op.run, (op.x, kernel), {}, [op.d, None], op.value))
+
+
+def _pair(value) -> tuple:
+    return (value, value) if isinstance(value, int) or value is None else tuple(value)
 
 
 # --- normalisation -------------------------------------------------------------------------------------------------------
 
 
-def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
-    """(x - mean, sqrt(variance + eps)) over ``dims``, kept as axes of length one."""
-    centred = x - x.mean(dims, keepdim=True)
-    return centred, ((centred * centred).mean(dims, keepdim=True) + eps).sqrt()
-
-
-def coefficients(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean D, 1/s', (s' - s)/(s s')) over ``dims``: all that a normalised change needs beside D itself.
-
-    Three sums in one pass: dv = 2 mean(D x_c) + mean(D^2) - (mean D)^2, since x_c has mean zero.
-    """
-    mean_d = d.mean(dims, keepdim=True)
-    dv = (2 * d * centred + d * d).mean(dims, keepdim=True) - mean_d * mean_d
-    s2 = (s * s + dv).sqrt()
-    return mean_d, 1 / s2, dv / ((s2 + s) * s * s2)
-
-
-def normalised_change(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> Tensor:
-    """Change of x_c / s, s^2 = mean(x_c^2) + eps over ``dims``: D_c/s' - x_c (s' - s)/(s s')."""
-    mean_d, scale, shrink = coefficients(d, centred, s, dims)
-    return (d - mean_d) * scale - centred * shrink
-
-
-def batch_norm(op: Operation) -> Change | None:
+def batch_norm(op: Operation) -> Change:
     """Batch statistics in train mode, an affine map per channel in eval mode; a one-channel change stays one-channel."""
     m, x, change = op.module, op.x, _along_channels(op)
     shape = [1, -1, *[1] * (x.ndim - 2)]
@@ -519,104 +479,39 @@ def _along_channels(op: Operation) -> Change:
     return op.d if op.d.channel is None or op.d.axis == 1 else Change(op.d.dense(op.x))
 
 
-def layer_norm(op: Operation) -> Change | None:
+def layer_norm(op: Operation) -> Change:
     """Per-token statistics."""
-    if op.module is not None:
-        shape, weight, eps = op.module.normalized_shape, op.module.weight, op.module.eps
-    else:
-        shape, weight, eps = op.args[1], op.arg(2, "weight"), op.arg(4, "eps", 1e-5)
-        if any(c is not None for c in op.changes[1:]):
-            return fallback(op)
+    shape, weight, _ = _layer_norm_options(op)
     dims = list(range(-len(shape), 0))
-    centred, s = op.cached("statistics", lambda: statistics(op.x, dims, eps))
-    out = normalised_change(op.d.dense(op.x), centred, s, dims)
+    out = normalised_change(op.d.dense(op.x), *layer_norm_statistics(op), dims)
     return Change(out * weight if weight is not None else out)
 
 
-def group_norm(op: Operation) -> Change | None:
+def layer_norm_statistics(op: Operation) -> tuple[Tensor, Tensor]:
+    """(x - mean, s) of each token, once a batch."""
+    shape, _, eps = _layer_norm_options(op)
+    return op.cached("statistics", lambda: statistics(op.x, list(range(-len(shape), 0)), eps))
+
+
+def _layer_norm_options(op: Operation) -> tuple:
+    if op.module is not None:
+        return op.module.normalized_shape, op.module.weight, op.module.eps
+    return op.arg(1, "normalized_shape"), op.arg(2, "weight"), op.arg(4, "eps", 1e-5)
+
+
+def group_norm(op: Operation) -> Change:
     """Statistics per sample and group of channels."""
-    m, x = op.module, op.x
-    grouped = x.reshape(x.shape[0], m.num_groups, -1)
-    centred, s = op.cached("statistics", lambda: statistics(grouped, [-1], m.eps))
-    data = op.d.dense(x)
-    out = normalised_change(data.reshape(len(data), *grouped.shape), centred, s, [-1]).reshape(data.shape)
-    return Change(out if m.weight is None else out * m.weight.reshape(-1, *[1] * (x.ndim - 2)))
+    m, data = op.module, op.d.dense(op.x)
+    centred, s = group_norm_statistics(op)
+    dims = list(range(3, centred.ndim + 1))
+    out = normalised_change(data.reshape(len(data), *centred.shape), centred, s, dims).reshape(data.shape)
+    return Change(out if m.weight is None else out * m.weight.reshape(-1, *[1] * (op.x.ndim - 2)))
 
 
-# --- seeds: the change that a parameter's own operation makes ------------------------------------------------------------
-
-
-def seed(op: Operation, name: str, local: np.ndarray, mu: float) -> Change | None:
-    """Change of the output for mu e_j on parameter ``name`` of ``op.module``, j in ``local`` [P]; None where no rule is known."""
-    place = np.unravel_index(local, getattr(op.module, name).shape) if hasattr(op.module, name) else None
-    if place is None:
-        return None
-    place = [torch.from_numpy(k).to(op.x.device) for k in place]
-    rule = SEEDS.get((type(op.module), name))
-    return rule(op, place, mu) if rule else None
-
-
-def _seed_conv_weight(op: Operation, place: list[Tensor], mu: float) -> Change | None:
-    """mu x_i shifted by (kh, kw), strided and padded as the convolution, on channel o."""
-    conv = op.module
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    out_channel, in_channel, kh, kw = place
-    in_channel = in_channel + out_channel // (conv.out_channels // conv.groups) * (conv.in_channels // conv.groups)
-    seen = op.cached("shifts", lambda: shifts(F.pad(op.x, _padding(conv)).transpose(0, 1).contiguous(), conv))
-    position = kh * conv.kernel_size[1] + kw
-    data = op.x.new_empty(len(position), *seen[0].shape[1:])
-    for k in range(len(seen)):  # as many as the kernel has positions, not coordinates
-        here = (position == k).nonzero()[:, 0]
-        data[here] = seen[k][in_channel[here]]
-    return Change(data.mul_(mu), out_channel, 1)
-
-
-def _seed_linear_weight(op: Operation, place: list[Tensor], mu: float) -> Change:
-    """mu x_i on feature o."""
-    return Change(mu * op.x.movedim(-1, 0)[place[1]], place[0], op.x.ndim - 1)
-
-
-def _seed_constant(axis: int) -> Callable:
-    """mu on one channel: biases."""
-
-    def rule(op: Operation, place: list[Tensor], mu: float) -> Change:
-        k = axis % op.value.ndim
-        shape = [n for i, n in enumerate(op.value.shape) if i != k]
-        return Change(op.value.new_full((len(place[0]), *shape), mu), place[0], k)
-
-    return rule
-
-
-def _seed_scale(axis: int) -> Callable:
-    """mu times the normalised input on one channel: the weights of normalisation layers."""
-
-    def rule(op: Operation, place: list[Tensor], mu: float) -> Change | None:
-        if len(place) > 1:
-            return None
-        k = axis % op.value.ndim
-        normalised = op.cached("normalised", lambda: _without_affine(op.module, op.x).movedim(k, 0).contiguous())
-        return Change(mu * normalised[place[0]], place[0], k)
-
-    return rule
-
-
-def _without_affine(m: nn.Module, x: Tensor) -> Tensor:
-    """x normalised as the layer does it, before weight and bias; no running statistic moves."""
-    if isinstance(m, nn.LayerNorm):
-        return F.layer_norm(x, m.normalized_shape, eps=m.eps)
-    if isinstance(m, nn.GroupNorm):
-        return F.group_norm(x, m.num_groups, eps=m.eps)
-    if m.training or m.running_var is None:
-        return F.batch_norm(x, None, None, training=True, eps=m.eps)
-    return F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
-
-
-SEEDS: dict[tuple[type, str], Callable] = {(nn.Conv2d, "weight"): _seed_conv_weight, (nn.Linear, "weight"): _seed_linear_weight}
-for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm):
-    SEEDS[_kind, "weight"], SEEDS[_kind, "bias"] = _seed_scale(1), _seed_constant(1)
-SEEDS[nn.LayerNorm, "weight"], SEEDS[nn.LayerNorm, "bias"] = _seed_scale(-1), _seed_constant(-1)
-SEEDS[nn.Conv2d, "bias"], SEEDS[nn.Linear, "bias"] = _seed_constant(1), _seed_constant(-1)
+def group_norm_statistics(op: Operation) -> tuple[Tensor, Tensor]:
+    """(x - mean [B, groups, C / groups, ...], s) of each sample and group, once a batch."""
+    grouped = lambda: op.x.reshape(op.x.shape[0], op.module.num_groups, -1, *op.x.shape[2:])  # noqa: E731
+    return op.cached("statistics", lambda: statistics(grouped(), list(range(2, op.x.ndim + 1)), op.module.eps))
 
 
 # --- which rule serves which operation -------------------------------------------------------------------------------------
@@ -630,16 +525,17 @@ _exp = elementwise(lambda op, x, d: torch.exp(x) * torch.expm1(d))
 _square = elementwise(lambda op, x, d: d * (2 * x + d))
 _neg = elementwise(lambda op, x, d: -d)
 
-MODULES: dict[type, Callable] = {
+MODULES: dict[type, Rule] = {
     nn.Conv2d: convolution, nn.Linear: linear_layer, nn.LayerNorm: layer_norm, nn.GroupNorm: group_norm,
     nn.BatchNorm1d: batch_norm, nn.BatchNorm2d: batch_norm, nn.BatchNorm3d: batch_norm,
     nn.ReLU: _relu, nn.ReLU6: _relu6, nn.LeakyReLU: leaky_relu, nn.GELU: gelu, nn.SiLU: _silu, nn.Sigmoid: _sigmoid,
-    nn.Tanh: _tanh, nn.Softmax: softmax, nn.MaxPool2d: max_pool, nn.AvgPool2d: per_channel_map,
-    nn.AdaptiveAvgPool2d: per_channel_map, nn.Flatten: linear_map, nn.Identity: identity, nn.Dropout: identity,
-    nn.Dropout2d: identity,
+    nn.Tanh: _tanh, nn.Softmax: softmax, nn.LogSoftmax: log_softmax, nn.MaxPool2d: max_pool,
+    nn.AdaptiveMaxPool2d: adaptive_max_pool, nn.AvgPool2d: average_pool,
+    nn.AdaptiveAvgPool2d: average_pool, nn.Flatten: linear_map, nn.Unflatten: linear_map, nn.Identity: identity,
+    nn.Dropout: identity, nn.Dropout2d: identity, nn.ZeroPad2d: linear_map,
 }  # fmt: skip
 
-FUNCTIONS: dict[str, Callable] = {
+FUNCTIONS: dict[str, Rule] = {
     "add": add, "sub": sub, "mul": product, "multiply": product, "truediv": quotient, "div": quotient, "neg": _neg,
     "matmul": bilinear, "bmm": bilinear, "linear": linear_function, "scaled_dot_product_attention": attention,
     "cat": cat, "concat": cat, "pad": pad, "getitem": getitem, "chunk": split, "split": split, "unbind": split,
@@ -647,8 +543,9 @@ FUNCTIONS: dict[str, Callable] = {
     "permute": linear_map, "transpose": linear_map, "t": linear_map, "squeeze": linear_map, "unsqueeze": linear_map,
     "expand": linear_map, "movedim": linear_map, "contiguous": identity, "unflatten": linear_map,
     "relu": _relu, "relu6": _relu6, "leaky_relu": leaky_relu, "gelu": gelu, "silu": _silu, "sigmoid": _sigmoid,
-    "tanh": _tanh, "softmax": softmax, "exp": _exp, "square": _square, "avg_pool2d": per_channel_map,
-    "adaptive_avg_pool2d": per_channel_map, "max_pool2d": max_pool, "layer_norm": layer_norm, "dropout": identity,
+    "tanh": _tanh, "softmax": softmax, "log_softmax": log_softmax, "exp": _exp, "square": _square, "avg_pool2d": average_pool,
+    "adaptive_avg_pool2d": average_pool, "max_pool2d": max_pool,
+    "adaptive_max_pool2d": adaptive_max_pool, "layer_norm": layer_norm, "dropout": identity, "conv2d": convolution_function,
 }  # fmt: skip
 
 BY_FUNCTION = {
@@ -660,12 +557,24 @@ BY_FUNCTION = {
 
 #: elementwise or nearly so: the compiler merges a run of these into few passes over memory
 FUSABLE = {
-    add, sub, product, quotient, mean, pad, identity, leaky_relu, gelu, max_pool, batch_norm, per_channel_map,
-    _relu, _sigmoid, _tanh, _silu, _relu6, _exp, _square, _neg,
+    add, sub, product, quotient, mean, pad, getitem, identity, leaky_relu, gelu, max_pool, adaptive_max_pool, batch_norm,
+    layer_norm, group_norm, softmax, log_softmax, average_pool, _relu, _sigmoid, _tanh, _silu, _relu6, _exp, _square, _neg,
 }  # fmt: skip
 
+#: evaluated in the type that changes travel in; all others compute in the parameters' type
+NATIVE = {convolution, linear_layer, linear_map, split, getitem, identity, pad}
 
-def find(node: fx.Node, module: nn.Module | None) -> Callable:
+#: these compare base values with each other, so that rounding them would change the answer
+SHARP = {max_pool, adaptive_max_pool, _relu6}
+
+#: more than the first input may change
+SEVERAL = {add, sub, product, quotient, bilinear, attention, cat, getitem, linear_function, convolution_function}
+
+#: what a normalisation needs to know of its base input
+STATISTICS = {batch_norm: batch_statistics, layer_norm: layer_norm_statistics, group_norm: group_norm_statistics}
+
+
+def find(node: fx.Node, module: nn.Module | None) -> Rule:
     """The rule of an operation; :func:`fallback` where there is none."""
     if node.op == "call_module":
         return MODULES.get(type(module), fallback)

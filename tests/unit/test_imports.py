@@ -8,10 +8,10 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
-errors seeds device metrics models.resnet engines.rules
-config coordinates graph spmd models.cnn
-engines.full estimators optimizers stopping
-engines.reuse pruning
+errors seeds device metrics models.resnet engines.changes engines.differences engines.programs
+config coordinates graph spmd models.cnn engines.rules
+engines.full engines.seeds estimators optimizers stopping
+engines.reuse engines.propagation pruning
 engines.delta store
 engines
 models data runfolder sparsity distribution forecast
@@ -30,6 +30,11 @@ NUMERICAL = {
     "engines.reuse",
     "engines.delta",
     "engines.rules",
+    "engines.seeds",
+    "engines.changes",
+    "engines.differences",
+    "engines.programs",
+    "engines.propagation",
     "estimators",
     "pruning",
     "models",

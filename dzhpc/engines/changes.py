@@ -1,0 +1,88 @@
+"""The change of a value for a chunk of coordinates, and an operation as its rule sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Change:
+    """The change of one value for a chunk of P coordinates.
+
+    channel None: data [P, *x.shape]. Else each coordinate changes one channel only: data [P, *x.shape without axis], and
+    channel [P] says which one along ``axis`` of x.
+    """
+
+    data: Tensor
+    channel: Tensor | None = None
+    axis: int = 1
+
+    def dense(self, x: Tensor) -> Tensor:
+        """[P, *x.shape]."""
+        if self.channel is None:
+            return self.data
+        p = len(self.data)
+        out = self.data.new_zeros(p, *x.shape)
+        out.movedim(self.axis + 1, 1)[torch.arange(p, device=out.device), self.channel] = self.data
+        return out
+
+    def of(self, x: Tensor) -> Tensor:
+        """What of x (or of a per-channel vector, then broadcast) stands beside ``data``."""
+        return x if self.channel is None else x.movedim(self.axis, 0)[self.channel]
+
+    def like(self, data: Tensor) -> "Change":
+        """Other data on the same channels."""
+        return Change(data, self.channel, self.axis)
+
+    def to(self, dense: torch.dtype, one_channel: torch.dtype) -> "Change":
+        """In the type that a change of its kind travels in."""
+        return self.like(self.data.to(dense if self.channel is None else one_channel))
+
+
+@dataclass
+class Operation:
+    """One operation with its base inputs and their changes."""
+
+    run: Callable  # the operation itself, on (args, kwargs)
+    args: tuple
+    kwargs: dict
+    changes: list  # parallel to args: Change, None, or a list of such for a list argument
+    value: object  # the base output
+    module: nn.Module | None = None
+    cache: dict = field(default_factory=dict)  # of this operation and batch: what only depends on base values
+    compiled: Callable | None = None  # (function, *tensors) -> a compiled function's result; None: there is no compiler
+
+    def cached(self, name: object, make: Callable):
+        """``make()``, computed once a batch."""
+        if name not in self.cache:
+            self.cache[name] = make()
+        return self.cache[name]
+
+    def arg(self, position: int, name: str, default=None):
+        """A non-tensor argument, by position or name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def x(self) -> Tensor:
+        return self.args[0]
+
+    @property
+    def d(self) -> Change | None:
+        return self.changes[0]
+
+
+def shifted(x, change, k: int):
+    """x plus its change for the k-th coordinate."""
+    if isinstance(change, list):
+        return [shifted(a, c, k) for a, c in zip(x, change, strict=True)]
+    if change is None:
+        return x
+    channel = None if change.channel is None else change.channel[k : k + 1]
+    return x + Change(change.data[k : k + 1], channel, change.axis).dense(x)[0]
+
+
+def flat(changes: list) -> list:
+    """All changes, those in list arguments included."""
+    return [c for item in changes for c in (item if isinstance(item, list) else [item])]

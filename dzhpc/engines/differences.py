@@ -1,0 +1,112 @@
+"""f(x + d) - f(x) for each kind of function: exact, without linearisation, and without subtracting nearby numbers.
+
+x: base value, d: its change; both broadcast against each other. Where a change is large (LARGE), nothing cancels, exponentials
+may overflow, and f(x + d) - f(x) is evaluated as it stands.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+LARGE = 10.0  # exp(LARGE) is far from 1 and far from overflow
+
+
+def relu_difference(x: Tensor, d: Tensor) -> Tensor:
+    """relu(x + d) - relu(x) without cancellation."""
+    return torch.maximum(d + x.clamp(max=0), -x.clamp(min=0))
+
+
+def sigmoid_difference(x: Tensor, d: Tensor) -> Tensor:
+    """s(x) s(-x) e / (1 + s(x) e), e = expm1(d)."""
+    s, e = torch.sigmoid(x), torch.expm1(d.clamp(-LARGE, LARGE))
+    return torch.where(d.abs() < LARGE, s * torch.sigmoid(-x) * e / (1 + s * e), torch.sigmoid(x + d) - s)
+
+
+def tanh_difference(x: Tensor, d: Tensor) -> Tensor:
+    """tanh(x) = 2 sigmoid(2x) - 1."""
+    return 2 * sigmoid_difference(2 * x, 2 * d)
+
+
+def silu_difference(x: Tensor, d: Tensor) -> Tensor:
+    """x s(x): d s(x + d) + x [s(x + d) - s(x)]."""
+    return d * torch.sigmoid(x + d) + x * sigmoid_difference(x, d)
+
+
+GAUSS = ((0.1127016653792583, 5 / 18), (0.5, 8 / 18), (0.8872983346207417, 5 / 18))  # nodes and weights on [0, 1]
+
+
+def gelu_difference(x: Tensor, d: Tensor) -> Tensor:
+    """x Phi(x): d Phi(x + d) + x int_x^{x+d} phi, by three Gauss points where d is small and by subtraction elsewhere."""
+    cdf = lambda t: 0.5 * torch.erfc(-t / math.sqrt(2))  # noqa: E731
+    density = lambda t: torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)  # noqa: E731
+    small = d * sum(w * density(x + t * d) for t, w in GAUSS)
+    return d * cdf(x + d) + x * torch.where(d.abs() < 0.25, small, cdf(x + d) - cdf(x))
+
+
+def gelu_tanh_difference(x: Tensor, d: Tensor) -> Tensor:
+    """x (1 + tanh u) / 2 with u = c (x + a x^3)."""
+    a, c = 0.044715, math.sqrt(2 / math.pi)
+    u, du = c * (x + a * x**3), c * (d + a * d * (3 * x * x + 3 * x * d + d * d))
+    return 0.5 * (d * (1 + torch.tanh(u + du)) + x * tanh_difference(u, du))
+
+
+def clamp_difference(x: Tensor, d: Tensor, low: float, high: float) -> Tensor:
+    """clamp(x + d) - clamp(x)."""
+    c = x.clamp(low, high)
+    return torch.maximum(torch.minimum(d + (x - c), high - c), low - c)
+
+
+def softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """p (e - r) / (1 + r), e = expm1(d), r = sum p e."""
+    top = d.abs().amax(dim, keepdim=True)
+    e = torch.expm1(d.clamp(-LARGE, LARGE))
+    r = (p * e).sum(dim, keepdim=True)
+    return torch.where(top < LARGE, p * (e - r) / (1 + r), torch.softmax(p.log() + d, dim) - p)
+
+
+def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean, sqrt(variance + eps)) over ``dims``, kept as axes of length one."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred, ((centred * centred).mean(dims, keepdim=True) + eps).sqrt()
+
+
+def coefficients(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean D, 1/s', (s' - s)/(s s')) over ``dims``: all that a normalised change needs beside D itself.
+
+    Three sums in one pass: dv = 2 mean(D x_c) + mean(D^2) - (mean D)^2, since x_c has mean zero.
+    """
+    mean_d = d.mean(dims, keepdim=True)
+    dv = (2 * d * centred + d * d).mean(dims, keepdim=True) - mean_d * mean_d
+    s2 = (s * s + dv).sqrt()
+    return mean_d, 1 / s2, dv / ((s2 + s) * s * s2)
+
+
+def normalised_change(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> Tensor:
+    """Change of x_c / s, s^2 = mean(x_c^2) + eps over ``dims``: D_c/s' - x_c (s' - s)/(s s')."""
+    mean_d, scale, shrink = coefficients(d, centred, s, dims)
+    return (d - mean_d) * scale - centred * shrink
+
+
+def log_mean_exp(p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """log sum_k p_k exp(d_k), sum p = 1: log1p(sum p expm1(d)); the axis stays, with length one."""
+    top = d.amax(dim, keepdim=True)
+    small = torch.log1p((p * torch.expm1(d.clamp(max=LARGE))).sum(dim, keepdim=True))
+    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, small, top + (p * torch.exp(d - top)).sum(dim, keepdim=True).log())
+
+
+def log_softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """d - log sum p exp(d), p the base probabilities."""
+    return d - log_mean_exp(p, d, dim)
+
+
+def cross_entropy_difference(p: Tensor, d: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of log sum_k p_k exp(d_k - d_y); p [B, K], d [P, B, K], targets [B] -> [P]."""
+    own = d.gather(2, targets[None, :, None].expand(len(d), -1, 1))
+    return log_mean_exp(p, d - own, 2)[..., 0].mean(1)
+
+
+def mse_difference(residual: Tensor, d: Tensor) -> Tensor:
+    """Mean of d (2 r + d), r = outputs - targets [B, ...], d [P, B, ...] -> [P]."""
+    return (d * (2 * residual + d)).flatten(1).mean(1)

@@ -1,0 +1,103 @@
+"""Functions of tensors as compiled programs: exact shapes, equal code compiled once, plain where there is no compiler."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# the vector instructions that the processor reports are believed, not tried out by seconds of test compilations
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+
+
+@dataclass
+class Program:
+    """A function of the ``used`` ones of its tensors; ``constants`` are what its trace found beside them."""
+
+    function: Callable
+    used: list[int]
+    constants: list[Tensor]
+
+    def __call__(self, tensors: Callable[[int], Tensor]) -> list[Tensor]:
+        """Outputs, given ``tensors(k)`` for the k-th input."""
+        return self.function(*[tensors(k) for k in self.used], *self.constants)
+
+
+class Programs:
+    """Compiles for one device. ``say`` gets one line when there is no compiler, or when it fails.
+
+    Shapes are static (``dynamic=False``): bits never depend on what was computed before.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
+        self._say = say
+        self._reason = _obstacle(device, dtype)
+        self._shared: dict[tuple, Callable] = {}
+        self._called: dict[tuple, Program] = {}
+
+    @property
+    def compiling(self) -> bool:
+        """Whether functions are compiled; says once why not."""
+        if self._reason:
+            self._say(f"not compiled: {self._reason}")
+        return not self._reason
+
+    def build(self, function: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Program:
+        """The program of a function for tensors like these."""
+        traced = make_fx(function)(*tensors)
+        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        used = [k for k, node in enumerate(placeholders) if node.users]
+        for node in [node for node in placeholders if not node.users]:
+            traced.graph.erase_node(node)
+        constants = _lift_constants(traced)
+        given = [tensors[k] for k in used] + constants
+        key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
+        if key not in self._shared:
+            self._shared[key] = self._compile(traced.forward, given) if self.compiling else traced.forward
+        return Program(self._shared[key], used, constants)
+
+    def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``function(*tensors)``, compiled at the first call; one function object, one program for each kind of tensors."""
+        key = (function, *((t.shape, t.stride(), t.dtype) for t in tensors))
+        if key not in self._called:
+            self._called[key] = self.build(lambda *given: [function(*given)], list(tensors))
+        return self._called[key](tensors.__getitem__)[0]
+
+    def _compile(self, function: Callable, tensors: list[Tensor]) -> Callable:
+        compiled = torch.compile(function, dynamic=False)
+        try:
+            compiled(*tensors)
+        except Exception as error:  # a compiler may fail in any way; the plain function is right in any case
+            self._reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return function
+        return compiled
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why nothing is compiled, if nothing is."""
+    if dtype == torch.float64:
+        return "float64 is for comparisons, and not worth a compiler's seconds"
+    if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        return "no C++ compiler (g++ or clang++) was found"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is missing"
+    return ""
+
+
+def _lift_constants(traced: fx.GraphModule) -> list[Tensor]:
+    """Turn the tensors that a trace holds (parameters) into inputs behind the others, so that equal code is equal."""
+    graph, constants = traced.graph, []
+    last = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        constants.append(getattr(traced, node.target))
+        with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes))):
+            last = graph.placeholder(f"constant_{len(constants)}")
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    traced.recompile()
+    return constants

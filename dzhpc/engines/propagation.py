@@ -1,0 +1,233 @@
+"""Carries the changes of a chunk through the operations of a traced network, run by run.
+
+A run is one operation, or neighbours that the compiler merges into few passes over memory. Changes of whole values travel in the
+engine's precision, changes of single channels (which are small) in the parameters' type; statistics are always of that type.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from dzhpc.engines import rules, seeds
+from dzhpc.engines.changes import Change, Operation
+from dzhpc.engines.programs import Program, Programs
+from dzhpc.graph import Network
+
+
+@dataclass
+class Run:
+    """Neighbouring operations and the programs that carry changes through all of them."""
+
+    nodes: tuple[fx.Node, ...]
+    fused: bool
+    programs: dict[tuple, "_Passes"] = field(default_factory=dict)  # for each kind of incoming changes
+
+
+@dataclass
+class _Passes:
+    """Two programs over the same tensors: the sums that a BatchNorm at the run's beginning needs, and everything else."""
+
+    sums: Program | None
+    rest: Program
+    sources: list[Callable[[], Tensor]]  # what the programs read beside the changes, for the batch at hand
+    leaving: list[tuple[fx.Node, bool, int]]  # (operation, whether its change is dense, axis) of each output
+
+
+class Propagation:
+    """The rules of a network's operations, applied to the base values of the batch that it ran last."""
+
+    def __init__(self, network: Network, dtype: torch.dtype, travel: torch.dtype, programs: Programs, say: Callable[[str], None]):
+        self._network, self._dtype, self._travel = network, dtype, travel
+        self._programs, self._say = programs, say
+        self._runs: dict[tuple[fx.Node, ...], Run] = {}
+        self._caches: dict[fx.Node, dict] = {}
+
+    def new_batch(self) -> None:
+        """Forget what was derived from the last batch's base values."""
+        self._caches.clear()
+
+    def seed(self, node: fx.Node, parameter: Tensor, local: np.ndarray, mu: float) -> Change | None:
+        """The change of the operation that reads a parameter, for its coordinates ``local`` [P]; None where no rule is known."""
+        if node.op == "get_attr":
+            return self._travelling(seeds.of_parameter(parameter, local, mu))
+        module = self._module(node)
+        name = next(name for name, p in module.named_parameters() if p is parameter)
+        change = seeds.seed(self._operation(node, [None] * len(node.args)), name, local, mu)
+        return None if change is None else self._travelling(change)
+
+    def step(self, node: fx.Node, changes: dict[fx.Node, Change | list[Change]]) -> Change | list[Change]:
+        """The change of one operation's output, given those of its inputs."""
+        incoming = self._incoming(node, changes)
+        rule = self._rule(node, incoming)
+        if rule is rules.fallback:
+            self._say(f"{name_of(node)} has no rule: evaluated one coordinate at a time")
+        if rule not in rules.NATIVE:
+            incoming = _each(incoming, lambda c: c.to(self._dtype, self._dtype))
+        return _each(rule(self._operation(node, incoming)), self._travelling)
+
+    def runs(self, nodes: list[fx.Node], changes: dict[fx.Node, Change | list[Change]]) -> list[Run]:
+        """The nodes in order, grouped; a BatchNorm begins a run. ``changes`` says what kind of change each one gets."""
+        groups: list[list[fx.Node]] = []
+        fusable = {node for node in nodes if self._is_fusable(node, changes)}
+        for node in nodes:
+            if node not in fusable or not groups or groups[-1][-1] not in fusable or self._rule(node) is rules.batch_norm:
+                groups.append([])
+            groups[-1].append(node)
+        return [self._runs.setdefault(tuple(g), Run(tuple(g), g[0] in fusable)) for g in groups]
+
+    def advance(self, run: Run, changes: dict[fx.Node, Change | list[Change]]) -> None:
+        """Add to ``changes`` those that leave the run."""
+        if run.fused:
+            self._advance_fused(run, changes)
+        else:
+            changes[run.nodes[0]] = self.step(run.nodes[0], changes)
+
+    def _advance_fused(self, run: Run, changes: dict) -> None:
+        given = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes}
+        kind = tuple((a, c.data.shape, c.channel is None, c.axis) for a, c in given.items())
+        flat = [t for c in given.values() for t in (c.data, c.channel) if t is not None]
+        if kind not in run.programs:
+            run.programs[kind] = self._compile(run, given, flat)
+        passes = run.programs[kind]
+        sources = passes.sources
+
+        def tensor(k: int) -> Tensor:
+            return flat[k] if k < len(flat) else sources[k - len(flat)]()
+
+        coefficients = passes.sums(tensor) if passes.sums else []
+        after = len(flat) + len(sources)
+        out = passes.rest(lambda k: coefficients[k - after] if k >= after else tensor(k))
+        channel = next((c.channel for c in given.values() if c.channel is not None), None)
+        for (node, dense, axis), data in zip(passes.leaving, out, strict=True):
+            changes[node] = Change(data, None if dense else channel, axis)
+
+    def _compile(self, run: Run, given: dict[fx.Node, Change], flat: list[Tensor]) -> _Passes:
+        """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
+        sparse = any(c.channel is not None for c in given.values())
+        base = dict.fromkeys(a for node in run.nodes for a in (*node.all_input_nodes, node))
+        base = [a for a in base if isinstance(self._network.value(a), Tensor)]
+        normed = [node for node in run.nodes if self._has_statistics(node)]
+        sources = [self._source(a, run, sparse) for a in base]
+        for node in normed:
+            sources += [self._statistic(node, 0, sparse), self._statistic(node, 1, sparse)]
+
+        def unpack(tensors: tuple[Tensor, ...]):
+            rest, changes = list(tensors), {}
+            for a, c in given.items():
+                data = rest.pop(0).to(self._dtype)
+                changes[a] = Change(data, None if c.channel is None else rest.pop(0), c.axis)
+            known = {a: rest.pop(0).to(self._network.value(a).dtype) for a in base}
+            caches = {node: {"statistics": (rest.pop(0).to(self._dtype), rest.pop(0))} for node in normed}
+            return changes, known, caches, rest
+
+        def sums(*tensors: Tensor) -> list[Tensor]:
+            changes, known, caches, _ = unpack(tensors)
+            node = run.nodes[0]
+            return list(rules.batch_coefficients(self._operation(node, self._incoming(node, changes), known, caches[node])))
+
+        def rest_of_it(*tensors: Tensor) -> list[Tensor]:
+            changes, known, caches, coefficients = unpack(tensors)
+            if coefficients:
+                caches[run.nodes[0]]["coefficients"] = tuple(coefficients)
+            for node in run.nodes:
+                incoming = self._incoming(node, changes)
+                changes[node] = self._rule(node, incoming)(self._operation(node, incoming, known, caches.get(node, {})))
+            leaving[:] = [(node, changes[node].channel is None, changes[node].axis) for node in wanted]
+            return [self._travelling(changes[node]).data for node in wanted]
+
+        wanted = [node for node in run.nodes if any(user not in run.nodes for user in node.users)]
+        leaving: list[tuple[fx.Node, bool, int]] = []
+        tensors = [*flat, *(source() for source in sources)]
+        first = None
+        if normed and self._rule(run.nodes[0]) is rules.batch_norm:
+            first = self._programs.build(sums, tensors)
+            tensors += first(tensors.__getitem__)
+        return _Passes(first, self._programs.build(rest_of_it, tensors), sources, leaving)
+
+    def _source(self, node: fx.Node, run: Run, sparse: bool) -> Callable[[], Tensor]:
+        """A base value: channel-major beside changes of single channels; rounded beside dense ones that are rounded too."""
+        sharp = any(self._rule(user) in rules.SHARP for user in (*node.users, node) if user in run.nodes)
+        return lambda: self._beside(node, "value", lambda: self._network.value(node), sparse, sharp)
+
+    def _statistic(self, node: fx.Node, which: int, sparse: bool) -> Callable[[], Tensor]:
+        """The centred input (0) or the scale s (1) of a normalisation."""
+
+        def values() -> Tensor:
+            return rules.STATISTICS[self._rule(node)](self._operation(node, [None] * len(node.args)))[which]
+
+        return values if which else lambda: self._beside(node, "centred", values, sparse, False)
+
+    def _beside(self, node: fx.Node, name: str, make: Callable[[], Tensor], sparse: bool, sharp: bool) -> Tensor:
+        cache, rounded = self._caches.setdefault(node, {}), not sparse and not sharp and self._travel != self._dtype
+        key = (name, sparse, rounded)
+        if key not in cache:
+            value = make()
+            if sparse and value.ndim == 4:
+                value = value.transpose(0, 1).contiguous().transpose(0, 1)
+            if rounded and value.dtype == self._dtype:
+                value = value.to(self._travel)
+            cache[key] = value
+        return cache[key]
+
+    def _has_statistics(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        is_batch_norm = self._rule(node) is rules.batch_norm
+        return self._rule(node) in rules.STATISTICS and (not is_batch_norm or rules.uses_batch_statistics(module))
+
+    def _is_fusable(self, node: fx.Node, changes: dict) -> bool:
+        incoming = [c for c in self._incoming(node, changes) if c is not None]
+        return self._rule(node, incoming) in rules.FUSABLE and all(isinstance(c, Change) for c in incoming)
+
+    def _rule(self, node: fx.Node, incoming: list | None = None) -> rules.Rule:
+        """The rule of an operation; :func:`rules.fallback` too where more of its inputs change than the rule knows of."""
+        rule = rules.find(node, self._module(node))
+        several = incoming is not None and any(c is not None for c in incoming[1:])
+        return rules.fallback if several and rule not in rules.SEVERAL else rule
+
+    def _incoming(self, node: fx.Node, changes: dict) -> list:
+        """The changes of an operation's arguments, parallel to them."""
+
+        def change_of(a):
+            if isinstance(a, (list, tuple)):
+                return [change_of(x) for x in a] if any(isinstance(x, fx.Node) and x in changes for x in a) else None
+            return changes.get(a) if isinstance(a, fx.Node) else None
+
+        return [change_of(a) for a in node.args]
+
+    def _operation(self, node: fx.Node, incoming: list, known: dict | None = None, cache: dict | None = None) -> Operation:
+        """A node with its base values: those of ``known`` (while tracing), else the batch's own."""
+        module = self._module(node)
+
+        def value(a: fx.Node):
+            return known[a] if known is not None and a in known else self._network.value(a)
+
+        def run(args: tuple, kwargs: dict):
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return (module or node.target)(*args, **kwargs)
+
+        args, kwargs = (fx.map_arg(a, value) for a in (node.args, node.kwargs))
+        compiled = self._programs.call if cache is None and self._programs.compiling else None
+        cache = self._caches.setdefault(node, {}) if cache is None else cache
+        return Operation(run, args, kwargs, incoming, value(node), module, cache, compiled)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._network.module.get_submodule(node.target) if node.op == "call_module" else None
+
+    def _travelling(self, change: Change) -> Change:
+        return change.to(self._travel, self._dtype)
+
+
+def _each(changes, function: Callable[[Change], Change]):
+    """A function of each change, in lists of them too."""
+    if isinstance(changes, list):
+        return [_each(c, function) for c in changes]
+    return None if changes is None else function(changes)
+
+
+def name_of(node: fx.Node) -> str:
+    """What a user would call an operation."""
+    return getattr(node.target, "__name__", str(node.target))
