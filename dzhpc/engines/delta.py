@@ -143,8 +143,7 @@ class Delta(Reuse):
         kind = (first, seed.channel is None, seed.axis)
         if kind not in learned:  # parameters of one operation have what follows in common
             changes: dict[fx.Node, Change | list[Change]] = {first: seed}
-            for node in between:
-                changes[node] = self._propagation.step(node, changes)
+            self._propagation.try_out(between, changes)
             widest = max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values())))
             learned[kind] = (widest, self._propagation.runs(between, changes))
         plan.widest, plan.runs = learned[kind]

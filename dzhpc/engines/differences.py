@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-
 LARGE = 10.0  # exp(LARGE) is far from 1 and far from overflow
 
 
@@ -93,7 +92,8 @@ def log_mean_exp(p: Tensor, d: Tensor, dim: int) -> Tensor:
     """log sum_k p_k exp(d_k), sum p = 1: log1p(sum p expm1(d)); the axis stays, with length one."""
     top = d.amax(dim, keepdim=True)
     small = torch.log1p((p * torch.expm1(d.clamp(max=LARGE))).sum(dim, keepdim=True))
-    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, small, top + (p * torch.exp(d - top)).sum(dim, keepdim=True).log())
+    large = top + (p * torch.exp(d - top)).sum(dim, keepdim=True).log()
+    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, small, large)
 
 
 def log_softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._inductor
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# the vector instructions that the processor reports are believed, not tried out by seconds of test compilations
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+SMALL = 2**15  # elements: less work than this is not worth a compiler's second
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -47,6 +47,10 @@ class Programs:
             self._say(f"not compiled: {self._reason}")
         return not self._reason
 
+    def is_worth_it(self, tensors: list[Tensor]) -> bool:
+        """Whether a function of tensors like these should be compiled."""
+        return max(t.numel() for t in tensors) > SMALL and self.compiling
+
     def build(self, function: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Program:
         """The program of a function for tensors like these."""
         traced = make_fx(function)(*tensors)
@@ -58,7 +62,7 @@ class Programs:
         given = [tensors[k] for k in used] + constants
         key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._shared:
-            self._shared[key] = self._compile(traced.forward, given) if self.compiling else traced.forward
+            self._shared[key] = self._compile(traced, given) if self.is_worth_it(given) else traced.forward
         return Program(self._shared[key], used, constants)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -68,14 +72,16 @@ class Programs:
             self._called[key] = self.build(lambda *given: [function(*given)], list(tensors))
         return self._called[key](tensors.__getitem__)[0]
 
-    def _compile(self, function: Callable, tensors: list[Tensor]) -> Callable:
-        compiled = torch.compile(function, dynamic=False)
+    def _compile(self, traced: fx.GraphModule, tensors: list[Tensor]) -> Callable:
+        """By torch's compiler itself: torch.compile around it would look at every argument again at every call."""
+        options = {"cpp.vec_isa_ok": True}  # the processor's own word on its vectors, not seconds of test compilations
+        if _in_halves(tensors):
+            options["cpp.simdlen"] = 256
         try:
-            compiled(*tensors)
+            return torch._inductor.compile(traced, tensors, options)
         except Exception as error:  # a compiler may fail in any way; the plain function is right in any case
             self._reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            return function
-        return compiled
+            return traced.forward
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
@@ -87,6 +93,13 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
     return ""
+
+
+def _in_halves(tensors: list[Tensor]) -> bool:
+    """Whether rows of bfloat16 fill half a 512-bit register only: loading parts is five times slower than narrow registers."""
+    rows = [t.shape[t.stride().index(1)] for t in tensors if t.dtype == torch.bfloat16 and 1 in t.stride()]
+    wide = tensors[0].device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f", False)
+    return bool(wide) and any(n % 32 == 16 for n in rows)
 
 
 def _lift_constants(traced: fx.GraphModule) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dzhpc.engines import rules, seeds
-from dzhpc.engines.changes import Change, Operation
+from dzhpc.engines.changes import Change, Operation, flat
 from dzhpc.engines.programs import Program, Programs
 from dzhpc.graph import Network
 
@@ -44,6 +44,7 @@ class Propagation:
         self._programs, self._say = programs, say
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
         self._caches: dict[fx.Node, dict] = {}
+        self._compile_rules = True
 
     def new_batch(self) -> None:
         """Forget what was derived from the last batch's base values."""
@@ -58,6 +59,13 @@ class Propagation:
         change = seeds.seed(self._operation(node, [None] * len(node.args)), name, local, mu)
         return None if change is None else self._travelling(change)
 
+    def try_out(self, nodes: list[fx.Node], changes: dict[fx.Node, Change | list[Change]]) -> None:
+        """Add to ``changes`` those of all nodes, one by one and without a compiler."""
+        self._compile_rules = False
+        for node in nodes:
+            changes[node] = self.step(node, changes)
+        self._compile_rules = True
+
     def step(self, node: fx.Node, changes: dict[fx.Node, Change | list[Change]]) -> Change | list[Change]:
         """The change of one operation's output, given those of its inputs."""
         incoming = self._incoming(node, changes)
@@ -70,9 +78,9 @@ class Propagation:
 
     def runs(self, nodes: list[fx.Node], changes: dict[fx.Node, Change | list[Change]]) -> list[Run]:
         """The nodes in order, grouped; a BatchNorm begins a run. ``changes`` says what kind of change each one gets."""
-        groups: list[list[fx.Node]] = []
         fusable = {node for node in nodes if self._is_fusable(node, changes)}
-        for node in nodes:
+        groups: list[list[fx.Node]] = []
+        for node in _scheduled(nodes, fusable):
             if node not in fusable or not groups or groups[-1][-1] not in fusable or self._rule(node) is rules.batch_norm:
                 groups.append([])
             groups[-1].append(node)
@@ -88,23 +96,23 @@ class Propagation:
     def _advance_fused(self, run: Run, changes: dict) -> None:
         given = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes}
         kind = tuple((a, c.data.shape, c.channel is None, c.axis) for a, c in given.items())
-        flat = [t for c in given.values() for t in (c.data, c.channel) if t is not None]
+        moving = [t for c in given.values() for t in (c.data, c.channel) if t is not None]
         if kind not in run.programs:
-            run.programs[kind] = self._compile(run, given, flat)
+            run.programs[kind] = self._compile(run, given, moving)
         passes = run.programs[kind]
         sources = passes.sources
 
         def tensor(k: int) -> Tensor:
-            return flat[k] if k < len(flat) else sources[k - len(flat)]()
+            return moving[k] if k < len(moving) else sources[k - len(moving)]()
 
         coefficients = passes.sums(tensor) if passes.sums else []
-        after = len(flat) + len(sources)
+        after = len(moving) + len(sources)
         out = passes.rest(lambda k: coefficients[k - after] if k >= after else tensor(k))
         channel = next((c.channel for c in given.values() if c.channel is not None), None)
         for (node, dense, axis), data in zip(passes.leaving, out, strict=True):
             changes[node] = Change(data, None if dense else channel, axis)
 
-    def _compile(self, run: Run, given: dict[fx.Node, Change], flat: list[Tensor]) -> _Passes:
+    def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
         sparse = any(c.channel is not None for c in given.values())
         base = dict.fromkeys(a for node in run.nodes for a in (*node.all_input_nodes, node))
@@ -140,7 +148,7 @@ class Propagation:
 
         wanted = [node for node in run.nodes if any(user not in run.nodes for user in node.users)]
         leaving: list[tuple[fx.Node, bool, int]] = []
-        tensors = [*flat, *(source() for source in sources)]
+        tensors = [*moving, *(source() for source in sources)]
         first = None
         if normed and self._rule(run.nodes[0]) is rules.batch_norm:
             first = self._programs.build(sums, tensors)
@@ -210,7 +218,8 @@ class Propagation:
             return (module or node.target)(*args, **kwargs)
 
         args, kwargs = (fx.map_arg(a, value) for a in (node.args, node.kwargs))
-        compiled = self._programs.call if cache is None and self._programs.compiling else None
+        changed = [c.data for c in flat(incoming) if c is not None] if self._compile_rules and cache is None else []
+        compiled = self._programs.call if changed and self._programs.is_worth_it(changed) else None
         cache = self._caches.setdefault(node, {}) if cache is None else cache
         return Operation(run, args, kwargs, incoming, value(node), module, cache, compiled)
 
@@ -219,6 +228,17 @@ class Propagation:
 
     def _travelling(self, change: Change) -> Change:
         return change.to(self._travel, self._dtype)
+
+
+def _scheduled(nodes: list[fx.Node], fusable: set[fx.Node]) -> list[fx.Node]:
+    """The nodes in an order that keeps neighbours to be merged together: all others as early as they can be."""
+    waiting, order = list(nodes), []
+    while waiting:
+        ready = [node for node in waiting if not any(a in waiting for a in node.all_input_nodes)]
+        node = next((node for node in ready if node not in fusable), ready[0])
+        waiting.remove(node)
+        order.append(node)
+    return order
 
 
 def _each(changes, function: Callable[[Change], Change]):

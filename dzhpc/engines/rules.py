@@ -40,7 +40,6 @@ from dzhpc.engines.differences import (
     tanh_difference,
 )
 
-
 Rule = Callable[[Operation], Change]
 
 
@@ -90,10 +89,15 @@ def getitem(op: Operation) -> Change | list[Change]:
     index = op.args[1]
     if isinstance(op.d, list):
         return op.d[index]
-    slices = isinstance(index, tuple) and all(isinstance(k, slice) for k in index)
-    if op.d.channel is not None and slices and len(index) > op.d.axis and index[op.d.axis] == slice(None):
-        return op.d.like(op.d.data[(slice(None), *index[: op.d.axis], *index[op.d.axis + 1 :])])
-    return linear_map(op)
+    pieces = index if isinstance(index, tuple) else (index,)
+    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in pieces):
+        return linear_map(op)
+    axis = op.d.axis
+    if op.d.channel is not None:
+        if len(pieces) <= axis or pieces[axis] != slice(None) or not all(isinstance(k, slice) for k in pieces):
+            return Change(op.d.dense(op.x)[(slice(None), *pieces)])
+        pieces = pieces[:axis] + pieces[axis + 1 :]
+    return op.d.like(op.d.data[(slice(None), *pieces)])
 
 
 def mean(op: Operation) -> Change:
@@ -112,8 +116,10 @@ def pad(op: Operation) -> Change:
         *inner, front, back = border
         if front >= 0 and back >= 0:
             return Change(F.pad(op.d.data, inner) if inner else op.d.data, op.d.channel + front, op.d.axis)
-    value = 0.0 if mode == "constant" else None
-    return Change(torch.vmap(lambda d: F.pad(d, border, mode, value))(op.d.dense(op.x)))
+    data = op.d.dense(op.x)
+    if mode == "constant" and op.x.ndim == 4:  # as one batch, whose layout survives
+        return Change(F.pad(data.flatten(0, 1), border).unflatten(0, data.shape[:2]))
+    return Change(torch.vmap(lambda d: F.pad(d, border, mode, 0.0 if mode == "constant" else None))(data))
 
 
 def cat(op: Operation) -> Change:
@@ -557,7 +563,7 @@ BY_FUNCTION = {
 
 #: elementwise or nearly so: the compiler merges a run of these into few passes over memory
 FUSABLE = {
-    add, sub, product, quotient, mean, pad, getitem, identity, leaky_relu, gelu, max_pool, adaptive_max_pool, batch_norm,
+    add, sub, product, quotient, mean, identity, leaky_relu, gelu, max_pool, adaptive_max_pool, batch_norm,
     layer_norm, group_norm, softmax, log_softmax, average_pool, _relu, _sigmoid, _tanh, _silu, _relu6, _exp, _square, _neg,
 }  # fmt: skip
 
