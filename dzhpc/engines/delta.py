@@ -115,11 +115,15 @@ class Delta(Reuse):
         if len(users) > 1:
             plan.refusal = f"{self.index.names[owner]} is shared by {len(users)} operations"
         for node in nodes:
-            if any(a in nodes for a in node.kwargs.values() if isinstance(a, fx.Node)):
+            keywords: list[fx.Node] = []
+            fx.map_arg(node.kwargs, keywords.append)
+            if any(a in nodes for a in keywords):
                 plan.refusal = f"{name_of(node)} takes a changing keyword argument"
             value = self._network.value(node) if node.op != "output" else node
             if not isinstance(value, (Tensor, fx.Node)) and rules.find(node, None) is not rules.split:
                 plan.refusal = f"{name_of(node)} gives no tensor"
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                plan.refusal = f"{name_of(node)} gives integers or truth values"
             if node.op == "call_method" and node.target.endswith("_"):
                 plan.refusal = f"{name_of(node)} overwrites a buffer that is read again"
         if nodes and not plan.refusal:

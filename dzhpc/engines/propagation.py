@@ -33,7 +33,7 @@ class _Passes:
     sums: Program | None
     rest: Program
     sources: list[Callable[[], Tensor]]  # what the programs read beside the changes, for the batch at hand
-    leaving: list[tuple[fx.Node, bool, int]]  # (operation, whether its change is dense, axis) of each output
+    leaving: list[tuple[fx.Node, int | None, int]]  # of each output: operation, whose channels, axis
 
 
 class Propagation:
@@ -108,9 +108,9 @@ class Propagation:
         coefficients = passes.sums(tensor) if passes.sums else []
         after = len(moving) + len(sources)
         out = passes.rest(lambda k: coefficients[k - after] if k >= after else tensor(k))
-        channel = next((c.channel for c in given.values() if c.channel is not None), None)
-        for (node, dense, axis), data in zip(passes.leaving, out, strict=True):
-            changes[node] = Change(data, None if dense else channel, axis)
+        channels = [c.channel for c in given.values()]  # padding moves channels, so that two changes may differ in theirs
+        for (node, whose, axis), data in zip(passes.leaving, out, strict=True):
+            changes[node] = Change(data, None if whose is None else channels[whose], axis)
 
     def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
@@ -138,16 +138,17 @@ class Propagation:
 
         def rest_of_it(*tensors: Tensor) -> list[Tensor]:
             changes, known, caches, coefficients = unpack(tensors)
+            whose = {id(changes[a].channel): k for k, a in enumerate(given) if changes[a].channel is not None}
             if coefficients:
                 caches[run.nodes[0]]["coefficients"] = tuple(coefficients)
             for node in run.nodes:
                 incoming = self._incoming(node, changes)
                 changes[node] = self._rule(node, incoming)(self._operation(node, incoming, known, caches.get(node, {})))
-            leaving[:] = [(node, changes[node].channel is None, changes[node].axis) for node in wanted]
+            leaving[:] = [(node, whose.get(id(changes[node].channel)), changes[node].axis) for node in wanted]
             return [self._travelling(changes[node]).data for node in wanted]
 
         wanted = [node for node in run.nodes if any(user not in run.nodes for user in node.users)]
-        leaving: list[tuple[fx.Node, bool, int]] = []
+        leaving: list[tuple[fx.Node, int | None, int]] = []
         tensors = [*moving, *(source() for source in sources)]
         first = None
         if normed and self._rule(run.nodes[0]) is rules.batch_norm:

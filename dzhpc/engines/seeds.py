@@ -104,5 +104,3 @@ for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm):
     SEEDS[_kind, "weight"], SEEDS[_kind, "bias"] = _scale(1), _bias(1)
 SEEDS[nn.LayerNorm, "weight"], SEEDS[nn.LayerNorm, "bias"] = _scale(-1), _bias(-1)
 SEEDS[nn.Conv2d, "bias"], SEEDS[nn.Linear, "bias"] = _bias(1), _bias(-1)
-
-

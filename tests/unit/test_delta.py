@@ -1,13 +1,13 @@
 """Engine delta gives what `full` gives in float64, keeps its digits in fp32, and says what it cannot do in one pass."""
 
 import copy
-import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from delta_nets import VGG, DnCNN, Normed, TinyTransformer, problem, relative
 from nets import HARD
 from torch import nn
 
@@ -16,91 +16,15 @@ from dzhpc.errors import InputError
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
 
-
-class VGG(nn.Module):
-    """Convolutions with bias, stride, groups and dilation; overlapping max pooling; an affine head by `view`."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4)
-        self.conv3, self.fc = nn.Conv2d(8, 6, (3, 2)), nn.Linear(6, 10)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 3, stride=2, padding=1)
-        x = F.avg_pool2d(F.leaky_relu(self.conv2(x), 0.1), 2)
-        x = F.adaptive_avg_pool2d(torch.tanh(self.conv3(F.pad(x, (1, 1, 1, 1)))), 1)
-        return self.fc(x.view(x.size(0), -1))
-
-
-class Normed(nn.Module):
-    """GroupNorm, BatchNorm without running statistics, smooth activations, gates, concatenation and slices."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.group, self.batch = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.BatchNorm2d(8, affine=False)
-        self.gelu, self.tanh_gelu, self.fc = nn.GELU(), nn.GELU(approximate="tanh"), nn.Linear(16, 10)
-        self.scale, self.gate = nn.Parameter(torch.rand(8, 1, 1)), nn.Linear(16, 16)
-
-    def forward(self, x):
-        x = self.group(self.conv(x))
-        y = self.batch(self.gelu(x) * self.scale - 0.5 * self.tanh_gelu(x))
-        z = torch.cat([F.silu(y)[:, ::2], x[:, 4:], torch.sigmoid(y[:, :4]), F.hardtanh(x)[:, :4] / (1 + y[:, 4:] ** 2)], 1)
-        z = z.mean((2, 3))
-        return self.fc(z * torch.softmax(self.gate(z), -1) + (1 - z))
-
-
-class TinyTransformer(nn.Module):
-    """Patches, class token, position embedding, attention by softmax and by the fused function, LayerNorm, GELU."""
-
-    def __init__(self, width=12, heads=2):
-        super().__init__()
-        self.patch, self.heads = nn.Conv2d(3, width, 8, stride=8), heads
-        self.token, self.position = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(torch.randn(1, 5, width) * 0.1)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv1, self.qkv2 = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
-        self.out, self.up, self.down, self.fc = (
-            nn.Linear(a, b) for a, b in ((width, width), (width, 24), (24, width), (width, 10))
-        )
-
-    def split(self, qkv):
-        b, t, c = qkv.shape
-        return qkv.reshape(b, t, 3, self.heads, c // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        q, k, v = self.split(self.qkv1(self.norm1(x)))
-        a = torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, -1) @ v
-        x = x + self.out(a.transpose(1, 2).flatten(2))
-        q, k, v = self.split(self.qkv2(self.norm2(x)))
-        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.down(F.gelu(self.up(self.norm3(x))))
-        return self.fc(x[:, 0])
-
-
-class DnCNN(nn.Sequential):
-    def __init__(self):
-        body = [layer for _ in range(2) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))]
-        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), *body, nn.Conv2d(8, 3, 3, padding=1))
-
-
 NETS = [lambda: SimpleCNN(1), lambda: SimpleCNN(3), resnet20, VGG, Normed, TinyTransformer]
 
 
-def problem(model, size=16, batch=4):
-    """(model, loss, inputs, targets, coordinates of every parameter)."""
-    inputs = torch.randn(batch, 3, size, size)
-    for p in model.parameters():  # no parameter at a special value
-        p.data += 0.05 * torch.randn_like(p)
-    offsets = np.cumsum([0] + [p.numel() for p in model.parameters()])
-    rng = np.random.default_rng(0)
-    coords = np.concatenate([rng.integers(a, b, 4) for a, b in itertools.pairwise(offsets)])
-    return inputs, torch.randint(0, 10, (batch,)), coords
-
-
-def relative(found, expected):
-    """Norm of the error, relative to the norm of the truth."""
-    return float((found.double() - expected).norm() / expected.norm())
+def both(model, inputs, targets, loss="cross_entropy"):
+    """Engines full and delta, bound to the same batch."""
+    engines = [dzhpc.make_engine(kind, model, loss) for kind in ("full", "delta")]
+    for engine in engines:
+        engine.bind(inputs, targets)
+    return engines
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -135,6 +59,52 @@ def test_awkward_networks_are_exact_too(name):
     coords = np.arange(full.index.size)
     assert relative(delta.differences(coords, 1e-3), full.differences(coords, 1e-3)) < 1e-8
     assert all(torch.equal(a, b) for a, b in zip(full.model.buffers(), delta.model.buffers(), strict=True))
+
+
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(4, 5), nn.Linear(5, 3), function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+BY_CHOICE = {
+    "truth values": lambda y: y * (y > 0),
+    "where": lambda y: torch.where(y > 0.1, y, 2 * y),
+    "sorted": lambda y: y[:, y.argsort(1)[0]],
+    "gather": lambda y: y.gather(1, y.argmax(1, keepdim=True).expand(-1, 5)),
+    "keyword list": lambda y: torch.cat(tensors=[y[:, :2], y[:, 2:]], dim=1),
+}
+
+
+@pytest.mark.parametrize("name", BY_CHOICE)
+def test_what_a_change_cannot_travel_through_is_evaluated_one_by_one(name):
+    full, delta = both(Between(BY_CHOICE[name]).double(), torch.randn(3, 4).double(), torch.arange(3))
+    coords = np.arange(full.index.size)
+    assert relative(delta.differences(coords, 0.5), full.differences(coords, 0.5)) < 1e-12
+
+
+class MovedChannels(nn.Module):
+    """Two branches of one-channel changes, the channels of one moved by padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.stem(x)
+        moved = F.pad(y, (0, 0, 0, 0, 1, 1))
+        return self.fc(self.body(torch.cat([F.relu(y), torch.tanh(moved)], 1)).mean((2, 3)))
+
+
+def test_one_channel_changes_of_branches_keep_their_own_channels():
+    full, delta = both(MovedChannels().double(), torch.randn(2, 2, 4, 4).double(), torch.arange(2))
+    coords = np.arange(full.index.size)
+    assert relative(delta.differences(coords, 1e-2), full.differences(coords, 1e-2)) < 1e-10
 
 
 def test_fp32_keeps_its_digits_where_subtraction_loses_them():
