@@ -5,6 +5,7 @@ they are replaced by their out-of-place forms, and later readers of the overwrit
 """
 
 import copy
+import inspect
 import operator
 
 import torch
@@ -29,6 +30,7 @@ class Network:
         graph = _trace(model, name)
         self.module = fx.GraphModule(model, graph)
         _remove_in_place(self.module, name)
+        _take_by_position(self.module)
         self._order = {node: k for k, node in enumerate(self.module.graph.nodes)}
         self._users = [self._nodes_using(p) for p in parameters]
         self._tails: dict[tuple[fx.Node, ...], tuple[fx.GraphModule, list[fx.Node]] | None] = {}
@@ -169,6 +171,26 @@ def _remove_in_place(module: fx.GraphModule, name: str) -> None:
             seen = seen or later is node
     graph.lint()
     module.recompile()
+
+
+def _take_by_position(module: fx.GraphModule) -> None:
+    """Tensors that a function written in Python takes by keyword become positional: readers find them at one place."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or all(a in _nodes_in(node.args) for a in node.all_input_nodes):
+            continue
+        try:
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        except (TypeError, ValueError):  # functions written in C++ have no signature
+            continue
+        bound.apply_defaults()
+        node.args, node.kwargs = bound.args, bound.kwargs
+    module.recompile()
+
+
+def _nodes_in(arguments: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
 
 
 def _is_state(node: object) -> bool:

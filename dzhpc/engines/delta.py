@@ -187,7 +187,7 @@ class Delta(Reuse):
         targets = self._targets
         labels = targets.ndim == 1 and not targets.is_floating_point() and outputs.ndim == 2
         if self._loss_name == "cross_entropy" and labels and int(targets.min()) >= 0:  # no ignored samples
-            return outputs.double().softmax(1).to(self.index.dtype)
+            return outputs.double().log_softmax(1).to(self.index.dtype)
         if self._loss_name == "mse" and outputs.shape == targets.shape:
             return (outputs.double() - targets.double()).to(self.index.dtype)
         return None

@@ -57,12 +57,18 @@ def clamp_difference(x: Tensor, d: Tensor, low: float, high: float) -> Tensor:
     return torch.maximum(torch.minimum(d + (x - c), high - c), low - c)
 
 
-def softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
-    """p (e - r) / (1 + r), e = expm1(d), r = sum p e."""
+def exp_difference(x: Tensor, d: Tensor) -> Tensor:
+    """exp(x) expm1(d)."""
+    small = torch.exp(x) * torch.expm1(d.clamp(-LARGE, LARGE))
+    return torch.where(d.abs() < LARGE, small, torch.exp(x + d) - torch.exp(x))
+
+
+def softmax_change(x: Tensor, p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """p (e - r) / (1 + r), p = softmax(x), e = expm1(d), r = sum p e."""
     top = d.abs().amax(dim, keepdim=True)
     e = torch.expm1(d.clamp(-LARGE, LARGE))
     r = (p * e).sum(dim, keepdim=True)
-    return torch.where(top < LARGE, p * (e - r) / (1 + r), torch.softmax(p.log() + d, dim) - p)
+    return torch.where(top < LARGE, p * (e - r) / (1 + r), torch.softmax(x + d, dim) - p)
 
 
 def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
@@ -88,23 +94,24 @@ def normalised_change(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) ->
     return (d - mean_d) * scale - centred * shrink
 
 
-def log_mean_exp(p: Tensor, d: Tensor, dim: int) -> Tensor:
-    """log sum_k p_k exp(d_k), sum p = 1: log1p(sum p expm1(d)); the axis stays, with length one."""
-    top = d.amax(dim, keepdim=True)
-    small = torch.log1p((p * torch.expm1(d.clamp(max=LARGE))).sum(dim, keepdim=True))
-    large = top + (p * torch.exp(d - top)).sum(dim, keepdim=True).log()
-    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, small, large)
+def log_mean_exp(log_p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """log sum_k p_k exp(d_k), sum p = 1: log1p(sum p expm1(d)); the axis stays, with length one.
+
+    Given log p, for a p below the smallest number counts where its change is large.
+    """
+    small = torch.log1p((log_p.exp() * torch.expm1(d.clamp(-LARGE, LARGE))).sum(dim, keepdim=True))
+    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, small, torch.logsumexp(log_p + d, dim, keepdim=True))
 
 
-def log_softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
+def log_softmax_change(log_p: Tensor, d: Tensor, dim: int) -> Tensor:
     """d - log sum p exp(d), p the base probabilities."""
-    return d - log_mean_exp(p, d, dim)
+    return d - log_mean_exp(log_p, d, dim)
 
 
-def cross_entropy_difference(p: Tensor, d: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of log sum_k p_k exp(d_k - d_y); p [B, K], d [P, B, K], targets [B] -> [P]."""
+def cross_entropy_difference(log_p: Tensor, d: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of log sum_k p_k exp(d_k - d_y); log p [B, K], d [P, B, K], targets [B] -> [P]."""
     own = d.gather(2, targets[None, :, None].expand(len(d), -1, 1))
-    return log_mean_exp(p, d - own, 2)[..., 0].mean(1)
+    return log_mean_exp(log_p, d - own, 2)[..., 0].mean(1)
 
 
 def mse_difference(residual: Tensor, d: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from dzhpc.engines.changes import Change, Operation, flat, shifted
 from dzhpc.engines.differences import (
     clamp_difference,
     coefficients,
+    exp_difference,
     gelu_difference,
     gelu_tanh_difference,
     log_softmax_change,
@@ -62,6 +63,11 @@ def linear_map(op: Operation) -> Change:
     return Change(torch.vmap(lambda d: op.run((d, *op.args[1:]), op.kwargs))(data))
 
 
+def view(op: Operation) -> Change:
+    """As :func:`linear_map`; a change may lie in memory in another order than the value, and a view takes one order only."""
+    return linear_map(replace(op, changes=[Change(op.d.dense(op.x).contiguous())]))
+
+
 def average_pool(op: Operation) -> Change:
     """An average over windows of images [B, C, H, W]: applied to all P B of them; a one-channel change stays one-channel."""
     if op.x.ndim != 4:
@@ -74,8 +80,15 @@ def average_pool(op: Operation) -> Change:
 
 
 def identity(op: Operation) -> Change:
-    """Nothing is done to the value (dropout in eval mode, contiguous, Identity)."""
+    """Nothing is done to the value (contiguous, Identity)."""
     return op.d
+
+
+def dropout(op: Operation) -> Change:
+    """Nothing is done in eval mode, and nothing passes at p = 1; all else draws random numbers, and the engine refuses it."""
+    m = op.module
+    p, training = (m.p, m.training) if m is not None else (op.arg(1, "p", 0.5), op.arg(2, "training", True))
+    return op.d.like(torch.zeros_like(op.d.data)) if training and p == 1 else op.d
 
 
 def split(op: Operation) -> list[Change]:
@@ -187,8 +200,6 @@ def product(op: Operation) -> Change:
 def quotient(op: Operation) -> Change:
     """a / b: (Da - (a/b) Db) / (b + Db)."""
     (a, b), (da, db) = op.args[:2], op.changes[:2]
-    if op.kwargs.get("rounding_mode"):
-        return fallback(op)
     if db is None and (not isinstance(b, Tensor) or b.ndim == 0):
         return da.like(da.data / b)
     top = _aligned(da.dense(a), op.value) if da is not None else 0
@@ -217,8 +228,6 @@ def attention(op: Operation) -> Change:
     """Scaled dot-product attention, composed of product, softmax and product."""
     query, key, value = op.args[:3]
     mask, causal = op.arg(3, "attn_mask"), op.arg(5, "is_causal", False)
-    if op.arg(4, "dropout_p", 0.0) > 0 or op.kwargs.get("enable_gqa", False):
-        return fallback(op)
     scale = op.kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
     keys = key.transpose(-2, -1) * scale
     scores = query @ keys
@@ -226,13 +235,14 @@ def attention(op: Operation) -> Change:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == -math.inf).all(-1, keepdim=True)  # queries without any key: their output is zero
+    weights, change = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0), None
     dq, dk, dv = op.changes[:3]
     dk = None if dk is None else Change(dk.dense(key).transpose(-2, -1) * scale)
     matmul = lambda args, kwargs: args[0] @ args[1]  # noqa: E731
-    weights, change = scores.softmax(-1), None
     if dq is not None or dk is not None:
         change = bilinear(Operation(matmul, (query, keys), {}, [dq, dk], scores))
-        change = Change(softmax_change(weights, change.data, -1))
+        change = Change(softmax_change(scores, weights, change.data, -1).masked_fill(blind, 0))
     return bilinear(Operation(matmul, (weights, value), {}, [change, dv], op.value))
 
 
@@ -243,7 +253,7 @@ def convolution(op: Operation) -> Change:
     """W * D without bias; a one-channel D meets W[:, c] only."""
     conv = op.module
     border = borders(conv)
-    if op.d.channel is not None and op.d.axis == 1 and conv.groups == 1:
+    if op.d.channel is not None and op.d.axis == 1 and op.x.ndim == 4 and conv.groups == 1:
         columns = conv.weight.flatten(2)[:, op.d.channel].permute(1, 2, 0).contiguous()  # [P, k*k, O]
         data = padded(op.d.data, border, conv.padding_mode)
         if op.compiled is None:
@@ -251,13 +261,13 @@ def convolution(op: Operation) -> Change:
         return Change(op.compiled(_by_sum(window_of(conv)), data, columns))
     data = op.d.dense(op.x)
     weight = op.cached(("weight", data.dtype), lambda: conv.weight.to(data.dtype))
-    merged = data.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    merged = data.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     if conv.padding_mode == "zeros" and border[0] == border[1] and border[2] == border[3]:
         padding = (border[2], border[0])
     else:
         merged, padding = padded(merged, border, conv.padding_mode), 0
     out = F.conv2d(merged, weight, None, conv.stride, padding, conv.dilation, conv.groups)
-    return Change(out.unflatten(0, data.shape[:2]))
+    return Change(out.unflatten(0, data.shape[:-3]))
 
 
 @dataclass(frozen=True)
@@ -329,7 +339,7 @@ def convolution_function(op: Operation) -> Change:
     names = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
     options = [op.arg(3 + k, name, default) for k, (name, default) in enumerate(names)]
     run = lambda x, w: F.conv2d(x, w, None, *options)  # noqa: E731
-    return _affine(op, run, x, weight, [*op.changes, None, None][:3], bias_axis=1)
+    return _affine(op, run, x, weight, [*op.changes, None, None][:3], bias_axis=-3)
 
 
 def linear_layer(op: Operation) -> Change:
@@ -382,12 +392,12 @@ def elementwise(difference: Callable[..., Tensor]) -> Rule:
 
 def softmax(op: Operation) -> Change:
     """Softmax along the operation's axis."""
-    return Change(softmax_change(op.value, op.d.dense(op.x), _softmax_dim(op)))
+    return Change(softmax_change(op.x, op.value, op.d.dense(op.x), _softmax_dim(op)))
 
 
 def log_softmax(op: Operation) -> Change:
     """Log-softmax along the operation's axis."""
-    return Change(log_softmax_change(op.value.exp(), op.d.dense(op.x), _softmax_dim(op)))
+    return Change(log_softmax_change(op.value, op.d.dense(op.x), _softmax_dim(op)))
 
 
 def _softmax_dim(op: Operation) -> int:
@@ -421,27 +431,38 @@ def max_pool(op: Operation) -> Change:
         kernel, stride, padding, dilation, ceil = (getattr(m, name) for name, _ in names)
     else:
         kernel, stride, padding, dilation, ceil = (op.arg(k + 1, name, default) for k, (name, default) in enumerate(names))
-    if ceil or op.x.ndim != 4 or not isinstance(op.value, Tensor):
-        return fallback(op)
     kernel, stride, padding, dilation = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
-    border, window = (padding[1], padding[1], padding[0], padding[0]), Window(kernel, stride, dilation)
-    change = op.d if op.d.axis == 1 else Change(op.d.dense(op.x))
-    values = shifts(F.pad(op.x, border, value=-math.inf), window)
-    changes = shifts(F.pad(change.data, border), window)
-    candidates = [change.of(x - op.value) + d for x, d in zip(values, changes, strict=True)]
-    return change.like(functools.reduce(torch.maximum, candidates))
+    sizes = zip(op.x.shape[-2:], op.value.shape[-2:], kernel, stride, padding, dilation, strict=True)
+    # ceil_mode: a last window reaches beyond the padding
+    bottom, right = (max(p, (m - 1) * s + d * (k - 1) + 1 - n - p if ceil else p) for n, m, k, s, p, d in sizes)
+    border, window = (padding[1], right, padding[0], bottom), Window(kernel, stride, dilation)
+    if not any(border):
+        return _largest(op, lambda images, value: shifts(images, window))
+    return _largest(op, lambda images, value: shifts(F.pad(images, border, value=value), window))
 
 
 def adaptive_max_pool(op: Operation) -> Change:
-    """As :func:`max_pool`, where the output size divides the input's."""
-    size = op.module.output_size if op.module is not None else op.arg(1, "output_size")
-    if op.x.ndim != 4 or not isinstance(op.value, Tensor):
-        return fallback(op)
-    height, width = (n if k is None else k for n, k in zip(op.x.shape[2:], _pair(size), strict=True))
-    kernel = (op.x.shape[2] // height, op.x.shape[3] // width)
-    if (kernel[0] * height, kernel[1] * width) != tuple(op.x.shape[2:]):
-        return fallback(op)
-    return max_pool(Operation(op.run, (op.x, kernel), {}, [op.d, None], op.value))
+    """As :func:`max_pool`, over windows of n / m pixels, rounded outwards where the output size m does not divide n."""
+    sizes = list(zip(op.x.shape[-2:], op.value.shape[-2:], strict=True))
+    if all(n % m == 0 for n, m in sizes):
+        kernel = (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1])
+        return _largest(op, lambda images, value: shifts(images, Window(kernel, kernel, (1, 1))))
+    rows, columns = (_adaptive_windows(n, m, op.x.device) for n, m in sizes)
+    return _largest(op, lambda images, value: [images[..., r, :][..., c] for r in rows for c in columns])
+
+
+def _adaptive_windows(n: int, m: int, device: torch.device) -> list[Tensor]:
+    """For each position in a window the pixel that it sees of each window [m]; short windows see their last one again."""
+    windows = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+    widest = max(end - start for start, end in windows)
+    return [torch.tensor([min(start + k, end - 1) for start, end in windows], device=device) for k in range(widest)]
+
+
+def _largest(op: Operation, seen: Callable[[Tensor, float], list[Tensor]]) -> Change:
+    """max_i [(x_i - x_max) + D_i]; ``seen(images [..., H, W], padding)`` is what each position in the window shows."""
+    change = op.d if op.d.channel is None or op.d.axis < op.x.ndim - 2 else Change(op.d.dense(op.x))
+    candidates = [change.of(x - op.value) + d for x, d in zip(seen(op.x, -math.inf), seen(change.data, 0.0), strict=True)]
+    return change.like(functools.reduce(torch.maximum, candidates))
 
 
 def _pair(value) -> tuple:
@@ -486,11 +507,19 @@ def _along_channels(op: Operation) -> Change:
 
 
 def layer_norm(op: Operation) -> Change:
-    """Per-token statistics."""
+    """Per-token statistics. Where weight w and bias b change too: Dn w + n Dw + Dn Dw + Db, n the normalised value."""
     shape, weight, _ = _layer_norm_options(op)
-    dims = list(range(-len(shape), 0))
-    out = normalised_change(op.d.dense(op.x), *layer_norm_statistics(op), dims)
-    return Change(out * weight if weight is not None else out)
+    (centred, s), dims, parts = layer_norm_statistics(op), list(range(-len(shape), 0)), []
+    dw, db = ([*op.changes, None, None, None][k] for k in (2, 3)) if op.module is None else (None, None)
+    if op.d is not None:
+        out = normalised_change(op.d.dense(op.x), centred, s, dims)
+        parts.append(out * weight if weight is not None else out)
+    if dw is not None:
+        dw = _aligned(dw.dense(weight), op.value)
+        parts += [centred / s * dw] if op.d is None else [centred / s * dw, out * dw]
+    if db is not None:
+        parts.append(_aligned(db.dense(op.arg(3, "bias")), op.value))
+    return Change(_expanded(sum(parts), op.value))
 
 
 def layer_norm_statistics(op: Operation) -> tuple[Tensor, Tensor]:
@@ -527,7 +556,7 @@ _sigmoid = elementwise(lambda op, x, d: sigmoid_difference(x, d))
 _tanh = elementwise(lambda op, x, d: tanh_difference(x, d))
 _silu = elementwise(lambda op, x, d: silu_difference(x, d))
 _relu6 = elementwise(lambda op, x, d: clamp_difference(x, d, 0.0, 6.0))
-_exp = elementwise(lambda op, x, d: torch.exp(x) * torch.expm1(d))
+_exp = elementwise(lambda op, x, d: exp_difference(x, d))
 _square = elementwise(lambda op, x, d: d * (2 * x + d))
 _neg = elementwise(lambda op, x, d: -d)
 
@@ -538,20 +567,20 @@ MODULES: dict[type, Rule] = {
     nn.Tanh: _tanh, nn.Softmax: softmax, nn.LogSoftmax: log_softmax, nn.MaxPool2d: max_pool,
     nn.AdaptiveMaxPool2d: adaptive_max_pool, nn.AvgPool2d: average_pool,
     nn.AdaptiveAvgPool2d: average_pool, nn.Flatten: linear_map, nn.Unflatten: linear_map, nn.Identity: identity,
-    nn.Dropout: identity, nn.Dropout2d: identity, nn.ZeroPad2d: linear_map,
+    nn.Dropout: dropout, nn.Dropout2d: dropout, nn.ZeroPad2d: linear_map,
 }  # fmt: skip
 
 FUNCTIONS: dict[str, Rule] = {
     "add": add, "sub": sub, "mul": product, "multiply": product, "truediv": quotient, "div": quotient, "neg": _neg,
     "matmul": bilinear, "bmm": bilinear, "linear": linear_function, "scaled_dot_product_attention": attention,
     "cat": cat, "concat": cat, "pad": pad, "getitem": getitem, "chunk": split, "split": split, "unbind": split,
-    "mean": mean, "sum": linear_map, "flatten": linear_map, "reshape": linear_map, "view": linear_map,
+    "mean": mean, "sum": linear_map, "flatten": linear_map, "reshape": linear_map, "view": view,
     "permute": linear_map, "transpose": linear_map, "t": linear_map, "squeeze": linear_map, "unsqueeze": linear_map,
     "expand": linear_map, "movedim": linear_map, "contiguous": identity, "unflatten": linear_map,
     "relu": _relu, "relu6": _relu6, "leaky_relu": leaky_relu, "gelu": gelu, "silu": _silu, "sigmoid": _sigmoid,
     "tanh": _tanh, "softmax": softmax, "log_softmax": log_softmax, "exp": _exp, "square": _square, "avg_pool2d": average_pool,
     "adaptive_avg_pool2d": average_pool, "max_pool2d": max_pool,
-    "adaptive_max_pool2d": adaptive_max_pool, "layer_norm": layer_norm, "dropout": identity, "conv2d": convolution_function,
+    "adaptive_max_pool2d": adaptive_max_pool, "layer_norm": layer_norm, "dropout": dropout, "conv2d": convolution_function,
 }  # fmt: skip
 
 BY_FUNCTION = {
@@ -564,26 +593,30 @@ BY_FUNCTION = {
 #: elementwise or nearly so: the compiler merges a run of these into few passes over memory
 FUSABLE = {
     add, sub, product, quotient, mean, identity, leaky_relu, gelu, max_pool, adaptive_max_pool, batch_norm,
-    layer_norm, group_norm, softmax, log_softmax, average_pool, _relu, _sigmoid, _tanh, _silu, _relu6, _exp, _square, _neg,
+    layer_norm, group_norm, softmax, log_softmax, average_pool, dropout, _relu, _sigmoid, _tanh, _silu, _relu6, _exp,
+    _square, _neg,
 }  # fmt: skip
 
 #: evaluated in the type that changes travel in; all others compute in the parameters' type
-NATIVE = {convolution, linear_layer, linear_map, split, getitem, identity, pad}
+NATIVE = {convolution, linear_layer, linear_map, view, split, getitem, identity, dropout, pad}
 
-#: these compare base values with each other, so that rounding them would change the answer
-SHARP = {max_pool, adaptive_max_pool, _relu6}
+#: these compare base values with each other or need their sum, so that rounding them would change the answer
+SHARP = {max_pool, adaptive_max_pool, _relu6, softmax, log_softmax}
 
 #: more than the first input may change
-SEVERAL = {add, sub, product, quotient, bilinear, attention, cat, getitem, linear_function, convolution_function}
+SEVERAL = {add, sub, product, quotient, bilinear, attention, cat, getitem, linear_function, convolution_function, layer_norm}
 
 #: what a normalisation needs to know of its base input
 STATISTICS = {batch_norm: batch_statistics, layer_norm: layer_norm_statistics, group_norm: group_norm_statistics}
 
 
 def find(node: fx.Node, module: nn.Module | None) -> Rule:
-    """The rule of an operation; :func:`fallback` where there is none."""
+    """The rule of an operation; :func:`fallback` where there is none, or where the user's hooks change what torch does."""
     if node.op == "call_module":
-        return MODULES.get(type(module), fallback)
+        hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+        return fallback if hooked else MODULES.get(type(module), fallback)
+    if node.kwargs.get("rounding_mode") or node.kwargs.get("enable_gqa"):
+        return fallback
     if node.op == "call_method":
         return FUNCTIONS.get(node.target, fallback)
     return BY_FUNCTION.get(node.target, fallback)
