@@ -72,7 +72,7 @@ class Model(BaseModel):
     """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, or "package.module:Class"')
+    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, or "package.module:Class"')
     weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
 
     @property

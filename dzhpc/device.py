@@ -1,23 +1,32 @@
 """The device of a rank, its threads, and the switches that make results reproducible."""
 
+import contextlib
+import gc
 import os
+from pathlib import Path
 
 import torch
 
 
 def choose(local_rank: int, threads: int) -> torch.device:
     """The node's GPU number ``local_rank`` modulo the visible ones, else the CPU; sets threads and determinism."""
+    cpu(threads)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def cpu(threads: int) -> torch.device:
+    """The CPU; sets threads and the switches that make results reproducible on any device."""
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with a fixed workspace
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False  # autotuning would pick kernels by chance
     torch.backends.cudnn.deterministic = True
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cpu")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -39,6 +48,39 @@ def describe(device: torch.device) -> str:
 def peak_bytes(device: torch.device, engine_bytes: int) -> int:
     """Peak device memory; on a CPU what the engine keeps, which unlike the process's size does not depend on chance."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else engine_bytes
+
+
+class PeakMemory:
+    """``with PeakMemory(device) as memory``: afterwards ``memory.bytes`` is what was used at most beyond what was there before.
+
+    On a CPU it is resident memory, reset and read through /proc; 0 where that is not to be had.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self.bytes = device, 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            gc.collect()
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present
+            self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *error) -> None:
+        cuda = self._device.type == "cuda"
+        self.bytes = (torch.cuda.max_memory_allocated(self._device) if cuda else _resident("VmHWM")) - self._before
+
+
+def _resident(name: str) -> int:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,10 +23,11 @@ class Change:
         """[P, *x.shape]."""
         if self.channel is None:
             return self.data
-        p = len(self.data)
-        out = self.data.new_zeros(p, *x.shape)
-        out.movedim(self.axis + 1, 1)[torch.arange(p, device=out.device), self.channel] = self.data
-        return out
+        shape = [1] * (x.ndim + 1)
+        shape[self.axis + 1] = x.shape[self.axis]
+        channels = torch.arange(x.shape[self.axis], device=self.data.device).view(shape)
+        own = channels == self.channel.view(-1, *[1] * x.ndim)
+        return torch.where(own, self.data.unsqueeze(self.axis + 1), 0)
 
     def of(self, x: Tensor) -> Tensor:
         """What of x (or of a per-channel vector, then broadcast) stands beside ``data``."""
@@ -39,6 +40,21 @@ class Change:
     def to(self, dense: torch.dtype, one_channel: torch.dtype) -> "Change":
         """In the type that a change of its kind travels in."""
         return self.like(self.data.to(dense if self.channel is None else one_channel))
+
+
+@dataclass
+class Seed:
+    """The change that a parameter's own operation makes, not made yet: a compiled pass can make it where it is used."""
+
+    make: Callable[..., Tensor]  # data of the change from ``tensors``, by torch operations alone
+    tensors: list[Tensor]
+    channel: Tensor | None
+    axis: int = 1
+    name: str = ""  # of the parameter in its module
+
+    def now(self) -> Change:
+        """The change itself."""
+        return Change(self.make(*self.tensors), self.channel, self.axis)
 
 
 @dataclass
@@ -86,3 +102,8 @@ def shifted(x, change, k: int):
 def flat(changes: list) -> list:
     """All changes, those in list arguments included."""
     return [c for item in changes for c in (item if isinstance(item, list) else [item])]
+
+
+def channels_apart(images: Tensor) -> Tensor:
+    """The same values [B, C, H, W], each channel for itself with the batch innermost: shifts and strides leave it contiguous."""
+    return images.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

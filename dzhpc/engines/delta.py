@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from dzhpc import device as devices
 from dzhpc.coordinates import cut
 from dzhpc.engines import rules
-from dzhpc.engines.changes import Change, flat
+from dzhpc.engines.changes import Change, Seed, flat
 from dzhpc.engines.differences import cross_entropy_difference, mse_difference
 from dzhpc.engines.full import LOSSES, checked
 from dzhpc.engines.programs import Programs
@@ -24,7 +24,7 @@ from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError
 
 log = logging.getLogger("dzhpc")
-BUDGET_MB = {"cpu": 8.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
+BUDGET_MB = {"cpu": 16.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 4  # of the largest change downstream that are alive at once
 LARGEST = 256  # coordinates in a chunk
 SHAPE = {"size", "dim", "ndimension", "numel", "nelement", "shape", "ndim", "dtype", "device", "is_cuda"}
@@ -146,10 +146,14 @@ class Delta(Reuse):
             return
         kind = (first, seed.channel is None, seed.axis)
         if kind not in learned:  # parameters of one operation have what follows in common
-            changes: dict[fx.Node, Change | list[Change]] = {first: seed}
+            changes: dict[fx.Node, Change | list[Change]] = {first: seed.now()}
             self._propagation.try_out(between, changes)
-            widest = max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values())))
-            learned[kind] = (widest, self._propagation.runs(between, changes))
+            runs = self._propagation.runs(between, changes)
+            if self.compiling:  # the others never reach memory
+                changes = {a: c for a, c in changes.items() if any(a in run.leaving for run in runs) or a is first}
+            if self._propagation.waits(first, runs):
+                changes.pop(first)
+            learned[kind] = (max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values()))), runs)
         plan.widest, plan.runs = learned[kind]
 
     def _size(self, owner: int) -> int:
@@ -177,7 +181,8 @@ class Delta(Reuse):
         plan, parameter = self._plans[owner], self.index.parameters[owner]
         first, output = plan.nodes[0], plan.nodes[-1].args[0]
         seed = self._propagation.seed(first, parameter, coords - self.index.offsets[owner], mu)
-        changes: dict[fx.Node, Change | list[Change]] = {first: seed}
+        waits = self._propagation.waits(first, plan.runs)
+        changes: dict[fx.Node, Change | Seed | list[Change]] = {first: seed if waits else seed.now()}
         for run in plan.runs:
             self._propagation.advance(run, changes)
         return self._loss_difference(changes[output].dense(self._network.value(output)))

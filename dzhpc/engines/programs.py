@@ -74,7 +74,13 @@ class Programs:
 
     def _compile(self, traced: fx.GraphModule, tensors: list[Tensor]) -> Callable:
         """By torch's compiler itself: torch.compile around it would look at every argument again at every call."""
-        options = {"cpp.vec_isa_ok": True}  # the processor's own word on its vectors, not seconds of test compilations
+        options = {
+            "cpp.vec_isa_ok": True,  # the processor's own word on its vectors, not seconds of test compilations
+            "realize_reads_threshold": 64,  # memory between operations is what costs, not a few of them done twice
+            "realize_acc_reads_threshold": 64,
+            "realize_opcount_threshold": 256,
+            "assert_indirect_indexing": False,  # channels come from coordinates, which were checked
+        }
         if _in_halves(tensors):
             options["cpp.simdlen"] = 256
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dzhpc.engines import rules, seeds
-from dzhpc.engines.changes import Change, Operation, flat
+from dzhpc.engines.changes import Change, Operation, Seed, channels_apart, flat
 from dzhpc.engines.programs import Program, Programs
 from dzhpc.graph import Network
 
@@ -24,6 +24,11 @@ class Run:
     nodes: tuple[fx.Node, ...]
     fused: bool
     programs: dict[tuple, "_Passes"] = field(default_factory=dict)  # for each kind of incoming changes
+
+    @property
+    def leaving(self) -> list[fx.Node]:
+        """The operations whose changes others read."""
+        return [node for node in self.nodes if any(user not in self.nodes for user in node.users)]
 
 
 @dataclass
@@ -50,14 +55,17 @@ class Propagation:
         """Forget what was derived from the last batch's base values."""
         self._caches.clear()
 
-    def seed(self, node: fx.Node, parameter: Tensor, local: np.ndarray, mu: float) -> Change | None:
-        """The change of the operation that reads a parameter, for its coordinates ``local`` [P]; None where no rule is known."""
+    def seed(self, node: fx.Node, parameter: Tensor, local: np.ndarray, mu: float) -> Seed | None:
+        """Where the chunk of a parameter's coordinates ``local`` [P] begins: ``node`` reads it; None where no rule is known."""
         if node.op == "get_attr":
-            return self._travelling(seeds.of_parameter(parameter, local, mu))
+            return seeds.of_parameter(parameter, local, mu)
         module = self._module(node)
         name = next(name for name, p in module.named_parameters() if p is parameter)
-        change = seeds.seed(self._operation(node, [None] * len(node.args)), name, local, mu)
-        return None if change is None else self._travelling(change)
+        return seeds.seed(self._operation(node, [None] * len(node.args)), name, local, mu)
+
+    def waits(self, node: fx.Node, runs: list[Run]) -> bool:
+        """Whether a seed may be left to the first run, which makes it in its registers."""
+        return bool(runs) and runs[0].fused and self._programs.compiling and all(u in runs[0].nodes for u in node.users)
 
     def try_out(self, nodes: list[fx.Node], changes: dict[fx.Node, Change | list[Change]]) -> None:
         """Add to ``changes`` those of all nodes, one by one and without a compiler."""
@@ -95,8 +103,10 @@ class Propagation:
 
     def _advance_fused(self, run: Run, changes: dict) -> None:
         given = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes}
-        kind = tuple((a, c.data.shape, c.channel is None, c.axis) for a, c in given.items())
-        moving = [t for c in given.values() for t in (c.data, c.channel) if t is not None]
+        kind = tuple(
+            (a, getattr(c, "name", None), c.axis, tuple((t.shape, t.stride()) for t in _tensors(c))) for a, c in given.items()
+        )
+        moving = [t for c in given.values() for t in _tensors(c)]
         if kind not in run.programs:
             run.programs[kind] = self._compile(run, given, moving)
         passes = run.programs[kind]
@@ -125,8 +135,9 @@ class Propagation:
         def unpack(tensors: tuple[Tensor, ...]):
             rest, changes = list(tensors), {}
             for a, c in given.items():
-                data = rest.pop(0).to(self._dtype)
-                changes[a] = Change(data, None if c.channel is None else rest.pop(0), c.axis)
+                own = [rest.pop(0) for _ in _tensors(c)]
+                channel = None if c.channel is None else own.pop()
+                changes[a] = Change((c.make(*own) if isinstance(c, Seed) else own[0]).to(self._dtype), channel, c.axis)
             known = {a: rest.pop(0).to(self._network.value(a).dtype) for a in base}
             caches = {node: {"statistics": (rest.pop(0).to(self._dtype), rest.pop(0))} for node in normed}
             return changes, known, caches, rest
@@ -145,9 +156,10 @@ class Propagation:
                 incoming = self._incoming(node, changes)
                 changes[node] = self._rule(node, incoming)(self._operation(node, incoming, known, caches.get(node, {})))
             leaving[:] = [(node, whose.get(id(changes[node].channel)), changes[node].axis) for node in wanted]
-            return [self._travelling(changes[node]).data for node in wanted]
+            out = [self._travelling(changes[node]) for node in wanted]
+            return [c.data if c.channel is None else c.data.contiguous() for c in out]  # images again, for a convolution
 
-        wanted = [node for node in run.nodes if any(user not in run.nodes for user in node.users)]
+        wanted = run.leaving
         leaving: list[tuple[fx.Node, int | None, int]] = []
         tensors = [*moving, *(source() for source in sources)]
         first = None
@@ -157,7 +169,7 @@ class Propagation:
         return _Passes(first, self._programs.build(rest_of_it, tensors), sources, leaving)
 
     def _source(self, node: fx.Node, run: Run, sparse: bool) -> Callable[[], Tensor]:
-        """A base value: channel-major beside changes of single channels; rounded beside dense ones that are rounded too."""
+        """A base value: channels apart beside changes of single channels; rounded beside dense ones that are rounded too."""
         sharp = any(self._rule(user) in rules.SHARP for user in (*node.users, node) if user in run.nodes)
         return lambda: self._beside(node, "value", lambda: self._network.value(node), sparse, sharp)
 
@@ -175,7 +187,7 @@ class Propagation:
         if key not in cache:
             value = make()
             if sparse and value.ndim == 4:
-                value = value.transpose(0, 1).contiguous().transpose(0, 1)
+                value = channels_apart(value)
             if rounded and value.dtype == self._dtype:
                 value = value.to(self._travel)
             cache[key] = value
@@ -229,6 +241,12 @@ class Propagation:
 
     def _travelling(self, change: Change) -> Change:
         return change.to(self._travel, self._dtype)
+
+
+def _tensors(change: Change | Seed) -> list[Tensor]:
+    """All that a change, made or not, consists of; its channel is last."""
+    data = change.tensors if isinstance(change, Seed) else [change.data]
+    return data if change.channel is None else [*data, change.channel]
 
 
 def _scheduled(nodes: list[fx.Node], fusable: set[fx.Node]) -> list[fx.Node]:

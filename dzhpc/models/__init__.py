@@ -12,9 +12,10 @@ from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
+from dzhpc.models.vit import ViT
 from dzhpc.seeds import derive
 
-MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18}
+MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT}
 
 
 def constructor(section: configuration.Model):

@@ -107,6 +107,67 @@ def test_one_channel_changes_of_branches_keep_their_own_channels():
     assert relative(delta.differences(coords, 1e-2), full.differences(coords, 1e-2)) < 1e-10
 
 
+class TwoAxes(nn.Module):
+    """As many tokens as features: changes of one token and changes of one feature have the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.tokens, self.fc = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = (self.tokens(x) + self.features(x))[:, :, :]
+        return self.fc((2.0 * torch.tanh(x)).flatten(1))
+
+
+def test_one_channel_changes_of_the_same_shape_keep_their_own_axes():
+    full, delta = both(TwoAxes().double(), torch.randn(3, 4, 4).double(), torch.arange(3))
+    coords = np.arange(full.index.size)
+    assert relative(delta.differences(coords, 1e-2), full.differences(coords, 1e-2)) < 1e-10
+
+
+def hooked(k):
+    """A network with a hook on its k-th layer."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    net[k].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return net
+
+
+ODD = {
+    "hook on a layer": lambda: (hooked(0), (3, 4)),
+    "hook on an activation": lambda: (hooked(1), (3, 4)),
+    "nothing passes": lambda: (nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0), nn.Linear(4, 3)), (3, 4)),
+    "weight norm": lambda: (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh()), (3, 4)),
+    "one image without a batch axis": lambda: (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(0, 1), nn.Conv2d(3, 3, 1), nn.Flatten(0), nn.Unflatten(0, (1, -1))),
+        (1, 2, 3, 4),
+    ),
+    "saturated": lambda: (nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 3)), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_layers_are_exact_too(name):
+    model, shape = ODD[name]()
+    full, delta = both(
+        model.double(), (50.0 if name == "saturated" else 1.0) * torch.randn(shape).double(), torch.arange(shape[0])
+    )
+    coords = np.arange(full.index.size)
+    for mu in (1e-3, 0.1, 10.0):
+        expected = full.differences(coords, mu)
+        assert torch.isfinite(expected).all()
+        assert (delta.differences(coords, mu) - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_probabilities_below_the_smallest_number_count_where_their_change_is_large():
+    model = nn.Linear(1, 3, bias=False)
+    model.weight.data = torch.tensor([[0.0], [-200.0], [-150.0]])
+    inputs, targets = torch.ones(2, 1), torch.tensor([0, 1])
+    full, delta = both(model, inputs, targets)
+    assert torch.allclose(delta.differences([0, 1, 2], 300.0), full.differences([0, 1, 2], 300.0), rtol=1e-5)
+    full, delta = both(nn.Sequential(model, nn.Softmax(1)), inputs, torch.randn(2, 3), "mse")
+    assert torch.allclose(delta.differences([0, 1, 2], 300.0), full.differences([0, 1, 2], 300.0), rtol=1e-4)
+
+
 def test_fp32_keeps_its_digits_where_subtraction_loses_them():
     model = SimpleCNN(2, width=6)
     inputs, labels, coords = problem(model, batch=16)

@@ -9,7 +9,7 @@ import pytest
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
 errors seeds device metrics models.resnet engines.changes engines.differences engines.programs
-config coordinates graph spmd models.cnn engines.rules
+config coordinates graph spmd models.cnn models.vit engines.rules
 engines.full engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
