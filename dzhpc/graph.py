@@ -7,6 +7,8 @@ they are replaced by their out-of-place forms, and later readers of the overwrit
 import copy
 import inspect
 import operator
+import os
+import traceback
 
 import torch
 from torch import Tensor, fx
@@ -22,14 +24,15 @@ OUT_OF_PLACE = {
 class Network:
     """A module as a graph of operations. ``run`` is the base pass; ``tail`` re-runs what depends on one parameter.
 
-    Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way that cannot be undone.
+    engine: who asks, for the errors. Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way
+    that cannot be undone.
     """
 
-    def __init__(self, model: torch.nn.Module, parameters: list[Tensor], keep_all: bool = False):
+    def __init__(self, model: torch.nn.Module, parameters: list[Tensor], keep_all: bool = False, engine: str = "reuse"):
         name = type(model).__name__
-        graph = _trace(model, name)
+        graph = _trace(model, name, engine)
         self.module = fx.GraphModule(model, graph)
-        _remove_in_place(self.module, name)
+        _remove_in_place(self.module, name, engine)
         _take_by_position(self.module)
         self._order = {node: k for k, node in enumerate(self.module.graph.nodes)}
         self._users = [self._nodes_using(p) for p in parameters]
@@ -125,22 +128,29 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
-def _trace(model: torch.nn.Module, name: str) -> fx.Graph:
+def _trace(model: torch.nn.Module, name: str, engine: str) -> fx.Graph:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
-        text = " ".join(str(error).split())
-        raise InputError(f'engine "reuse": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
+        text = f"{' '.join(str(error).split())}{_place(error)}"
+        raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
     finally:
         assigned = [key for module, own in buffers for key, b in own.items() if module._buffers.get(key) is not b]
         for module, own in buffers:
             module._buffers.update(own)
     if assigned:
         raise InputError(
-            f'{name} assigns its buffer {assigned[0]} in forward, which engine "reuse" cannot repeat; use engine = "full"'
+            f'{name} assigns its buffer {assigned[0]} in forward, which engine "{engine}" cannot repeat; use engine = "full"'
         )
     return graph
+
+
+def _place(error: Exception) -> str:
+    """The line of the user's code that raised an error, if it was the user's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    at = frames[-1] if frames else None
+    return f": {at.line!r}, {os.path.basename(at.filename)} line {at.lineno}" if at and at.filename != __file__ else ""
 
 
 class _Recorder(fx.Interpreter):
@@ -158,11 +168,11 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _remove_in_place(module: fx.GraphModule, name: str) -> None:
+def _remove_in_place(module: fx.GraphModule, name: str, engine: str) -> None:
     """Replace in-place operations; raise InputError for those that have no out-of-place form."""
     graph = module.graph
     for node in list(graph.nodes):
-        if not _make_out_of_place(module, node, name):
+        if not _make_out_of_place(module, node, name, engine):
             continue
         overwritten, seen = node.args[0], False
         for later in graph.nodes:
@@ -200,7 +210,7 @@ def _is_state(node: object) -> bool:
     return node.op == "get_attr" or (node.op == "call_method" and node.target.endswith("_") and _is_state(node.args[0]))
 
 
-def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str) -> bool:
+def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str, engine: str) -> bool:
     """Rewrite one node; True if it was in-place. A buffer may be overwritten: that is the network's own bookkeeping."""
     if node.args and _is_state(node.args[0]):
         return False
@@ -228,7 +238,7 @@ def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str) -> bool
     plain = next((getattr(home, target[:-1]) for home in homes if callable(getattr(home, target[:-1], None))), None)
     if plain is None or "out" in node.kwargs:
         raise InputError(
-            f'{name} overwrites a tensor by {target} (node {node.name}), which engine "reuse" cannot undo; use engine = "full"'
+            f'{name} overwrites a tensor by {target} (node {node.name}), which engine "{engine}" cannot undo; use engine = "full"'
         )
     node.target = target[:-1] if method else plain
     return True

@@ -36,7 +36,7 @@ def make_engine(
     if precision not in ("fp32", "bf16"):
         raise InputError(f'precision = "{precision}": expected "fp32" or "bf16"')
     if precision == "bf16" and kind != "delta":
-        raise InputError(f'precision = "bf16": engine "{kind}" subtracts losses, no digit would be left; use "delta"')
+        raise InputError(f'precision = "bf16": engine "{kind}" subtracts losses, no digit would be left; use "delta", or "fp32"')
     if kind == "full":
         return Full(model, loss, parameters)
     if parameters is not None:

@@ -22,16 +22,21 @@ class Reuse(Full):
 
     def __init__(self, model: torch.nn.Module, loss: str | Callable, memory_mb: float | None = None):
         if not isinstance(model, torch.nn.Module):
-            raise InputError('engine "reuse" needs a torch.nn.Module; use engine = "full" for other callables')
+            raise InputError(f'engine "{self.name}" needs a torch.nn.Module; use engine = "full" for other callables')
         super().__init__(model, loss)
         self._memory_mb = memory_mb
         self._keep_all = False
         self._modes: list[bool] | None = None
 
+    @property
+    def name(self) -> str:
+        """As ``zo.engine`` has it."""
+        return type(self).__name__.lower()
+
     def _run_base(self) -> Tensor:
         modes = [m.training for m in self.model.modules()]
         if modes != self._modes:  # train and eval trace differently
-            self._network = Network(self.model, self.index.parameters, self._keep_all)
+            self._network = Network(self.model, self.index.parameters, self._keep_all, self.name)
             self._check_trace()
             self._modes = modes
         outputs = self._network.run(self._inputs)
@@ -64,11 +69,13 @@ class Reuse(Full):
             self._rewind()
         if random:
             raise InputError(
-                f"{type(self.model).__name__} draws random numbers in {random[0]} (dropout?), which a partial pass cannot "
-                f'repeat; use engine = "full"'
+                f"{type(self.model).__name__} draws random numbers in {random[0]} (dropout?), which a partial pass "
+                f'(engine "{self.name}") cannot repeat; use engine = "full"'
             )
         expected = self.model(self._inputs)
         self._rewind()
         a, b = self.loss(traced, self._targets), self.loss(expected, self._targets)
         if not torch.allclose(a, b, rtol=1e-5, equal_nan=True):
-            raise InputError(f'the trace of {type(self.model).__name__} does not reproduce it; use engine = "full"')
+            raise InputError(
+                f'engine "{self.name}": the trace of {type(self.model).__name__} does not reproduce it; use engine = "full"'
+            )

@@ -210,15 +210,17 @@ def test_running_statistics_move_exactly_once_a_bind(kind, make):
         )
 
 
-def test_dropout_is_refused_by_reuse_by_name_in_train_mode_and_exact_in_eval_mode():
+@pytest.mark.parametrize("kind", ["reuse", "delta"])
+def test_dropout_is_refused_by_name_in_train_mode_and_exact_in_eval_mode(kind):
     model, batch = Dropout().double(), vectors()
-    engine, before = dzhpc.make_engine("reuse", model, "mse"), snapshot(model)
-    with pytest.raises(InputError, match=r'random numbers in drop \(dropout\?\).*engine = "full"'):
+    engine, before = dzhpc.make_engine(kind, model, "mse"), snapshot(model)
+    with pytest.raises(InputError, match=rf'random numbers in drop \(dropout\?\).*engine "{kind}".*use engine = "full"'):
         engine.bind(*batch)
     assert_same(before, snapshot(model))
     engine.model.eval()
     engine.bind(*batch)
-    assert torch.equal(engine.differences(range(76), 0.1), by_copies(model, "mse", *batch, range(76), 0.1))
+    expected = by_copies(model, "mse", *batch, range(76), 0.1)
+    assert torch.allclose(engine.differences(range(76), 0.1), expected, rtol=0 if kind == "reuse" else 1e-9, atol=0)
 
 
 def test_random_numbers_that_a_trace_would_freeze_are_refused():
@@ -251,16 +253,17 @@ def test_switching_between_train_and_eval_mode_traces_anew():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (SetItem, 'torch.fx cannot trace SetItem .*item assignment.*use engine = "full"'),
-        (AssignsBuffer, 'AssignsBuffer assigns its buffer count .*use engine = "full"'),
-        (View, 'the trace of View does not reproduce it; use engine = "full"'),
-        (ControlFlow, 'torch.fx cannot trace ControlFlow .*use engine = "full"'),
+        (SetItem, 'engine "KIND": torch.fx cannot trace SetItem .*item assignment.*use engine = "full"'),
+        (AssignsBuffer, 'AssignsBuffer assigns its buffer count .*engine "KIND".*use engine = "full"'),
+        (View, 'engine "KIND": the trace of View does not reproduce it; use engine = "full"'),
+        (ControlFlow, 'engine "KIND": torch.fx cannot trace ControlFlow .*if h.sum.*nets.py line .*use engine = "full"'),
     ],
 )
-def test_what_reuse_cannot_follow_is_refused_by_name_and_full_takes_it(net, message):
+def test_what_a_trace_cannot_follow_is_refused_by_name_and_full_takes_it(net, message):
     model, batch = net().double(), vectors()
-    with pytest.raises(InputError, match=message):
-        bound("reuse", model, batch)
+    for kind in ("reuse", "delta"):
+        with pytest.raises(InputError, match=message.replace("KIND", kind)):
+            bound(kind, model, batch)
     expected = by_copies(model, "mse", *batch, range(40), 0.1)
     assert torch.equal(bound("full", model, batch).differences(range(40), 0.1), expected)
 

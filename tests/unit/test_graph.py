@@ -89,3 +89,5 @@ def test_an_overwriting_operation_without_another_form_is_refused_by_its_name(wr
     model = Writes().double()
     with pytest.raises(InputError, match=f'Writes overwrites a tensor by {target} .*use engine = "full"'):
         Network(model, list(model.parameters()))
+    with pytest.raises(InputError, match='engine "delta" cannot undo'):
+        dzhpc.make_engine("delta", model, "mse").bind(*vectors())
