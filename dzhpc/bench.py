@@ -130,8 +130,8 @@ def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
             }
         )
     head = (
-        f"{args.model}, batch {args.batch}, {len(coords)} coordinates by LPR at {args.ratio:g} sparsity, mu {args.mu:g}, {device}, "
-        f"{args.threads} thread(s), {args.repeats} interleaved repetitions; error against float64 on {len(some)} of them"
+        f"{args.model}, batch {args.batch}, {len(coords)} coordinates by LPR at {args.ratio:g} sparsity, mu {args.mu:g}, "
+        f"{device}, {args.threads} thread(s), {args.repeats} interleaved repetitions; error against float64 on {len(some)}"
     )
     return rows, f"{head}\n\n{_gradient_table(rows)}"
 

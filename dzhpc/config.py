@@ -104,7 +104,7 @@ class Zo(Section):
 
     estimator: Literal["cge", "rge", "autograd"] = Field("cge", description="coordinate-wise, random directions, or first-order")
     engine: Literal["full", "reuse", "delta"] = Field(
-        "reuse", description="how differences are evaluated; objectives have their own"
+        "delta", description="how differences are evaluated; objectives have their own"
     )
     mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
     q: Annotated[int, Field(ge=1)] | None = Field(

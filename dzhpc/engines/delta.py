@@ -55,7 +55,8 @@ class Delta(Reuse):
         self._said: set[str] = set()
         self._travel = torch.bfloat16 if precision == "bf16" else self.index.dtype
         self._programs = Programs(self.index.device, self.index.dtype, self._say_once)
-        self._network_of_plans: object = None
+        self._propagation: Propagation | None = None
+        self._all_plans: dict[torch.Size, list[_Plan]] = {}  # for each shape of a batch
         self._plans: list[_Plan] = []
         if precision == "bf16" and not devices.has_fast_bf16(self.index.device):
             self._say_once("this hardware has no fast bfloat16: precision = fp32 may be faster")
@@ -93,14 +94,21 @@ class Delta(Reuse):
         """Whether a compiler is at work; bits differ between with and without."""
         return self._programs.compiling
 
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the batch's base values and of what was derived from them."""
+        return self._network.kept_bytes + self._propagation.cached_bytes
+
     def _run_base(self) -> Tensor:
         outputs = super()._run_base()
-        if self._network_of_plans is not self._network:
-            self._network_of_plans = self._network
+        if self._propagation is None or self._propagation.network is not self._network:
             self._propagation = Propagation(self._network, self.index.dtype, self._travel, self._programs, self._say_once)
-            learned: dict = {}
-            self._plans = [self._plan(owner, learned) for owner in range(len(self.index.names))]
+            self._all_plans.clear()
         self._propagation.new_batch()
+        if self._inputs.shape not in self._all_plans:
+            learned: dict = {}
+            self._all_plans[self._inputs.shape] = [self._plan(owner, learned) for owner in range(len(self.index.names))]
+        self._plans = self._all_plans[self._inputs.shape]
         self._base_loss = self._prepare_loss(outputs)
         return outputs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dzhpc.coordinates import ParameterIndex, cut
 from dzhpc.errors import InputError
 
-CHUNK = 16  # coordinates between two looks at the clock; they are evaluated one at a time all the same
+CHUNK = 4  # coordinates between two looks at the clock; they are evaluated one at a time all the same
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Propagation:
     """The rules of a network's operations, applied to the base values of the batch that it ran last."""
 
     def __init__(self, network: Network, dtype: torch.dtype, travel: torch.dtype, programs: Programs, say: Callable[[str], None]):
-        self._network, self._dtype, self._travel = network, dtype, travel
+        self.network, self._dtype, self._travel = network, dtype, travel
         self._programs, self._say = programs, say
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
         self._caches: dict[fx.Node, dict] = {}
@@ -54,6 +54,12 @@ class Propagation:
     def new_batch(self) -> None:
         """Forget what was derived from the last batch's base values."""
         self._caches.clear()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of what was derived from the batch's base values."""
+        found = [t for cache in self._caches.values() for v in cache.values() for t in (v if isinstance(v, tuple) else (v,))]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
     def seed(self, node: fx.Node, parameter: Tensor, local: np.ndarray, mu: float) -> Seed | None:
         """Where the chunk of a parameter's coordinates ``local`` [P] begins: ``node`` reads it; None where no rule is known."""
@@ -104,8 +110,9 @@ class Propagation:
     def _advance_fused(self, run: Run, changes: dict) -> None:
         given = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes}
         kind = tuple(
-            (a, getattr(c, "name", None), c.axis, tuple((t.shape, t.stride()) for t in _tensors(c))) for a, c in given.items()
+            (a, c.axis, getattr(c, "name", None), *((t.shape, t.stride()) for t in _tensors(c))) for a, c in given.items()
         )
+        kind = (self.network.value(run.nodes[0]).shape, *kind)  # a seed's own tensors do not all know the batch
         moving = [t for c in given.values() for t in _tensors(c)]
         if kind not in run.programs:
             run.programs[kind] = self._compile(run, given, moving)
@@ -124,9 +131,9 @@ class Propagation:
 
     def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
-        sparse = any(c.channel is not None for c in given.values())
+        sparse = all(c.channel is not None for c in given.values())  # else dense ones decide what is read beside them
         base = dict.fromkeys(a for node in run.nodes for a in (*node.all_input_nodes, node))
-        base = [a for a in base if isinstance(self._network.value(a), Tensor)]
+        base = [a for a in base if isinstance(self.network.value(a), Tensor)]
         normed = [node for node in run.nodes if self._has_statistics(node)]
         sources = [self._source(a, run, sparse) for a in base]
         for node in normed:
@@ -138,7 +145,7 @@ class Propagation:
                 own = [rest.pop(0) for _ in _tensors(c)]
                 channel = None if c.channel is None else own.pop()
                 changes[a] = Change((c.make(*own) if isinstance(c, Seed) else own[0]).to(self._dtype), channel, c.axis)
-            known = {a: rest.pop(0).to(self._network.value(a).dtype) for a in base}
+            known = {a: rest.pop(0).to(self.network.value(a).dtype) for a in base}
             caches = {node: {"statistics": (rest.pop(0).to(self._dtype), rest.pop(0))} for node in normed}
             return changes, known, caches, rest
 
@@ -171,7 +178,7 @@ class Propagation:
     def _source(self, node: fx.Node, run: Run, sparse: bool) -> Callable[[], Tensor]:
         """A base value: channels apart beside changes of single channels; rounded beside dense ones that are rounded too."""
         sharp = any(self._rule(user) in rules.SHARP for user in (*node.users, node) if user in run.nodes)
-        return lambda: self._beside(node, "value", lambda: self._network.value(node), sparse, sharp)
+        return lambda: self._beside(node, "value", lambda: self.network.value(node), sparse, sharp)
 
     def _statistic(self, node: fx.Node, which: int, sparse: bool) -> Callable[[], Tensor]:
         """The centred input (0) or the scale s (1) of a normalisation."""
@@ -223,7 +230,7 @@ class Propagation:
         module = self._module(node)
 
         def value(a: fx.Node):
-            return known[a] if known is not None and a in known else self._network.value(a)
+            return known[a] if known is not None and a in known else self.network.value(a)
 
         def run(args: tuple, kwargs: dict):
             if node.op == "call_method":
@@ -237,7 +244,7 @@ class Propagation:
         return Operation(run, args, kwargs, incoming, value(node), module, cache, compiled)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self._network.module.get_submodule(node.target) if node.op == "call_module" else None
+        return self.network.module.get_submodule(node.target) if node.op == "call_module" else None
 
     def _travelling(self, change: Change) -> Change:
         return change.to(self._travel, self._dtype)

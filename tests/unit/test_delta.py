@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -220,7 +222,51 @@ def test_an_operation_without_a_rule_is_exact_and_named_once(caplog):
 def test_a_budget_too_small_for_one_coordinate_is_refused_by_its_key():
     model = SimpleCNN(1)
     inputs, labels, _ = problem(model)
-    engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=1e-3)
+    engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=1e-4)
     engine.bind(inputs, labels)
-    with pytest.raises(InputError, match=r"zo\.memory_mb = 0\.001: one coordinate of features.0.weight needs"):
+    with pytest.raises(InputError, match=r"zo\.memory_mb = 0\.0001: one coordinate of features.0.weight needs"):
         engine.differences([0], 1e-3)
+
+
+MEMORY = """
+import sys, torch
+import dzhpc
+from dzhpc.device import PeakMemory
+from dzhpc.models.cnn import SimpleCNN
+torch.set_num_threads(1)
+batch, limit = int(sys.argv[1]), float(sys.argv[2])
+model = SimpleCNN(2).to(memory_format=torch.channels_last)
+inputs, labels = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(batch) % 10
+engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=limit)
+coords = range(0, engine.index.size, 9)
+engine.bind(inputs[:8], labels[:8])
+engine.differences(coords[:2], 1e-3)  # what the compiler needs once is not the engine's
+engine.bind(inputs, labels)
+engine.differences(coords, 1e-3)
+torch.empty(0)
+engine.bind(inputs, labels)
+before = engine.cached_bytes
+with PeakMemory(engine.index.device) as memory:
+    engine.differences(coords, 1e-3)
+print(memory.bytes - (engine.cached_bytes - before))
+"""
+
+
+@pytest.mark.parametrize("batch", [32, 256])
+def test_the_memory_of_a_gradient_stays_within_its_budget(batch):
+    limit = 24
+    command = [sys.executable, "-c", MEMORY, str(batch), str(limit)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert int(found.stdout) <= limit * 2**20
+
+
+def test_batches_of_several_sizes_take_turns():
+    model = SimpleCNN(2, width=6).to(memory_format=torch.channels_last)
+    engine = dzhpc.make_engine("delta", model, "cross_entropy")
+    coords = np.arange(0, engine.index.size, 5)
+    for size in (64, 6, 64, 33):
+        inputs, labels = torch.randn(size, 3, 16, 16), torch.randint(0, 10, (size,))
+        truth = dzhpc.make_engine("full", copy.deepcopy(model).double(), "cross_entropy")
+        for e, x in ((truth, inputs.double()), (engine, inputs)):
+            e.bind(x, labels)
+        assert relative(engine.differences(coords, 1e-3), truth.differences(coords, 1e-3)) < 1e-4

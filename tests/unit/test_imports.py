@@ -18,7 +18,7 @@ models data runfolder sparsity distribution forecast
 tasks.classification tasks.objective
 tasks
 trainer
-report fetch prune info
+report fetch prune info bench
 train
 """
 ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}}
