@@ -85,7 +85,7 @@ class Delta(Reuse):
                     out[torch.from_numpy(where).to(out.device)] = self._one_by_one(owner, coords[where], mu)
                     continue
                 padded = np.pad(coords[where], (0, self._size(owner) - len(where)), mode="edge")  # one shape, one program
-                out[torch.from_numpy(where).to(out.device)] = self._chunk(owner, padded, mu)[: len(where)]
+                out[torch.from_numpy(where).to(out.device)] = self._chunk(owner, padded, mu, len(where))
                 self.queries += len(where)
         return out
 
@@ -184,8 +184,8 @@ class Delta(Reuse):
             self._say_once(f"{self._plans[owner].refusal}: evaluated one coordinate at a time")
         return Reuse.differences(self, coords, mu)
 
-    def _chunk(self, owner: int, coords: np.ndarray, mu: float) -> Tensor:
-        """Differences of coordinates of one parameter -> [P]."""
+    def _chunk(self, owner: int, coords: np.ndarray, mu: float, count: int) -> Tensor:
+        """Differences of the first ``count`` coordinates [P] of one parameter; the others fill the shape -> [count]."""
         plan, parameter = self._plans[owner], self.index.parameters[owner]
         first, output = plan.nodes[0], plan.nodes[-1].args[0]
         seed = self._propagation.seed(first, parameter, coords - self.index.offsets[owner], mu)
@@ -193,7 +193,7 @@ class Delta(Reuse):
         changes: dict[fx.Node, Change | Seed | list[Change]] = {first: seed if waits else seed.now()}
         for run in plan.runs:
             self._propagation.advance(run, changes)
-        return self._loss_difference(changes[output].dense(self._network.value(output)))
+        return self._loss_difference(changes[output].dense(self._network.value(output)), count)
 
     def _prepare_loss(self, outputs: Tensor) -> Tensor | None:
         """What the loss's own difference needs of the base outputs; None where absolute values are subtracted instead."""
@@ -205,14 +205,14 @@ class Delta(Reuse):
             return (outputs.double() - targets.double()).to(self.index.dtype)
         return None
 
-    def _loss_difference(self, change: Tensor) -> Tensor:
-        """[P] from the change of the outputs [P, B, ...]."""
+    def _loss_difference(self, change: Tensor, count: int) -> Tensor:
+        """[count] from the change of the outputs [P, B, ...]; a black box is asked for no more than it has to be."""
         change = change.to(self.index.dtype)
         if self._base_loss is None:
-            return self._subtracted_losses(change)
+            return self._subtracted_losses(change[:count])
         if self._loss_name == "mse":
-            return self._programs.call(mse_difference, self._base_loss, change)
-        return self._programs.call(cross_entropy_difference, self._base_loss, change, self._targets)
+            return self._programs.call(mse_difference, self._base_loss, change)[:count]
+        return self._programs.call(cross_entropy_difference, self._base_loss, change, self._targets)[:count]
 
     def _subtracted_losses(self, change: Tensor) -> Tensor:
         """Absolute values, for a loss that is a black box: all coordinates in one call where it has ``many``."""

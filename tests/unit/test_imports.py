@@ -10,7 +10,7 @@ import pytest
 LAYERS = """
 errors seeds device metrics models.resnet engines.changes engines.differences engines.programs
 config coordinates graph spmd models.cnn models.vit engines.rules
-engines.full engines.seeds estimators optimizers stopping
+engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines
@@ -31,6 +31,7 @@ NUMERICAL = {
     "engines.delta",
     "engines.rules",
     "engines.seeds",
+    "engines.blackbox",
     "engines.changes",
     "engines.differences",
     "engines.programs",

@@ -1,0 +1,86 @@
+"""A black box in the tail: few large calls, counted, checked, the same differences as one coordinate at a time."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from delta_nets import DnCNN
+from torch import nn
+
+import dzhpc
+from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
+from dzhpc.errors import InputError, NumericalError
+
+
+def classifier():
+    """A box that gives numpy and no gradient; it notes the size of each call."""
+    weight, calls = torch.randn(3 * 8 * 8, 5).double().numpy(), []
+
+    def answer(images):
+        assert isinstance(images, np.ndarray)
+        calls.append(len(images))
+        return np.tanh(images.reshape(len(images), -1).astype(np.float64) @ weight)
+
+    return answer, calls
+
+
+def criterion(answers, labels):
+    return F.cross_entropy(answers, labels, reduction="none")
+
+
+@pytest.mark.parametrize("limit", [1000, 7])
+def test_differences_through_a_box_equal_those_of_full_in_as_few_calls_as_the_limit_allows(limit):
+    model, images, labels = DnCNN().double(), torch.randn(4, 3, 8, 8).double(), torch.randint(0, 5, (4,))
+    function, calls = classifier()
+    found = {}
+    for kind in ("full", "delta"):
+        box = BlackBox(function, limit, numpy=True)
+        engine = dzhpc.make_engine(kind, copy.deepcopy(model), BlackBoxLoss(box, criterion))
+        engine.bind(images, labels)
+        coords = np.arange(0, engine.index.size, 37)
+        asked = box.queries
+        calls.clear()
+        found[kind] = engine.differences(coords, 1e-3)
+        if kind == "full":
+            assert box.queries - asked == 4 * len(coords)
+    assert float((found["delta"] - found["full"]).norm() / found["full"].norm()) < 1e-8
+    assert box.queries - asked == sum(calls) == 4 * len(coords)
+    assert max(calls) <= limit
+    assert len(calls) == sum(-(-4 * len(chunk) // limit) for chunk in engine.cut(coords))
+
+
+def test_the_last_layer_of_a_denoiser_in_fp32():
+    """Absolute answers are subtracted, so digits are lost at the border, not before it."""
+    model, images, labels = DnCNN(), torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
+    function, _ = classifier()
+    truth = dzhpc.make_engine("full", copy.deepcopy(model).double(), BlackBoxLoss(BlackBox(function, numpy=True), criterion))
+    engine = dzhpc.make_engine("delta", model, BlackBoxLoss(BlackBox(function, numpy=True), criterion))
+    truth.bind(images.double(), labels)
+    engine.bind(images, labels)
+    coords = np.arange(engine.index.size - 200, engine.index.size)
+    expected = truth.differences(coords, 5e-3)
+    assert float((engine.differences(coords, 5e-3).double() - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda x: x[:-1], InputError, "gave \\[3, 2\\] for 4 inputs"),
+        (lambda x: x.sum(), InputError, "gave \\[\\] for 4 inputs"),
+        (lambda x: x * float("nan"), NumericalError, "not finite"),
+    ],
+)
+def test_answers_that_cannot_be_right_are_named(answer, error, message):
+    with pytest.raises(error, match=message):
+        BlackBox(answer)(torch.ones(4, 2))
+
+
+def test_the_box_never_sees_a_tensor_that_could_carry_a_gradient():
+    seen = []
+    box = BlackBox(lambda x: seen.append(x.requires_grad) or x.detach().numpy())
+    box(nn.Parameter(torch.ones(3, 2)) * 2)
+    assert seen == [False]
+    with pytest.raises(InputError, match="batch_limit = 0"):
+        BlackBox(len, 0)
