@@ -10,7 +10,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "hydra", "pmi_proxy", "slurmstepd", "srun")
-SEGMENTS = "/dev/shm/sm_segment"  # Open MPI's shared memory, a file a rank
+SEGMENTS = "/sm_segment."  # Open MPI's shared memory: such a file for each rank, in /dev/shm unless it is told otherwise
 
 
 def die_with_launcher() -> None:
@@ -38,7 +38,7 @@ def mapped_segments() -> list[str]:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
-    return sorted({line.split()[-1] for line in lines if SEGMENTS in line and not line.endswith("(deleted)")})
+    return sorted({line.split(maxsplit=5)[5] for line in lines if SEGMENTS in line and not line.endswith("(deleted)")})
 
 
 def identity() -> dict[str, object]:

@@ -192,7 +192,7 @@ def test_usr1_then_requeue(cluster, place, undisturbed, slow):
 
 
 def test_deadline_then_requeue(cluster, place, undisturbed, slow):
-    words = ["--time=1", "--ntasks=1", "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=53.0)]
+    words = ["--time=1", "--ntasks=1", "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=40.0)]
     job = cluster.submit(*words, cwd=place, env=OWN_INPUT)
     cluster.when(job, lambda fields: fields["Restarts"] == "1")
     (place / "slow").unlink()
