@@ -76,10 +76,10 @@ def check_binding(ranks: Sequence[tuple[int, str, str, str]], share: bool) -> No
         log.warning("%s = %s, but CUDA is not available: running on the CPU", asked, os.environ[asked])
 
 
-def table(ranks: Sequence[tuple[int, str, str, str]]) -> str:
-    """Rank, host and device, a rank a line."""
-    width = max(len(host) for _, host, _, _ in ranks)
-    return "\n".join(f"rank {rank:>3}  host {host:<{width}}  {device}" for rank, host, device, _ in ranks)
+def table(ranks: Sequence[tuple[int, str, str, str]]) -> list[str]:
+    """Rank, host and device, a line a rank."""
+    width = len(str(len(ranks) - 1))
+    return [f"rank {rank:>{width}}: {host}, {device}" for rank, host, device, _ in ranks]
 
 
 def peak_bytes(device: torch.device, engine_bytes: int) -> int:

@@ -141,7 +141,8 @@ def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source
     log.info(
         "%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step
     )
-    log.info("%s", devices.table(ranks))
+    for line in devices.table(ranks):
+        log.info(line)
     folder.write_input(trainer.config.to_toml())
     folder.write_manifest({
         "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -50,8 +50,8 @@ def test_the_node_local_rank_modulo_the_visible_devices(monkeypatch, count):
 
 
 def test_the_table_names_rank_host_and_device():
-    lines = device.table(ranks(("node1", "GPU-1"), ("n2", ""))).splitlines()
-    assert [line.split() for line in lines] == [
-        ["rank", "0", "host", "node1", "cuda:0", "H200", "GPU-1"],
-        ["rank", "1", "host", "n2", "cpu", "(1", "threads)"],
+    assert device.table(ranks(("node1", "GPU-1"), ("n2", ""))) == [
+        "rank 0: node1, cuda:0 H200 GPU-1",
+        "rank 1: n2, cpu (1 threads)",
     ]
+    assert device.table(ranks(*[("a", "")] * 11))[9:] == ["rank  9: a, cpu (1 threads)", "rank 10: a, cpu (1 threads)"]
