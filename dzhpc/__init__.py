@@ -3,9 +3,15 @@
 Importing the package starts neither MPI nor CUDA.
 """
 
-from dzhpc.engines import make_engine
-from dzhpc.estimators import autograd, cge, rge
-from dzhpc.models import load_model
+import importlib
 
+_HOMES = {"make_engine": "engines", "autograd": "estimators", "cge": "estimators", "rge": "estimators", "load_model": "models"}
 __all__ = ["autograd", "cge", "load_model", "make_engine", "rge"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """The public functions, when they are first asked for: they bring torch, and a rank has to be on its guard before that."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dzhpc' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"dzhpc.{_HOMES[name]}"), name)

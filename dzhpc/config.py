@@ -54,6 +54,7 @@ class Run(Section):
     dir: str = Field("runs", description="the folder in which run folders lie")
     seed: int = Field(0, ge=0, description="every random number is a function of (seed, purpose, step)")
     threads: Count = Field(1, description="CPU threads per rank; bits may differ between thread counts")
+    share_gpu: bool = Field(False, description="let several ranks use one GPU; otherwise that is an error")
     deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
     check_every: Count = Field(100, description="compare a hash of all replicated state over the ranks every so many steps")
 
@@ -175,6 +176,9 @@ class Checkpoint(Section):
     every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="write every so many steps")
     every_minutes: Positive = Field(10.0, description="write when the last one is this old")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="how many of the newest files stay")
+    on_full: Literal["stop", "continue"] = Field(
+        "stop", description="a checkpoint that cannot be written (disk full) ends the run (exit 3), or is left out with a warning"
+    )
 
 
 class Eval(Section):

@@ -2,10 +2,17 @@
 
 import contextlib
 import gc
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from dzhpc.errors import LaunchError
+
+log = logging.getLogger("dzhpc")
+GPUS_ASKED_FOR = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK")
 
 
 def choose(local_rank: int, threads: int) -> torch.device:
@@ -41,8 +48,38 @@ def describe(device: torch.device) -> str:
     """Name and, for a GPU, its UUID."""
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{device} {properties.name} GPU-{properties.uuid}"
+    return f"{device} {torch.cuda.get_device_properties(device).name} {uuid(device)}"
+
+
+def uuid(device: torch.device) -> str:
+    """What tells a GPU from all others; "" for a CPU."""
+    return "" if device.type == "cpu" else f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def check_binding(ranks: Sequence[tuple[int, str, str, str]], share: bool) -> None:
+    """Look at all ranks' (rank, host, device, uuid) together.
+
+    Raises LaunchError if two ranks have one GPU, unless they may share it; warns where Slurm gave GPUs that CUDA does not see.
+    """
+    users: dict[tuple[str, str], list[int]] = {}
+    for rank, host, _, gpu in ranks:
+        if gpu:
+            users.setdefault((host, gpu), []).append(rank)
+    for (host, gpu), several in users.items():
+        if len(several) > 1 and not share:
+            raise LaunchError(
+                f"ranks {', '.join(map(str, several))} on host {host} would share {gpu}; start one rank a GPU, "
+                f"or allow it with --set run.share_gpu=true"
+            )
+    asked = next((name for name in GPUS_ASKED_FOR if os.environ.get(name) not in (None, "", "0")), None)
+    if asked and not users:
+        log.warning("%s = %s, but CUDA is not available: running on the CPU", asked, os.environ[asked])
+
+
+def table(ranks: Sequence[tuple[int, str, str, str]]) -> list[str]:
+    """Rank, host and device, a line a rank."""
+    width = len(str(len(ranks) - 1))
+    return [f"rank {rank:>{width}}: {host}, {device}" for rank, host, device, _ in ranks]
 
 
 def peak_bytes(device: torch.device, engine_bytes: int) -> int:

@@ -6,7 +6,7 @@
 | 1 | an exception nobody foresaw, the user's own code included |
 | 2 | bad input, missing file or data |
 | 3 | a checkpoint that is missing, damaged, of another model or with other frozen keys |
-| 4 | bad launch |
+| 4 | bad launch: no MPI job, several ranks on one GPU, or a run folder that another job is using |
 | 5 | numerical failure |
 | 75 | stopped early with a checkpoint: submit the same command again |
 """
@@ -33,7 +33,7 @@ class CheckpointError(DzhpcError):
 
 
 class LaunchError(DzhpcError):
-    """The processes were not started as one MPI job."""
+    """The processes are no MPI job, share a GPU, or would work in a run folder that another job is using."""
 
     exit_code = 4
 

@@ -7,6 +7,7 @@ Chen et al., DeepZero, ICLR 2024 (arXiv 2310.02025).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from dzhpc.errors import InputError
 from dzhpc.seeds import generator
 
 BLOCK = 64  # directions summed in one matrix product; fixed, since it decides the order of the sum
+
+
+@dataclass
+class Partial:
+    """An estimate left unfinished: ``values`` [n] hold where ``done`` [n] (bool); n coordinates of S, or q directions."""
+
+    values: np.ndarray
+    done: np.ndarray
 
 
 def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:

@@ -34,9 +34,16 @@ def set_up_log(is_root: bool, quiet: bool = False) -> None:
     log.propagate = False
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk costs lines of the log and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def log_to(path: Path) -> None:
     """Append everything to a file, too."""
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
 

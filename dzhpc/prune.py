@@ -1,7 +1,13 @@
 """Verb: pruning scores -> layer-wise pruning ratios. ``mpirun -n 8 python -m dzhpc.prune inputs/resnet20.toml -o lpr.h5``"""
 
+if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher in that time
+    from dzhpc import process
+
+    process.die_with_launcher()
+
 import argparse
 import logging
+import socket
 import sys
 from pathlib import Path
 
@@ -32,6 +38,8 @@ def main(world: World, args: argparse.Namespace) -> int:
     metrics.set_up_log(world.is_root)
     config = world.on_root(lambda: check(configuration.load(args.input, args.set), args.out))
     device = devices.choose(world.local_rank, config.run.threads)
+    ranks = world.gather((world.rank, socket.gethostname(), devices.describe(device), devices.uuid(device)))
+    world.on_root(lambda: devices.check_binding(ranks, config.run.share_gpu))
     with world.together():
         sys.path.insert(0, str(Path(args.input).resolve().parent))
         task = make_task(config, device)

@@ -1,4 +1,4 @@
-"""Verb: tables and plots from run folders. ``python -m dzhpc.report runs/a runs/b -o compare``"""
+"""Verb: tables and plots from run folders. ``python -m dzhpc.report runs/a runs/b -o compare``, ``--campaign runs``"""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dzhpc import store
+from dzhpc import campaign, store
 from dzhpc.errors import InputError
 from dzhpc.metrics import duration
 from dzhpc.spmd import World, run_verb
@@ -114,28 +114,49 @@ def write(folders: list[Path], out: Path) -> str:
     """Write ``report.md`` and ``curves.png``; the table. Raises InputError."""
     runs = [read(Path(folder)) for folder in folders]
     text = table(runs)
+    _write(out, ", ".join(run.name for run in runs), text, runs)
+    return text
+
+
+def write_campaign(folder: Path, out: Path) -> str:
+    """Write ``report.md`` and ``curves.png`` of all runs at or below a folder; the table of their states. Raises InputError."""
+    members, runs = campaign.members(folder), []
+    for member in members:
+        if member.step:
+            path = folder / member.name
+            runs.append(read(path if path.is_dir() else folder))
+            runs[-1].name = member.name
+    text = campaign.table(members)
+    _write(out, f"Campaign {folder}", text, runs)
+    return text
+
+
+def _write(out: Path, title: str, text: str, runs: list[Run]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(f"# {', '.join(run.name for run in runs)}\n\n{text}\n\n![loss and accuracy](curves.png)\n")
+        (out / "report.md").write_text(f"# {title}\n\n{text}\n\n![loss and accuracy](curves.png)\n")
         if any(len(run.train["step"]) for run in runs):
             plot([run for run in runs if len(run.train["step"])], out / "curves.png")
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-    return text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("dzhpc.report", description="Table and plots of one or several runs.")
-    p.add_argument("runs", nargs="+", type=Path, help="run folders")
-    p.add_argument("-o", "--out", type=Path, help="where to write (default: report/ in the run folder, or ./report for several)")
+    p.add_argument("runs", nargs="*", type=Path, help="run folders")
+    p.add_argument("--campaign", type=Path, metavar="DIR", help="all run folders below DIR: their states, and one plot")
+    p.add_argument("-o", "--out", type=Path, help="where to write (default: report/ in the folder, or ./report for several)")
     return p
 
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
-    out = args.out or (args.runs[0] / "report" if len(args.runs) == 1 else Path("report"))
-    text = world.on_root(lambda: write(args.runs, out))
+    if bool(args.runs) == bool(args.campaign):
+        raise InputError("give run folders, or --campaign DIR")
+    one = args.campaign or (args.runs[0] if len(args.runs) == 1 else Path())
+    out = args.out or one / "report"
+    text = world.on_root(lambda: write_campaign(args.campaign, out) if args.campaign else write(args.runs, out))
     if world.is_root:
         print(text)
         print(f"written: {out / 'report.md'}, {out / 'curves.png'}")

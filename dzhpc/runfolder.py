@@ -1,5 +1,6 @@
 """The run folder: what lies where, which checkpoint to restart from, launch manifests. Used by the root only."""
 
+import contextlib
 import json
 import logging
 import os
@@ -88,12 +89,39 @@ class RunFolder:
         log.info("moved %d files of an earlier run to %s", len(old), target)
 
     def write_input(self, toml: str) -> None:
-        (self.path / "input.toml").write_text(toml)
+        """The resolved input. Raises CheckpointError if it cannot be written."""
+        _write(self.path / "input.toml", toml)
 
     def write_manifest(self, manifest: dict) -> None:
-        """``launches/001.json``, ...: one a launch."""
+        """``launches/001.json``, ...: one a launch. Raises CheckpointError if it cannot be written."""
         number = _next_number((self.path / "launches").glob("*.json"))
-        (self.path / "launches" / f"{number:03d}.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _write(self.path / "launches" / f"{number:03d}.json", json.dumps(manifest, indent=2) + "\n")
+
+    def manifests(self) -> list[tuple[Path, dict]]:
+        """(file, content) of every launch, oldest first; a damaged one is left out."""
+        found = []
+        for path in sorted((self.path / "launches").glob("*.json"), key=lambda p: _next_number([p])):
+            with contextlib.suppress(OSError, ValueError):
+                found.append((path, json.loads(path.read_text())))
+        return found
+
+    def update_manifest(self, **news: object) -> None:
+        """Write down how the newest launch fares; this is for information, so a full disk is no error here."""
+        for path, manifest in self.manifests()[-1:]:
+            with contextlib.suppress(CheckpointError):
+                _write(path, json.dumps(manifest | news, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises CheckpointError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({failure.strerror}); free space, or choose another folder") from None
 
 
 def _next_number(paths: Iterable[Path]) -> int:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dzhpc import process
 from dzhpc.errors import DzhpcError, LaunchError
 
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
-
-
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
+CALL = 1  # the tag of the empty message by which a rank calls off what all are doing
 
 
 class RankError(DzhpcError):
@@ -37,16 +36,20 @@ class World:
     """
 
     def __init__(self):
+        process.die_with_launcher()
         from mpi4py import MPI
 
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size
+        _unname_segments(node)
         node.Free()
-        self._exit = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
+        self._side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
+        self._calls: list | None = None
         self.comm_s = 0.0
         self.crash_folder: Path | None = None
+        self.on_failure: Callable[[str, int], None] = lambda message, code: None
         check_launch(self.size)
 
     @property
@@ -99,6 +102,24 @@ class World:
         """The largest value over the ranks."""
         with self._timed():
             return self._comm.allreduce(value, op=self._mpi.MAX)
+
+    def call_off(self) -> None:
+        """Tell all ranks to leave the loop that each of them runs by itself; does not wait for them."""
+        if self._calls is None:
+            self._calls = [self._side.Isend(bytearray(0), rank, CALL) for rank in range(self.size) if rank != self.rank]
+
+    def called_off(self) -> bool:
+        """Whether some rank has called off; looked up between two pieces of work."""
+        return self._calls is not None or (self.size > 1 and self._side.Iprobe(tag=CALL))
+
+    def settle(self) -> None:
+        """Receive every call, so that none is left for the next loop. Collective: all ranks, once all have left the loop."""
+        for rank, called in enumerate(self.allgather(self._calls is not None)):
+            if called and rank != self.rank:
+                self._side.Recv(bytearray(0), rank, CALL)
+        for request in self._calls or ():
+            request.Wait()
+        self._calls = None
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""
@@ -153,19 +174,34 @@ class World:
         message, code = message_of(error) + self._keep_traceback(error), exit_code_of(error)
         if self.size == 1:
             print(message, file=sys.stderr, flush=True)
+            self.on_failure(message, code)
             return code
-        barrier, end = self._exit.Ibarrier(), time.monotonic() + PATIENCE
+        barrier, end = self._side.Ibarrier(), time.monotonic() + PATIENCE
         while not barrier.Test():
             if time.monotonic() > end:
                 print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+                self.on_failure(f"rank {self.rank}: {message}", code)
                 self._comm.Abort(code)
             time.sleep(0.01)
-        messages = self._exit.allgather(message)
+        messages = self._side.allgather(message)
         if self.is_root:
             own = message if len(set(messages)) == 1 else f"rank 0: {message}"
             print(own, file=sys.stderr, flush=True)
-        self._exit.barrier()  # a rank that left earlier would make mpirun kill the root before it has spoken
+            self.on_failure(own, code)
+        self._side.barrier()  # a rank that left earlier would make mpirun kill the root before it has spoken
         return code
+
+
+def _unname_segments(node) -> None:
+    """Take the names of Open MPI's shared memory away once all ranks of a node have mapped it; the memory stays.
+
+    Open MPI removes these files itself, but not when it is killed, and never those of a process without mpirun.
+    """
+    names = process.mapped_segments()
+    if all(found == names for found in node.allgather(names)) and len(names) == node.size and node.rank == 0:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 def check_launch(size: int) -> None:
@@ -174,7 +210,7 @@ def check_launch(size: int) -> None:
     Plain ``srun`` without a PMI that this MPI speaks gives N jobs of "rank 0 of 1", which would all write one run folder.
     """
     tasks = int(os.environ.get("SLURM_NTASKS") or 1)
-    if tasks > 1 and size == 1 and not any(name in os.environ for name in SIZE_VARIABLES):
+    if tasks > 1 and size == 1 and not process.launched():
         raise LaunchError(
             f"SLURM_NTASKS = {tasks}, but MPI sees 1 rank: srun and this MPI do not know each other; "
             f"start with `mpirun -n {tasks} python -m dzhpc...` or `srun --mpi=pmix`"

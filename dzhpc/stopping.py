@@ -10,6 +10,7 @@ from dzhpc.config import Config
 from dzhpc.errors import STOPPED_EARLY
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+LONG_STEP = 10.0  # seconds that a step may go on after it was asked to stop
 
 
 class Reason(IntEnum):
@@ -24,6 +25,7 @@ class Reason(IntEnum):
     WALLTIME = 6
     DEADLINE = 7
     SIGNAL = 8
+    TERMINATED = 9
 
     @property
     def exit_code(self) -> int:
@@ -36,32 +38,48 @@ class Reason(IntEnum):
             Reason.EPOCHS: "all epochs done", Reason.STEPS: "stop.steps reached", Reason.QUERIES: "stop.queries reached",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
             Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
-            Reason.SIGNAL: "signal received",
+            Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM)",
         }.get(self, "running")  # fmt: skip
 
 
-_signals: list[int] = []  # received so far
+_signals: list[tuple[int, float]] = []  # received so far, and when (time.monotonic)
 
 
 def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
     for number in SIGNALS:
-        signal.signal(number, lambda received, frame: _signals.append(received))
+        signal.signal(number, lambda received, frame: _signals.append((received, time.monotonic())))
 
 
 class Requests:
-    """What asks this rank to stop: a signal; on the root also the clock and the file STOP in the run folder (consumed)."""
+    """What asks this rank to stop: a signal; on the root also the clock and the file STOP in the run folder (consumed).
+
+    A reason once found stays. The step under way may end first, unless that takes longer than some seconds.
+    """
 
     def __init__(self, config: Config, folder: Path | None):
         self._start, self._walltime = time.monotonic(), config.stop.walltime
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._deadline = float(end) - config.run.deadline_margin if end.isdigit() else None
         self._file, self._next_look = folder / "STOP" if folder else None, 0.0
+        self._patience = min(LONG_STEP, config.run.deadline_margin / 2)
+        self._found, self._since = Reason.NONE, 0.0
 
     def reason(self) -> Reason:
-        """This rank's reason to stop now."""
+        """This rank's reason to stop after the step under way."""
+        found = self._look()
+        if found and not self._found:
+            self._since = _signals[0][1] if _signals else time.monotonic()
+        self._found = max(self._found, found)
+        return self._found
+
+    def urgent(self) -> bool:
+        """Whether the step under way has to be left unfinished."""
+        return self.reason() != Reason.NONE and time.monotonic() - self._since > self._patience
+
+    def _look(self) -> Reason:
         if _signals:
-            return Reason.SIGNAL
+            return Reason.TERMINATED if any(number == signal.SIGTERM for number, _ in _signals) else Reason.SIGNAL
         if self._file is None:
             return Reason.NONE
         now = time.monotonic()

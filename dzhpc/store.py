@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.errors import CheckpointError, DzhpcError, InputError
+from dzhpc.estimators import Partial
 from dzhpc.pruning import LPR
 
 VERSION = 1
@@ -50,6 +51,7 @@ class State:
     coordinates: np.ndarray  # S, sorted
     lpr: LPR | None
     env: dict[str, str] = field(default_factory=dict)  # for information
+    partial: Partial | None = None  # of the next step, if it was left unfinished; S is then that step's
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
@@ -86,6 +88,8 @@ def save_checkpoint(path: Path, state: State) -> None:
         if state.lpr is not None:
             _put_lpr(file.create_group("lpr"), state.lpr)
         file.create_group("env").attrs.update(state.env)
+        if state.partial is not None:
+            file["partial/values"], file["partial/done"] = state.partial.values, state.partial.done
 
     _write(path, "dzhpc-checkpoint", fill, CheckpointError)
 
@@ -107,6 +111,7 @@ def load_checkpoint(path: str | Path) -> State:
             coordinates=file["coordinates/S"][()],
             lpr=_get_lpr(file["lpr"]) if "lpr" in file else None,
             env={k: str(v) for k, v in file["env"].attrs.items()},
+            partial=Partial(file["partial/values"][()], file["partial/done"][()]) if "partial" in file else None,
         )
 
 

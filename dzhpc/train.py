@@ -1,6 +1,13 @@
 """Verb: run or restart a campaign. ``mpirun -n 8 python -m dzhpc.train inputs/resnet20.toml``"""
 
+if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher, or be warned, in that time
+    from dzhpc import process, stopping
+
+    process.die_with_launcher()
+    stopping.listen()
+
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import logging
@@ -13,11 +20,13 @@ from pathlib import Path
 from dzhpc import config as configuration
 from dzhpc import device as devices
 from dzhpc import metrics, report, store
+from dzhpc.errors import DzhpcError
 from dzhpc.forecast import forecast
+from dzhpc.lock import Lock
 from dzhpc.runfolder import RunFolder
 from dzhpc.sparsity import read_lpr
 from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import listen
+from dzhpc.stopping import Reason, listen
 from dzhpc.tasks import Task, make_task
 from dzhpc.trainer import Trainer, check_restart
 
@@ -46,6 +55,8 @@ def main(world: World, args: argparse.Namespace) -> int:
     listen()
     metrics.set_up_log(world.is_root, args.quiet)
     config = world.on_root(lambda: configuration.load(args.input, args.set))
+    if world.is_root:  # after a collective: all ranks listen
+        tell_job_script("LISTENING")
     device = devices.choose(world.local_rank, config.run.threads)
     with world.together():
         if args.input:
@@ -56,18 +67,29 @@ def main(world: World, args: argparse.Namespace) -> int:
         if world.is_root:
             print(forecast(task))
         return 0
+    ranks = world.gather((world.rank, socket.gethostname(), devices.describe(device), devices.uuid(device)))
+    world.on_root(lambda: devices.check_binding(ranks, config.run.share_gpu))
     folder = RunFolder(args.run_dir or Path(config.run.dir) / config.run.name)
-    state, source = world.on_root(lambda: open_folder(folder, args.restart, task))
+    lock = Lock(folder.path)
+    try:
+        return run(world, task, folder, lock, args, ranks).exit_code
+    finally:
+        lock.release()
+
+
+def run(world: World, task: Task, folder: RunFolder, lock: Lock, args: argparse.Namespace, ranks: list | None) -> Reason:
+    """Start or restart in the run folder and train; why it ended. The root takes the lock."""
+    state, source, stale = world.on_root(lambda: open_folder(folder, lock, args.restart, task))
     world.crash_folder = folder.path
     trainer = Trainer(world, task, folder, args.quiet)
     if state is not None:
         trainer.restore(state)
-    hosts = world.gather((world.rank, socket.gethostname(), devices.describe(device)))
-    world.on_root(lambda: begin(folder, trainer, state, source, hosts))
+    world.on_root(lambda: begin(folder, trainer, state, source, stale, ranks))
+    world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
     reason = trainer.run()
-    world.on_root(lambda: report.write([folder.path], folder.path / "report"))
-    log.info("results: %s", folder.path / "report" / "report.md")
-    return reason.exit_code
+    if world.is_root:
+        end(folder, trainer, reason)
+    return reason
 
 
 def try_out(task: Task) -> None:
@@ -83,11 +105,13 @@ def try_out(task: Task) -> None:
         read_lpr(task)
 
 
-def open_folder(folder: RunFolder, restart: str, task: Task) -> tuple[store.State | None, str]:
-    """(state, its file) to restart from, or (None, ""); the folder is touched only once that is known to be right.
+def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[store.State | None, str, str]:
+    """(state, its file) to restart from, or (None, ""), and whose stale lock was found.
 
-    Raises InputError or CheckpointError.
+    The folder is locked first, and else touched only once the restart is known to be right.
+    Raises LaunchError, InputError or CheckpointError.
     """
+    stale = lock.acquire() if folder.path.is_dir() else ""
     if restart == "auto":
         source, state = folder.newest_state()
     elif restart == "never":
@@ -97,30 +121,62 @@ def open_folder(folder: RunFolder, restart: str, task: Task) -> tuple[store.Stat
     if state is not None:
         check_restart(state, source, task)
     folder.create()
+    stale = stale or lock.acquire()
     if state is not None or restart == "never":
         own = bool(source) and Path(source).resolve().parent == folder.checkpoints.resolve()
         folder.set_aside(after_step=state.step if own else -1)  # the record of another run is not continued
-    return state, source
+    return state, source, stale
 
 
-def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, hosts: list[tuple[int, str, str]]) -> None:
+def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, stale: str, ranks: list) -> None:
     """The first lines of the log, the resolved input, the launch manifest."""
     metrics.log_to(folder.path / "log.txt")
     log.info(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
+    if state is not None and state.partial is not None:
+        known = state.partial.done
+        log.info("completing step %d: %d of %d differences are known", state.step + 1, known.sum(), len(known))
+    if stale:
+        log.info("took over the run folder from %s, which has ended", stale)
     index = trainer.task.engine.index
     log.info(
         "%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step
     )
-    for rank, host, device in hosts:
-        log.info("rank %d: %s, %s", rank, host, device)
+    for line in devices.table(ranks):
+        log.info(line)
     folder.write_input(trainer.config.to_toml())
     folder.write_manifest({
         "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "hosts": [{"rank": r, "host": h, "device": d} for r, h, d in hosts],
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "hosts": [{"rank": r, "host": h, "device": d, "uuid": u} for r, h, d, u in ranks], "state": "running",
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]},
         "resumed_from_step": state.step if state else None, "run_uuid": trainer.run_uuid,
     })  # fmt: skip
+
+
+def end(folder: RunFolder, trainer: Trainer, reason: Reason) -> None:
+    """What is left to do when all is saved: the manifest, the job script's question, the report; none of it can fail the run."""
+    state = "stopped" if reason >= Reason.STOP_FILE else "finished"
+    how = {"state": state, "reason": reason.text, "exit_code": reason.exit_code}
+    folder.update_manifest(**how, step=trainer.step, seconds=trainer.seconds)
+    if reason in (Reason.DEADLINE, Reason.WALLTIME) and not trainer.progressed:
+        log.warning("no time for a single step before %s: give the job more, or lower run.deadline_margin", reason.text)
+    else:
+        tell_job_script(reason.name)
+    if reason.exit_code:  # time is short, and the run goes on: drawing takes seconds
+        return
+    try:
+        report.write([folder.path], folder.path / "report")
+        log.info("results: %s", folder.path / "report" / "report.md")
+    except DzhpcError as error:
+        log.warning("no report: %s", error)
+
+
+def tell_job_script(word: str) -> None:
+    """LISTENING, then why the run stopped: slurm/launch.sh forwards signals after the first, and may requeue after others."""
+    if path := os.environ.get("DZHPC_STATUS"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(word)
 
 
 def git_commit() -> str | None:

@@ -5,13 +5,15 @@ import math
 import time
 import uuid
 
+import numpy as np
 import torch
 
 from dzhpc import config as configuration
 from dzhpc import device as devices
 from dzhpc import estimators, models, optimizers, store
-from dzhpc.distribution import Distribution
+from dzhpc.distribution import Distribution, Interrupted
 from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
+from dzhpc.estimators import Partial
 from dzhpc.metrics import Progress, duration
 from dzhpc.runfolder import RunFolder
 from dzhpc.seeds import derive
@@ -41,14 +43,22 @@ class Trainer:
         index = task.engine.index
         self._parameters = dict(zip(index.names, index.parameters, strict=True))
         self._optimizer = optimizers.make_optimizer(self.config.optim, self._parameters)
-        self._pattern = Pattern(task, world.split)
-        self._distribution = Distribution(world, task.engine)
+        self._requests = Requests(self.config, folder.path if world.is_root else None)
+        self._distribution = Distribution(world, task.engine, self._requests.urgent)
+        self._pattern = Pattern(task, self._distribution.split)
+        self._partial: Partial | None = None  # of the next step
         self._metrics = store.Metrics(folder.metrics)
         self._history: list[str] = []
         self.run_uuid = str(uuid.uuid4())
+        self.progressed = False  # whether this launch has evaluated anything that is kept
         self.step, self._queries, self._wall_before, self._start = 0, 0, 0.0, time.monotonic()
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._evaluated_step, self._accuracy = -1, math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Since this launch began."""
+        return time.monotonic() - self._start
 
     @property
     def last_step(self) -> int:
@@ -68,6 +78,7 @@ class Trainer:
         models.assign(self.task.model, state.params, state.buffers)
         optimizers.restore(self._optimizer, self._parameters, state.optimizer)
         self._pattern.restore(state.lpr, state.coordinates)
+        self._partial = state.partial
         self._history = state.history + ([state.config] if state.config != self.config.to_toml() else [])
         self.run_uuid, self.step, self._queries, self._wall_before = state.run_uuid, state.step, state.queries, state.wall_time_s
         self._saved_step = self.step
@@ -75,7 +86,7 @@ class Trainer:
             for key, value in self._environment().items():
                 if state.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, state.env[key], value)
-            self._metrics.restore(self.step, lambda step: step % self._evaluation_interval == 0)
+            self._metrics.restore(self.step, lambda step: step > 0 and step % self._evaluation_interval == 0)
             if len(self._metrics.eval) and self._metrics.eval[-1, 0] == self.step:
                 self._accuracy, self._evaluated_step = float(self._metrics.eval[-1, 3]), self.step
 
@@ -86,19 +97,21 @@ class Trainer:
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )
-        requests = Requests(self.config, self.folder.path if self.world.is_root else None)
         progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
         self._first_step = self.step
         try:
-            while not (reason := self._reason_to_stop(requests)):
-                self._train_step(progress)
+            while not (reason := self._reason_to_stop()):
+                try:
+                    self._train_step(progress)
+                except Interrupted as interruption:  # on all ranks; the reason follows at once
+                    self._keep(interruption.partial)
         finally:
             progress.close()
         self._finish(reason)
         return reason
 
-    def _reason_to_stop(self, requests: Requests) -> Reason:
-        stop, reason = self.config.stop, requests.reason()
+    def _reason_to_stop(self) -> Reason:
+        stop, reason = self.config.stop, self._requests.reason()
         if self.step >= self._all_steps:
             reason = Reason.EPOCHS
         elif stop.steps and self.step >= stop.steps:
@@ -111,14 +124,17 @@ class Trainer:
 
     def _train_step(self, progress: Progress) -> None:
         start, comm_before, queries_before = time.perf_counter(), self.world.comm_s, self._queries
-        torch.manual_seed(derive(self.config.run.seed, "model", self.step))
+        self._buffers_before = [b.clone() for b in self.task.model.buffers()]
+        self._seed()
         self._draw()
+        self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
         loss = self.task.bind(self.step)
-        estimate = self._estimate()
+        estimate, queries = self._estimate()
         self._check_finite(loss, estimate)
+        self._partial, self._queries = None, self._queries + queries
         lr = self._optimizer.param_groups[0]["lr"]
         self._update(estimate)
-        self.step += 1
+        self.step, self.progressed = self.step + 1, True
         devices.synchronize(self.task.engine.index.device)
         grad_norm = float(torch.linalg.vector_norm(estimate.double()))
         epoch = self.step / self.task.steps_per_epoch
@@ -133,30 +149,54 @@ class Trainer:
         if self._checkpoint_due():
             self._save()
 
+    def _seed(self) -> None:
+        torch.manual_seed(derive(self.config.run.seed, "model", self.step))
+
     def _draw(self) -> None:
         """A new S where one is due; new slices for a new S, once the first step was measured, and now and then."""
         reassign = self.step - self._first_step < 2 or self.step % REBALANCE == 0
-        if self._pattern.due(self.step):
-            self._pattern.redraw(self.step)
+        if self._pattern.due(self.step) and self._partial is None:
+            try:
+                self._pattern.redraw(self.step)
+            except Interrupted:
+                raise Interrupted(None) from None  # what is known of the scores is no part of the step's estimate
             self._queries, self._pattern.queries = self._queries + self._pattern.queries, 0
             reassign = True
         if reassign:
-            self._distribution.assign(self._pattern.coords if self.world.is_root else None)
+            self._distribution.assign(self._pattern.coords if self.world.is_root else None, self._coordinates_known())
 
-    def _estimate(self) -> torch.Tensor:
-        """The gradient estimate on S [n]."""
+    def _coordinates_known(self) -> Partial | None:
+        return self._partial if self.config.zo.estimator == "cge" else None
+
+    @property
+    def _directions(self) -> int:
+        return self.config.zo.q or len(self._distribution.coords)
+
+    def _estimate(self) -> tuple[torch.Tensor, int]:
+        """(gradient estimate on S [n], queries of this step). Raises Interrupted."""
         zo, engine = self.config.zo, self.task.engine
         sides = 2 if zo.difference == "central" else 1
         if zo.estimator == "cge":
-            self._queries += 1 + sides * len(self._distribution.coords)
-            return self._distribution.cge(zo.mu, zo.difference)
+            estimate = self._distribution.cge(zo.mu, zo.difference, self._partial)
+            return estimate, 1 + sides * len(estimate)
         if zo.estimator == "rge":
-            q = zo.q or len(self._distribution.coords)
-            self._queries += 1 + sides * q
-            return self._distribution.rge(q, zo.mu, derive(self.config.run.seed, "rge", self.step), zo.difference)
-        self._queries += 1
+            seed = derive(self.config.run.seed, "rge", self.step)
+            estimate = self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
+            return estimate, 1 + sides * self._directions
         flat = engine.index.flatten(estimators.autograd(engine).values())
-        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
+        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
+
+    @torch.no_grad()
+    def _keep(self, partial: Partial | None) -> None:
+        """Go back to the state before the step, with what is known of it. Raises NumericalError rather than save a NaN."""
+        for buffer, value in zip(self.task.model.buffers(), self._buffers_before, strict=True):
+            buffer.copy_(value)
+        if partial is None:
+            return
+        if not np.isfinite(partial.values[partial.done]).all():
+            raise NumericalError(f"step {self.step + 1}: a difference is not finite; {self._advice()}")
+        log.info("step %d left unfinished: %d of %d differences", self.step + 1, partial.done.sum(), len(partial.done))
+        self._partial, self._saved_step, self.progressed = partial, -1, True
 
     def _check_finite(self, loss: float, estimate: torch.Tensor) -> None:
         """Raise NumericalError on every rank: a NaN in one slice reaches all of them through the sum."""
@@ -173,7 +213,8 @@ class Trainer:
         if estimator == "cge":
             rank, what = self._distribution.owner_of(bad[0]), f"the difference at {coord}"
         elif estimator == "rge" and (direction := self._distribution.bad_direction) is not None:
-            rank, what = direction % self.world.size, f"the difference along direction {direction}"
+            rank = self._distribution.owner_of_direction(direction, self._directions)
+            what = f"the difference along direction {direction}"
         else:
             rank, what = 0, f"the gradient at {coord}"
         raise NumericalError(
@@ -213,12 +254,21 @@ class Trainer:
         by_steps = section.every_steps is not None and self.step % section.every_steps == 0
         return by_steps or time.monotonic() - self._saved_at > 60 * section.every_minutes
 
-    def _save(self) -> None:
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+    def _save(self, last: bool = False) -> None:
+        """Write metrics and checkpoint. Raises CheckpointError if they cannot be written, unless the run may go on without."""
+        self._saved_at = time.monotonic()
         if not self.world.is_root:
             return
-        self._metrics.flush()  # first, so that no checkpoint is ahead of its metrics
-        self.folder.save(self._state(), self.config.checkpoint.keep)
+        try:
+            self._metrics.flush()  # first, so that no checkpoint is ahead of its metrics
+            self.folder.save(self._state(), self.config.checkpoint.keep)
+        except CheckpointError as error:
+            if last or self.config.checkpoint.on_full == "stop":
+                raise
+            log.warning("%s; going on without this checkpoint", error)
+        else:
+            self._saved_step = self.step
+            self.folder.update_manifest(step=self.step, seconds=self.seconds)
 
     def _state(self) -> store.State:
         model = self.task.model
@@ -228,7 +278,7 @@ class Trainer:
             step=self.step,
             epoch=self.step / self.task.steps_per_epoch,
             queries=self._queries,
-            wall_time_s=self._wall_before + time.monotonic() - self._start,
+            wall_time_s=self._wall_before + self.seconds,
             run_uuid=self.run_uuid,
             model_sha256=store.model_sha256(model),
             seed=self.config.run.seed,
@@ -238,6 +288,7 @@ class Trainer:
             coordinates=self._pattern.coords,
             lpr=self._pattern.lpr,
             env=self._environment(),
+            partial=self._partial,
         )
 
     def _environment(self) -> dict[str, str]:
@@ -246,6 +297,7 @@ class Trainer:
             "run.threads": str(self.config.run.threads),
             "device": self.task.engine.index.device.type,
             "torch": str(torch.__version__),
+            "compiled": str(getattr(self.task.engine, "compiling", False)),
         }
 
     def _check_replicas(self) -> None:
@@ -266,11 +318,11 @@ class Trainer:
         if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE:
             log.info("nothing left to do: %s at step %d", reason.text, self.step)
             return
-        if self.step > self._saved_step and self.step > 0:
-            self._save()
+        if self.step > self._saved_step and (self.step > 0 or self._partial is not None):
+            self._save(last=True)
         if reason.exit_code == 0 and self._evaluated_step != self.step:
             self._evaluate()
         if self.world.is_root:
             self._metrics.flush()
-        seconds = time.monotonic() - self._start
-        log.info("stopped at step %d: %s; %s queries, %s", self.step, reason.text, f"{self._queries:,}", duration(seconds))
+        queries, spent = f"{self._queries:,}", duration(self.seconds)
+        log.info("stopped at step %d: %s; %s queries, %s", self.step, reason.text, queries, spent)

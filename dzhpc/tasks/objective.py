@@ -33,7 +33,7 @@ class ObjectiveEngine:
         self.index = ParameterIndex.of(model)
         self.queries = 0
         self.peak_bytes = 0
-        self._function, self._numpy, self._limit, self._name = function, numpy, batch_limit, name
+        self._function, self._numpy, self.batch_limit, self._name = function, numpy, batch_limit, name
         self.unbind()
 
     def bind(self, step: int) -> float:
@@ -48,7 +48,7 @@ class ObjectiveEngine:
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Chunks of positions: small enough to be shared out, never more than a call may hold."""
-        size = max(1, min(self._limit, -(-len(coords) // 16)))
+        size = max(1, min(self.batch_limit, -(-len(coords) // 16)))
         return [range(k, min(k + size, len(coords))) for k in range(0, len(coords), size)]
 
     def differences(self, coords, mu: float) -> Tensor:
@@ -56,7 +56,7 @@ class ObjectiveEngine:
         coords = torch.tensor(checked(coords), dtype=torch.int64)
         self.index.owner(coords.numpy())
         theta, values = self._theta(), []
-        for part in coords.split(self._limit):
+        for part in coords.split(self.batch_limit):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
             values.append(self._call(thetas) - self._base)
@@ -67,7 +67,7 @@ class ObjectiveEngine:
         theta, values, part = self._theta(), [], []
         for u in directions:
             part.append(theta + mu * u)
-            if len(part) == self._limit:
+            if len(part) == self.batch_limit:
                 values.append(self._call(torch.stack(part)) - self._base)
                 part = []
         if part:

@@ -18,6 +18,7 @@ import numpy as np
 
 BESIDE = Path(sys.executable).parent / "mpirun"
 MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
+SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/shm without
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
 TIMINGS = {"train/step_s", "train/comm_s"}
 OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers

@@ -1,6 +1,8 @@
 """What a user would write: losses, a network, a data set. The tests put this file beside their input files."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -154,6 +156,48 @@ class FullDisk(Bowl):
         return super().__call__(thetas, step)
 
 
+class LongStep(Bowl):
+    """24 coordinates; from step 1 on calls linger while a file ``long`` lies here; each rank writes down step and process."""
+
+    def initial(self):
+        return np.linspace(-1, 1, 24)
+
+    def __call__(self, thetas, step):
+        (HERE / f"at.{RANK}").write_text(f"{step} {os.getpid()}")
+        if step > 0 and (HERE / "long").exists():
+            time.sleep(0.25)
+        return ((thetas**2 - 1) ** 2).sum(1) + np.sin(thetas * (step + 1)).sum(1)
+
+
+class FullForAWhile(Bowl):
+    """No file may grow beyond 4 KiB from step 2 until step 6."""
+
+    def __call__(self, thetas, step):
+        import resource
+
+        limit = 4096 if 2 <= step < 6 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return super().__call__(thetas, step)
+
+
+class DiesWriting:
+    """A large theta; the root kills itself when it sees a checkpoint being written from step 3 on, once."""
+
+    def initial(self):
+        return np.zeros(1_000_000)
+
+    def __call__(self, thetas, step):
+        if RANK == 0 and step == 3 and (HERE / "die").exists():
+            (HERE / "die").unlink()
+            threading.Thread(target=self.wait_and_die, daemon=True).start()
+        return thetas[:, :100].sum(1)
+
+    def wait_and_die(self):
+        while not any((HERE / "writing" / "checkpoints").glob("*.tmp")):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Net(torch.nn.Module):
     """A small perceptron without BatchNorm; takes the number of classes from the data."""
 
@@ -174,6 +218,20 @@ class Dropout(Net):
 
     def forward(self, x):
         return self.out(self.drop(torch.tanh(self.hidden(x.flatten(1)))))
+
+
+class LongNet(Dropout):
+    """Dropout and BatchNorm; every pass lingers while a file ``long`` lies here."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__(4, classes)
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        if (HERE / "long").exists():
+            (HERE / f"at.{RANK}").write_text(f"1 {os.getpid()}")
+            time.sleep(0.03)
+        return self.out(self.drop(self.norm(torch.tanh(self.hidden(x.flatten(1))))))
 
 
 class Drifts(Net):

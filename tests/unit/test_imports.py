@@ -8,8 +8,8 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
-errors seeds device metrics models.resnet engines.changes engines.differences engines.programs
-config coordinates graph spmd models.cnn models.vit engines.rules
+errors seeds metrics process models.resnet engines.changes engines.differences engines.programs
+config coordinates device graph lock spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
@@ -17,7 +17,7 @@ engines
 models data runfolder sparsity distribution forecast
 tasks.classification tasks.objective
 tasks
-trainer
+trainer campaign
 report fetch prune info bench
 train
 """
@@ -94,7 +94,7 @@ def test_numerical_modules_never_see_mpi(imports):
 
 
 def test_mpi_code_never_sees_models(imports):
-    assert {t for t in imports["spmd"] if t in imports} == {"errors"}
+    assert {t for t in imports["spmd"] if t in imports} == {"errors", "process"}
     assert imports["distribution"] & {"models", "data", "tasks"} == set()
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from dzhpc import errors
-from dzhpc.spmd import SIZE_VARIABLES, check_launch, exit_code_of, message_of
+from dzhpc.process import SIZE_VARIABLES
+from dzhpc.spmd import check_launch, exit_code_of, message_of
 from dzhpc.stopping import Reason
 
 
@@ -37,7 +38,7 @@ def test_exit_codes_are_the_documented_ones():
         errors.ReplicaError,
     )
     assert [exit_code_of(kind("x")) for kind in kinds] == [1, 2, 3, 4, 5, 5]
-    assert {r.name for r in Reason if r.exit_code == 75} == {"WALLTIME", "DEADLINE", "SIGNAL"}
+    assert {r.name for r in Reason if r.exit_code == 75} == {"WALLTIME", "DEADLINE", "SIGNAL", "TERMINATED"}
     assert {r.exit_code for r in Reason} == {0, 75}
 
 

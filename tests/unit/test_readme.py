@@ -25,7 +25,7 @@ def test_the_gradient_of_your_own_module(readme):
 
 def test_files_that_are_named_exist(project, readme):
     text = readme + (project / "INSTALL.md").read_text()
-    named = set(re.findall(r"\b(?:inputs|examples|scripts)/[\w.-]+\.\w+", text)) | set(re.findall(r"\]\(([\w./]+)\)", text))
+    named = set(re.findall(r"\b(?:inputs|examples|scripts|slurm)/[\w.-]+\.\w+", text)) | set(re.findall(r"\]\(([\w./]+)\)", text))
     assert len(named) >= 8
     assert [name for name in sorted(named) if not (project / name).exists()] == []
 

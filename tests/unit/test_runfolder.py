@@ -45,6 +45,27 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(folder, caplog):
     assert f"skipped: {newest}: damaged" in caplog.text
 
 
+def test_whatever_happens_to_the_newest_file_the_right_state_comes_back(folder):
+    """Cut at 20 places and with 200 single flipped bytes: its own state, or that of the file before."""
+    for step in (9, 10):
+        folder.save(state(step), keep=3)
+    newest, draw = folder.checkpoint_path(10), np.random.default_rng(0)
+    whole = newest.read_bytes()
+    damaged = [whole[: int(n)] for n in np.linspace(0, len(whole) - 1, 20)]
+    for place in draw.integers(0, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(draw.integers(8))
+        damaged.append(bytes(flipped))
+    found = []
+    for content in damaged:
+        newest.write_bytes(content)
+        path, loaded = folder.newest_state()
+        assert (path, loaded.params["w"].tolist()) == (str(folder.checkpoint_path(loaded.step)), [float(loaded.step)] * 3)
+        found.append(loaded.step)
+    assert set(found[:20]) == {9}
+    assert found.count(10) <= 40  # flips in the unused rest of the user block, 435 of some 9,000 bytes
+
+
 def test_an_empty_folder_has_no_state_and_one_of_damaged_files_is_an_error(folder):
     assert folder.newest_state()[1] is None
     for step in (1, 2):

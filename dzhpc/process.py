@@ -1,0 +1,82 @@
+"""What a process owes its machine: to end with its launcher, to leave no shared memory, and to be told from others."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "hydra", "pmi_proxy", "slurmstepd", "srun")
+SEGMENTS = "/sm_segment."  # Open MPI's shared memory: such a file for each rank, in /dev/shm unless it is told otherwise
+
+
+def die_with_launcher() -> None:
+    """Let the kernel kill this rank when its parent ends (Linux only): without their mpirun ranks would wait or run on for ever.
+
+    SIGKILL, since Python handles no signal while it waits inside MPI. Does nothing in a process that no launcher of MPI started.
+    """
+    if not launched():
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = os.getppid()
+        if parent == 1 and not Path("/proc/1/comm").read_text().startswith(LAUNCHERS):  # it ended before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def launched() -> bool:
+    """Whether a launcher of MPI started this process."""
+    return any(name in os.environ for name in SIZE_VARIABLES)
+
+
+def mapped_segments() -> list[str]:
+    """The files of Open MPI's shared memory that this process has mapped and that still have a name."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({line.split(maxsplit=5)[5] for line in lines if SEGMENTS in line and not line.endswith("(deleted)")})
+
+
+def identity() -> dict[str, object]:
+    """Host, process and Slurm job of this process, for :func:`is_gone`."""
+    return {
+        "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "boot": _boot(),
+        "job_id": os.environ.get("SLURM_JOB_ID"), "restart_count": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }  # fmt: skip
+
+
+def is_gone(other: dict[str, object]) -> bool | None:
+    """Whether the process of an :func:`identity` has ended, as far as this host can see; None for a process of another host."""
+    if other["host"] != socket.gethostname():
+        return None
+    return other["boot"] != _boot() or _started(int(other["pid"])) != other["started"]
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since boot: a process number alone may have been given to another since."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "unknown" if not Path("/proc/self/stat").exists() and _exists(pid) else None
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,225 @@
+"""Every job script that is shipped, on a real Slurm: shortened, to the end, and through what a cluster does to a job."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mpi_launch import assert_same, attributes, bits, checkpoints, column, contents, sets
+
+SMALL = sets(  # a campaign's input, made small: the digits instead of CIFAR-10, few coordinates, few steps
+    data__name="digits", data__batch_size=32, data__augment=False, zo__engine="reuse", sparsity__prune="all", sparsity__q=4,
+    eval__batch_size=400, stop__epochs=1, stop__steps=3, optim__warmup_epochs=0.0,
+)  # fmt: skip
+TINY = [*SMALL, *sets(model__name="cnn", model__width=4)]
+LOSS = """
+import os, time
+from pathlib import Path
+import numpy as np
+
+class Loss:
+    def initial(self):
+        return np.zeros(3)
+
+    def __call__(self, thetas, step):
+        Path("at").write_text(str(step))
+        if Path("slow").exists() and step > 1:
+            time.sleep(0.1)
+        if os.environ.get("SLURM_ARRAY_TASK_ID") == "6" and step == 2:
+            raise FloatingPointError("the solver diverged")
+        return ((thetas - 1) ** 2).sum(1)
+"""
+OWN = """
+[task]
+kind = "objective"
+function = "loss:Loss"
+[sparsity]
+ratio = 0.0
+[optim]
+lr = 0.02
+warmup_epochs = 0
+schedule = "constant"
+[stop]
+epochs = 40
+"""
+
+
+@pytest.fixture(scope="module")
+def place(clone):
+    """The clone, with a user's own loss in it."""
+    (clone / "loss.py").write_text(LOSS)
+    (clone / "own.toml").write_text(OWN)
+    return clone
+
+
+def output(fields: dict[str, str]) -> str:
+    return Path(fields["StdOut"]).read_text()
+
+
+def completed(cluster, job: str, timeout: float = 120) -> str:
+    """What the job printed; asserts that it ended well."""
+    fields = cluster.end_of(job, timeout)
+    assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), output(fields)[-3000:]
+    return output(fields)
+
+
+def manifest(folder: Path, number: int = -1) -> dict:
+    return json.loads(sorted((folder / "launches").glob("*.json"))[number].read_text())
+
+
+def reached(place: Path, step: int, timeout: float = 60) -> None:
+    """Wait until the loss is at a step."""
+    end = time.monotonic() + timeout
+    while not ((place / "at").exists() and (place / "at").read_text() not in [str(k) for k in ["", *range(step)]]):
+        assert time.monotonic() < end, f"step {step} not reached within {timeout} s"
+        time.sleep(0.05)
+
+
+def test_resnet20(cluster, place):
+    """Overrides reach the program; the ranks are one job; fake GPUs give one warning."""
+    words = ["--ntasks=2", "slurm/resnet20.sh", "--run-dir", "runs/trial", *SMALL, *sets(sparsity__ratio=0.9995, stop__steps=2)]
+    said = completed(cluster, job := cluster.submit(*words, cwd=place))
+    run = place / "runs" / "trial"
+    assert column(run, "train/step") == [1, 2]
+    assert attributes(checkpoints(run)[-1], "state")["step"] == 2
+    assert b'name = "resnet20"' in contents(checkpoints(run)[-1])["config"]
+    assert said.count("CUDA is not available: running on the CPU") == 1
+    assert [line.split(":")[0] for line in said.splitlines() if line.startswith("rank ")] == ["rank 0", "rank 1"]
+    found = manifest(run)
+    assert (found["slurm_job_id"], len(found["hosts"]), found["state"]) == (job, 2, "finished")
+    assert not (run / "lock.json").exists()
+
+
+def test_cnn_array_with_a_failing_member(cluster, place):
+    """Depth and seed follow from the member; one member fails, the others finish, and the report says so."""
+    job = cluster.submit("--array=0,6", "--ntasks=2", "slurm/cnn.sh", cwd=place, env={"INPUT": "own.toml"})
+    fields = {member: cluster.end_of(f"{job}_{member}") for member in (0, 6)}
+    assert (fields[0]["JobState"], fields[0]["ExitCode"]) == ("COMPLETED", "0:0"), output(fields[0])[-2000:]
+    assert (fields[6]["JobState"], fields[6]["ExitCode"]) == ("FAILED", "1:0"), output(fields[6])[-2000:]
+    good, bad = (place / "runs" / "cnn" / name for name in ("depth-1-seed-0", "depth-2-seed-1"))
+    assert attributes(checkpoints(good)[-1], "state")["step"] == 40
+    assert attributes(checkpoints(good)[-1], "state")["seed"] == 0
+    assert (manifest(bad)["state"], manifest(bad)["exit_code"]) == ("failed", 1)
+    assert "the solver diverged" in manifest(bad)["reason"]
+    said = completed(cluster, cluster.submit("--array=5", "--ntasks=1", "slurm/cnn.sh", *TINY, cwd=place) + "_5")
+    third = place / "runs" / "cnn" / "depth-1-seed-1"
+    assert "stopped at step 3: stop.steps reached" in said
+    config = contents(checkpoints(third)[-1])["config"]
+    assert b"\ndepth = 1\n" in config and b"\nseed = 1\n" in config
+    command = [sys.executable, "-m", "dzhpc.report", "--campaign", "runs/cnn"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if "-seed-" in line}
+    assert "| finished |" in rows["depth-1-seed-0"] and "| finished |" in rows["depth-1-seed-1"]
+    assert "| failed |" in rows["depth-2-seed-1"] and "the solver diverged" in rows["depth-2-seed-1"]
+    assert (place / "runs" / "cnn" / "report" / "curves.png").stat().st_size > 1000
+
+
+def test_sparsity_array(cluster, place):
+    completed(cluster, cluster.submit("--array=7", "--ntasks=2", "slurm/sparsity.sh", *TINY, cwd=place) + "_7")
+    run = place / "runs" / "sparsity" / "ratio-0.99-seed-1"
+    config = contents(checkpoints(run)[-1])["config"]
+    assert b"\nratio = 0.99\n" in config and b"\nseed = 1\n" in config
+    assert column(run, "train/step") == [1, 2, 3]
+
+
+def test_prune_then_train(cluster, place):
+    """The chain of prune.sh's header; and a training whose scores failed never starts."""
+    prune = cluster.submit("--ntasks=2", "slurm/prune.sh", "-o", "runs/lpr.h5", *TINY, cwd=place)
+    words = ["--ntasks=2", "slurm/resnet20.sh", "--run-dir", "runs/chained", *TINY, "--set", "sparsity.lpr=runs/lpr.h5"]
+    train = cluster.submit(f"--dependency=afterok:{prune}", *words, cwd=place)
+    completed(cluster, prune)
+    assert "scoring weights" not in completed(cluster, train)
+    assert contents(place / "runs" / "lpr.h5")["kept"] == contents(checkpoints(place / "runs" / "chained")[-1])["lpr/kept"]
+    failed = cluster.submit("--ntasks=1", "slurm/prune.sh", "-o", "nowhere/lpr.h5", *TINY, cwd=place)
+    after = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{failed}", "--ntasks=1", "slurm/resnet20.sh", *TINY]
+    never = cluster.submit(*after, cwd=place)
+    assert cluster.end_of(failed)["ExitCode"] == "2:0"
+    assert cluster.end_of(never)["JobState"] == "CANCELLED"
+
+
+def test_missing_data_and_inputs(cluster, place):
+    """Said within the first second, with the command that helps; and no requeue."""
+    cases = {
+        "python -m dzhpc.fetch cifar10 --root nowhere": ["slurm/resnet20.sh", "--set", "data.root=nowhere"],
+        "--set model.weights=FILE": ["slurm/resnet20.sh", *TINY, "--set", "model.weights=gone.h5"],
+    }
+    for said, words in cases.items():
+        fields = cluster.end_of(cluster.submit(*words, cwd=place))
+        assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0")
+        assert said in output(fields)
+        assert len(output(fields).splitlines()) == 1
+        assert fields["RunTime"] in ("00:00:00", "00:00:01")
+    fields = cluster.end_of(cluster.submit("slurm/cnn.sh", "--array=0", cwd=place, env={"INPUT": "absent.toml"}))
+    assert "absent.toml: no such input file" in output(fields)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, place):
+    completed(cluster, cluster.submit("--ntasks=2", "slurm/resnet20.sh", "--run-dir", "runs/whole", cwd=place, env=OWN_INPUT))
+    return place / "runs" / "whole"
+
+
+OWN_INPUT = {"INPUT": "own.toml"}
+
+
+@pytest.fixture()
+def slow(place):
+    (place / "at").unlink(missing_ok=True)
+    (place / "slow").touch()
+    yield
+    (place / "slow").unlink(missing_ok=True)
+
+
+def test_usr1_then_requeue(cluster, place, undisturbed, slow):
+    """Warned in mid-run: a checkpoint, back into the queue, and on to the end with the bits of an undisturbed run."""
+    job = cluster.submit("--ntasks=2", "slurm/resnet20.sh", "--run-dir", "runs/warned", cwd=place, env=OWN_INPUT)
+    reached(place, 5)
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    cluster.when(job, lambda fields: fields["Restarts"] == "1")
+    (place / "slow").unlink()
+    fields = cluster.end_of(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output(fields)
+    said, run = output(fields), place / "runs" / "warned"
+    stop = manifest(run, 0)["step"]
+    assert 5 <= stop < 40
+    assert said.index(f"stopped at step {stop}: signal received") < said.index(f"restarting at step {stop} from")
+    assert (run / "log.txt").read_text().count("stopped at step") == 2
+    assert manifest(run, 0)["slurm_job_id"] == manifest(run, 1)["slurm_job_id"] == job
+    assert_same(bits(undisturbed), bits(run))
+
+
+def test_deadline_then_requeue(cluster, place, undisturbed, slow):
+    words = ["--time=1", "--ntasks=1", "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=40.0)]
+    job = cluster.submit(*words, cwd=place, env=OWN_INPUT)
+    cluster.when(job, lambda fields: fields["Restarts"] == "1")
+    (place / "slow").unlink()
+    fields = cluster.end_of(job)
+    assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, output(fields)
+    assert "the job's time limit is near" in output(fields)
+    assert_same(bits(undisturbed, but=("config",)), bits(place / "runs" / "deadline", but=("config",)))
+
+
+def test_term_and_cancel_do_not_come_back(cluster, place, undisturbed, slow):
+    """TERM to the script (preemption): a checkpoint, and the queue is left to Slurm; scancel: gone. The command continues."""
+    words = ["--ntasks=2", "slurm/resnet20.sh", "--run-dir", "runs/term"]
+    job = cluster.submit(*words, cwd=place, env=OWN_INPUT)
+    reached(place, 5)
+    cluster.command("scancel", "--signal=TERM", "--batch", job)
+    fields = cluster.end_of(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "75:0", "0"), output(fields)
+    stopped = manifest(place / "runs" / "term")["step"]
+    assert stopped >= 5
+    (place / "at").unlink()
+    job = cluster.submit(*words, cwd=place, env=OWN_INPUT)
+    reached(place, stopped + 3)
+    cluster.command("scancel", job)
+    assert cluster.end_of(job)["JobState"] == "CANCELLED"
+    time.sleep(2)
+    fields = cluster.show(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    (place / "slow").unlink()
+    completed(cluster, cluster.submit(*words, cwd=place, env=OWN_INPUT))
+    assert_same(bits(undisturbed), bits(place / "runs" / "term"))

@@ -1,0 +1,57 @@
+"""Which rank has which GPU: duplicates are refused, missing CUDA is said once."""
+
+import pytest
+
+from dzhpc import device
+from dzhpc.errors import LaunchError
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch):
+    for name in device.GPUS_ASKED_FOR:
+        monkeypatch.delenv(name, raising=False)
+
+
+def ranks(*places):
+    return [(rank, host, f"cuda:0 H200 {gpu}" if gpu else "cpu (1 threads)", gpu) for rank, (host, gpu) in enumerate(places)]
+
+
+def test_a_gpu_that_two_ranks_would_use_is_refused_by_name():
+    shared = ranks(("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("a", "GPU-1"))
+    with pytest.raises(LaunchError, match=r"ranks 0, 3 on host a would share GPU-1;.*--set run\.share_gpu=true"):
+        device.check_binding(shared, share=False)
+    assert device.check_binding(shared, share=True) is None
+
+
+def test_one_gpu_a_rank_and_many_ranks_on_a_cpu_are_fine(caplog):
+    device.check_binding(ranks(("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")), share=False)
+    device.check_binding(ranks(("a", ""), ("a", "")), share=False)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", device.GPUS_ASKED_FOR)
+def test_gpus_of_slurm_that_cuda_does_not_see_are_said(caplog, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    device.check_binding(ranks(("a", ""), ("a", "")), share=False)
+    assert [r.message for r in caplog.records] == [f"{name} = 2, but CUDA is not available: running on the CPU"]
+    caplog.clear()
+    device.check_binding(ranks(("a", "GPU-1")), share=False)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_node_local_rank_modulo_the_visible_devices(monkeypatch, count):
+    """Four tasks that see one device each (--gpus-per-task=1), or a node's two or four."""
+    chosen = []
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(device.torch.cuda, "set_device", lambda d: chosen.append(d.index))
+    assert [device.choose(local, 1).index for local in range(4)] == chosen == [local % count for local in range(4)]
+
+
+def test_the_table_names_rank_host_and_device():
+    assert device.table(ranks(("node1", "GPU-1"), ("n2", ""))) == [
+        "rank 0: node1, cuda:0 H200 GPU-1",
+        "rank 1: n2, cpu (1 threads)",
+    ]
+    assert device.table(ranks(*[("a", "")] * 11))[9:] == ["rank  9: a, cpu (1 threads)", "rank 10: a, cpu (1 threads)"]
