@@ -105,5 +105,20 @@ def flat(changes: list) -> list:
 
 
 def channels_apart(images: Tensor) -> Tensor:
-    """The same values [B, C, H, W], each channel for itself with the batch innermost: shifts and strides leave it contiguous."""
-    return images.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    """The same values [..., B, C, H, W], each channel for itself with the batch innermost: shifts and strides stay contiguous."""
+    return images.movedim(-4, -1).contiguous().movedim(-1, -4)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same values [..., B, C, H, W], the channels innermost: what convolutions like best."""
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def is_apart(data: Tensor) -> bool:
+    """Whether dense changes [P, B, C, H, W] have their batch innermost."""
+    return data.ndim == 5 and data.stride(1) == 1 and data.shape[1] > 1
+
+
+def fills_vectors(channels: int) -> bool:
+    """Whether rows of so many channels fill the vectors of a CPU; channels are better kept apart where they do not."""
+    return channels % 16 == 0

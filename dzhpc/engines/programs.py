@@ -1,13 +1,13 @@
 """Functions of tensors as compiled programs: exact shapes, equal code compiled once, plain where there is no compiler."""
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -83,7 +83,10 @@ class Programs:
         }
         if _in_halves(tensors):
             options["cpp.simdlen"] = 256
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where a CUDA build meets no GPU
         try:
+            import torch._inductor  # seconds that only those pay who compile
+
             return torch._inductor.compile(traced, tensors, options)
         except Exception as error:  # a compiler may fail in any way; the plain function is right in any case
             self._reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dzhpc.engines import rules, seeds
-from dzhpc.engines.changes import Change, Operation, Seed, channels_apart, flat
+from dzhpc.engines.changes import Change, Operation, Seed, channels_apart, fills_vectors, flat, is_apart
 from dzhpc.engines.programs import Program, Programs
 from dzhpc.graph import Network
 
@@ -108,7 +108,8 @@ class Propagation:
             changes[run.nodes[0]] = self.step(run.nodes[0], changes)
 
     def _advance_fused(self, run: Run, changes: dict) -> None:
-        given = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes}
+        inputs = (a for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes)
+        given = {a: self._laid_out(changes[a]) for a in inputs}
         kind = tuple(
             (a, c.axis, getattr(c, "name", None), *((t.shape, t.stride()) for t in _tensors(c))) for a, c in given.items()
         )
@@ -131,13 +132,14 @@ class Propagation:
 
     def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
-        sparse = all(c.channel is not None for c in given.values())  # else dense ones decide what is read beside them
+        apart = all(c.channel is not None or is_apart(c.data) for c in given.values())
+        rounded = any(c.channel is None for c in given.values()) and self._travel != self._dtype
         base = dict.fromkeys(a for node in run.nodes for a in (*node.all_input_nodes, node))
         base = [a for a in base if isinstance(self.network.value(a), Tensor)]
         normed = [node for node in run.nodes if self._has_statistics(node)]
-        sources = [self._source(a, run, sparse) for a in base]
+        sources = [self._source(a, run, apart, rounded) for a in base]
         for node in normed:
-            sources += [self._statistic(node, 0, sparse), self._statistic(node, 1, sparse)]
+            sources += [self._statistic(node, 0, apart, rounded), self._statistic(node, 1, apart, rounded)]
 
         def unpack(tensors: tuple[Tensor, ...]):
             rest, changes = list(tensors), {}
@@ -164,7 +166,7 @@ class Propagation:
                 changes[node] = self._rule(node, incoming)(self._operation(node, incoming, known, caches.get(node, {})))
             leaving[:] = [(node, whose.get(id(changes[node].channel)), changes[node].axis) for node in wanted]
             out = [self._travelling(changes[node]) for node in wanted]
-            return [c.data if c.channel is None else c.data.contiguous() for c in out]  # images again, for a convolution
+            return [self._for_readers(node, c) for node, c in zip(wanted, out, strict=True)]
 
         wanted = run.leaving
         leaving: list[tuple[fx.Node, int | None, int]] = []
@@ -175,25 +177,40 @@ class Propagation:
             tensors += first(tensors.__getitem__)
         return _Passes(first, self._programs.build(rest_of_it, tensors), sources, leaving)
 
-    def _source(self, node: fx.Node, run: Run, sparse: bool) -> Callable[[], Tensor]:
-        """A base value: channels apart beside changes of single channels; rounded beside dense ones that are rounded too."""
-        sharp = any(self._rule(user) in rules.SHARP for user in (*node.users, node) if user in run.nodes)
-        return lambda: self._beside(node, "value", lambda: self.network.value(node), sparse, sharp)
+    def _laid_out(self, change: Change | Seed) -> Change | Seed:
+        """Channels apart where rows of channels would leave a CPU's vectors half empty."""
+        if isinstance(change, Seed) or change.channel is not None or change.data.ndim != 5:
+            return change
+        fits = change.data.device.type != "cpu" or fills_vectors(change.data.shape[2]) or is_apart(change.data)
+        if fits or not self._programs.is_worth_it([change.data]):
+            return change
+        return change.like(self._programs.call(channels_apart, change.data))
 
-    def _statistic(self, node: fx.Node, which: int, sparse: bool) -> Callable[[], Tensor]:
+    def _for_readers(self, node: fx.Node, change: Change) -> Tensor:
+        """The data of a change that leaves a run, as the operations behind it read it best."""
+        if change.channel is None:
+            return change.data
+        convolutions = [m for m in map(self._module, node.users) if isinstance(m, nn.Conv2d)]
+        return change.data if any(not fills_vectors(m.out_channels) for m in convolutions) else change.data.contiguous()
+
+    def _source(self, node: fx.Node, run: Run, apart: bool, rounded: bool) -> Callable[[], Tensor]:
+        """A base value, laid out as the changes beside it; rounded beside dense ones that are rounded too."""
+        sharp = any(self._rule(user) in rules.SHARP for user in (*node.users, node) if user in run.nodes)
+        return lambda: self._beside(node, "value", lambda: self.network.value(node), apart, rounded and not sharp)
+
+    def _statistic(self, node: fx.Node, which: int, apart: bool, rounded: bool) -> Callable[[], Tensor]:
         """The centred input (0) or the scale s (1) of a normalisation."""
 
         def values() -> Tensor:
             return rules.STATISTICS[self._rule(node)](self._operation(node, [None] * len(node.args)))[which]
 
-        return values if which else lambda: self._beside(node, "centred", values, sparse, False)
+        return values if which else lambda: self._beside(node, "centred", values, apart, rounded)
 
-    def _beside(self, node: fx.Node, name: str, make: Callable[[], Tensor], sparse: bool, sharp: bool) -> Tensor:
-        cache, rounded = self._caches.setdefault(node, {}), not sparse and not sharp and self._travel != self._dtype
-        key = (name, sparse, rounded)
+    def _beside(self, node: fx.Node, name: str, make: Callable[[], Tensor], apart: bool, rounded: bool) -> Tensor:
+        cache, key = self._caches.setdefault(node, {}), (name, apart, rounded)
         if key not in cache:
             value = make()
-            if sparse and value.ndim == 4:
+            if apart and value.ndim == 4:
                 value = channels_apart(value)
             if rounded and value.dtype == self._dtype:
                 value = value.to(self._travel)

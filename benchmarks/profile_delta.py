@@ -1,0 +1,109 @@
+"""Where the time of a gradient by engine ``delta`` goes: FLOPs and bytes a query, against what the machine can do.
+
+``python benchmarks/profile_delta.py --model resnet20 --batch 128 --precision bf16``
+Convolutions count 2 k^2 C_in O H W B FLOPs a coordinate (C_in = 1 where a change lives in one channel). The fused passes count
+the bytes of the changes that enter them (twice: for the sums and for the rest) and that leave them; base values come on top.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from dzhpc import bench
+from dzhpc.engines import make_engine
+from dzhpc.engines.changes import Change
+from dzhpc.engines.propagation import Propagation
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--model", default="resnet20")
+    p.add_argument("--weights")
+    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--coords", type=int, default=2000)
+    p.add_argument("--ratio", type=float, default=0.9)
+    p.add_argument("--precision", default="bf16")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--repeats", type=int, default=3)
+    return p
+
+
+def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
+    """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
+    model, inputs, labels = bench._problem(args, torch.device("cpu"))
+    coords = bench._coordinates(model, inputs, labels, args)
+    engine = make_engine("delta", model, "cross_entropy", args.precision)
+    engine.bind(inputs, labels)
+    engine.differences(coords, 5e-3)
+    found: dict = {}
+
+    class Timed(Propagation):
+        def advance(self, run, changes):
+            before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
+            start = time.perf_counter()
+            super().advance(run, changes)
+            seconds = time.perf_counter() - start
+            out = [changes[n].data for n in run.nodes if n in changes]
+            module = self._module(run.nodes[0])
+            if isinstance(module, torch.nn.Conv2d):
+                one = next(iter(before.values())).channel is not None
+                work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
+                found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
+            else:
+                entering = [c.data for c in before.values() if isinstance(c, Change)]
+                moved = sum(t.numel() * t.element_size() for t in [*out, *entering, *entering])
+                found_add("passes" if run.fused else "linear and views", seconds, 0, moved)
+
+    def found_add(kind: str, seconds: float, work: float, moved: float) -> None:
+        row = found.setdefault(kind, [0.0, 0.0, 0.0])
+        for k, v in enumerate((seconds, work, moved)):
+            row[k] += v
+
+    engine._propagation.__class__ = Timed
+    best: tuple = ({}, np.inf)
+    for _ in range(args.repeats):
+        found.clear()
+        start = time.perf_counter()
+        engine.differences(coords, 5e-3)
+        whole = time.perf_counter() - start
+        if whole < best[1]:
+            best = ({k: list(v) for k, v in found.items()}, whole)
+    return *best, len(coords)
+
+
+def machine(precision: str) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product in this precision, bytes/s of a copy of 64 MiB) on the threads in use."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, source = torch.randn(2048, 2048).to(dtype), torch.zeros(2**24)
+    target = torch.empty_like(source)
+    flops, moved = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        flops.append(2 * 2048**3 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        target.copy_(source)
+        moved.append(2 * source.numel() * 4 / (time.perf_counter() - start))
+    return max(flops), max(moved)
+
+
+if __name__ == "__main__":
+    arguments = parser().parse_args()
+    torch.set_num_threads(arguments.threads)
+    kinds, total, n = measured(arguments)
+    peak, bandwidth = machine(arguments.precision)
+    print(f"{arguments.model}, batch {arguments.batch}, {n} coordinates, {arguments.precision}, {arguments.threads} thread(s)")
+    print(f"machine: {peak / 1e9:.0f} GFLOP/s in a 2048^3 product, {bandwidth / 1e9:.1f} GB/s in a 64 MiB copy")
+    print(f"whole: {1e3 * total / n:.3f} ms a query\n")
+    print("| work | share of the time | ms a query | GFLOP a query | GFLOP/s | MB a query | GB/s |")
+    print("|---" * 7 + "|")
+    kinds["the rest: seeds, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
+    for kind, (seconds, flops, moved) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+        cells = [f"{100 * seconds / total:.0f} %", f"{1e3 * seconds / n:.3f}"]
+        cells += [f"{flops / n / 1e9:.3f}", f"{flops / seconds / 1e9:.0f}"] if flops else ["", ""]
+        cells += [f"{moved / n / 1e6:.2f}", f"{moved / seconds / 1e9:.1f}"] if moved else ["", ""]
+        print("| " + " | ".join([kind, *cells]) + " |")
