@@ -192,7 +192,8 @@ def test_usr1_then_requeue(cluster, place, undisturbed, slow):
 
 
 def test_deadline_then_requeue(cluster, place, undisturbed, slow):
-    words = ["--time=1", "--ntasks=1", "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=40.0)]
+    early = ["--time=1", "--signal=B:USR1@1", "--ntasks=1"]  # the script's own @120 would come first
+    words = [*early, "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=40.0)]
     job = cluster.submit(*words, cwd=place, env=OWN_INPUT)
     cluster.when(job, lambda fields: fields["Restarts"] == "1")
     (place / "slow").unlink()
