@@ -24,9 +24,9 @@ from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError
 
 log = logging.getLogger("dzhpc")
-BUDGET_MB = {"cpu": 16.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
+BUDGET_MB = {"cpu": 32.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 4  # of the largest change downstream that are alive at once
-LARGEST = 256  # coordinates in a chunk
+LARGEST = 64  # coordinates in a chunk: more would leave the last chunk of a layer emptier, and save little
 SHAPE = {"size", "dim", "ndimension", "numel", "nelement", "shape", "ndim", "dtype", "device", "is_cuda"}
 
 
@@ -175,8 +175,9 @@ class Delta(Reuse):
                 f"{bytes_each / 2**20:.1f} MiB at this batch size; raise it or use a smaller data.batch_size"
             )
         budget = self._limit or BUDGET_MB[self.index.device.type] * 2**20
-        fits = int(max(1, min(LARGEST, budget // bytes_each, 2 * self.index.parameters[owner].numel() - 1)))
-        return 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
+        every = self.index.parameters[owner].numel()
+        fits = int(max(1, min(LARGEST, budget // bytes_each, every)))
+        return fits if fits == every else 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
 
     def _one_by_one(self, owner: int, coords: np.ndarray, mu: float) -> Tensor:
         """The exact way out, for parameters that no rule serves."""

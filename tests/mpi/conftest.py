@@ -1,4 +1,4 @@
-"""A folder with the user's module and input files, for one test module."""
+"""A folder with the user's module and input files, for one test module. Engine `reuse` starts fastest: nothing is compiled."""
 
 import shutil
 from pathlib import Path
@@ -15,6 +15,7 @@ name = "digits"
 batch_size = 48
 train_limit = 336
 [zo]
+engine = "reuse"
 mu = 1e-3
 [sparsity]
 ratio = 0.5
@@ -39,6 +40,7 @@ name = "userland:stripes"
 batch_size = 14
 train_limit = 98
 [zo]
+engine = "reuse"
 mu = 1e-3
 [sparsity]
 ratio = 0.5

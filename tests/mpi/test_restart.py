@@ -14,6 +14,7 @@ from mpi_launch import Case, assert_same, attributes, batch, bits, checkpoints, 
 
 CONFIGS = {
     "sgd": ("digits.toml", []),
+    "delta": ("digits.toml", sets(zo__engine="delta", zo__precision="bf16", model__width=16, data__batch_size=112)),
     "adam": ("digits.toml", sets(optim__name="adam", optim__lr=0.01, zo__estimator="rge", zo__q=7, run__seed=3)),
     "regrasp": ("digits.toml", sets(sparsity__pattern="regrasp", optim__schedule="step", optim__milestones=[0.5, 1.0])),
     "weights": ("digits.toml", sets(sparsity__pattern="static", sparsity__target="weights", checkpoint__every_steps=100)),
