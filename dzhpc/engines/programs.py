@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-SMALL = 2**15  # elements: less work than this is not worth a compiler's second
+SMALL = 2**17  # elements: less work than this is not worth a compiler's second
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -47,9 +47,9 @@ class Programs:
             self._say(f"not compiled: {self._reason}")
         return not self._reason
 
-    def is_worth_it(self, tensors: list[Tensor]) -> bool:
-        """Whether a function of tensors like these should be compiled."""
-        return max(t.numel() for t in tensors) > SMALL and self.compiling
+    def is_worth_it(self, elements: int) -> bool:
+        """Whether a function whose largest tensor has so many elements should be compiled."""
+        return elements > SMALL and self.compiling
 
     def build(self, function: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Program:
         """The program of a function for tensors like these."""
@@ -62,7 +62,7 @@ class Programs:
         given = [tensors[k] for k in used] + constants
         key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._shared:
-            self._shared[key] = self._compile(traced, given) if self.is_worth_it(given) else traced.forward
+            self._shared[key] = self._compile(traced, given) if self.is_worth_it(_largest(traced)) else traced.forward
         return Program(self._shared[key], used, constants)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -102,6 +102,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
     return ""
+
+
+def _largest(traced: fx.GraphModule) -> int:
+    """Elements of the largest tensor that a trace makes."""
+    values = [node.meta.get("val") for node in traced.graph.nodes if node.op == "call_function"]
+    return max((v.numel() for v in values if isinstance(v, Tensor)), default=0)
 
 
 def _in_halves(tensors: list[Tensor]) -> bool:

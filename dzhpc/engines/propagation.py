@@ -182,7 +182,7 @@ class Propagation:
         if isinstance(change, Seed) or change.channel is not None or change.data.ndim != 5:
             return change
         fits = change.data.device.type != "cpu" or fills_vectors(change.data.shape[2]) or is_apart(change.data)
-        if fits or not self._programs.is_worth_it([change.data]):
+        if fits or not self._programs.is_worth_it(change.data.numel()):
             return change
         return change.like(self._programs.call(channels_apart, change.data))
 
@@ -255,8 +255,9 @@ class Propagation:
             return (module or node.target)(*args, **kwargs)
 
         args, kwargs = (fx.map_arg(a, value) for a in (node.args, node.kwargs))
-        changed = [c.data for c in flat(incoming) if c is not None] if self._compile_rules and cache is None else []
-        compiled = self._programs.call if changed and self._programs.is_worth_it(changed) else None
+        changed = [len(c.data) for c in flat(incoming) if c is not None] if self._compile_rules and cache is None else []
+        elements = max(changed, default=0) * (value(node).numel() if isinstance(value(node), Tensor) else 0)
+        compiled = self._programs.call if self._programs.is_worth_it(elements) else None
         cache = self._caches.setdefault(node, {}) if cache is None else cache
         return Operation(run, args, kwargs, incoming, value(node), module, cache, compiled)
 
