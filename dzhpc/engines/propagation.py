@@ -132,7 +132,7 @@ class Propagation:
 
     def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
-        apart = all(c.channel is not None or is_apart(c.data) for c in given.values())
+        apart = all(c.channel is not None or (isinstance(c, Change) and is_apart(c.data)) for c in given.values())
         rounded = any(c.channel is None for c in given.values()) and self._travel != self._dtype
         base = dict.fromkeys(a for node in run.nodes for a in (*node.all_input_nodes, node))
         base = [a for a in base if isinstance(self.network.value(a), Tensor)]
