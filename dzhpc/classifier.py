@@ -48,9 +48,8 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
         try:
             model = models.build(section, 0)
         except InputError as error:
-            raise InputError(
-                str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
-            )
+            text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
+            raise InputError(text) from None
     mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in (task.classifier_mean or mean, task.classifier_std or std))
     channels = data_set.train.images.shape[1]
     if len(mean) != channels or len(std) != channels:
