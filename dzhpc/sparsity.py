@@ -1,6 +1,7 @@
 """The active coordinate set S over a run: scored once or again, drawn, kept or redrawn (Algorithms 1 and 2)."""
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ class Pattern:
 
     dynamic: S is redrawn by the LPR at every interval (ours); static: S stays what the scores keep (M2); regrasp: scored anew at
     every interval (M1). All of it is a function of (seed, step) and theta, so every rank count gives the same S.
+    attempt: calls what each rank does by itself before it takes part in ``split``, where that may fail on some ranks only.
     """
 
-    def __init__(self, task, split: Split):
-        self._task, self._split = task, split
+    def __init__(self, task, split: Split, attempt: Callable[[Callable], float] = lambda ask: ask()):
+        self._task, self._split, self._attempt = task, split, attempt
         self._config, self._seed = task.config.sparsity, task.config.run.seed
         self._mu = task.config.zo.mu
         self._interval = self._config.redraw_steps or self._config.redraw_epochs * task.steps_per_epoch
@@ -60,7 +62,8 @@ class Pattern:
         before = task.engine.queries
         if config.scores == "zo-grasp":
             log.info("scoring weights: ZO-GraSP, %d queries", 2 * config.q + 2)
-            scores = pruning.zo_grasp(task.engine, lambda: task.bind_for_scores(number), config.q, self._mu, seed, self._split)
+            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
+            scores = pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
             self.queries += 2 * config.q + 2
         elif config.scores == "fo-grasp":
             scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))

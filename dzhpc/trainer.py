@@ -12,7 +12,7 @@ from dzhpc import config as configuration
 from dzhpc import device as devices
 from dzhpc import estimators, models, optimizers, store
 from dzhpc.distribution import Distribution, Interrupted
-from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
+from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError, ReplicaError
 from dzhpc.estimators import Partial
 from dzhpc.metrics import Progress, duration
 from dzhpc.runfolder import RunFolder
@@ -45,7 +45,7 @@ class Trainer:
         self._optimizer = optimizers.make_optimizer(self.config.optim, self._parameters)
         self._requests = Requests(self.config, folder.path if world.is_root else None)
         self._distribution = Distribution(world, task.engine, self._requests.urgent)
-        self._pattern = Pattern(task, self._distribution.split)
+        self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
         self._partial: Partial | None = None  # of the next step
         self._metrics = store.Metrics(folder.metrics)
         self._history: list[str] = []
@@ -97,6 +97,10 @@ class Trainer:
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )
+        if self.step and self.step % self._evaluation_interval == 0 and self._evaluated_step != self.step:
+            self._evaluate(again=True)  # the black box failed in it, or its record is lost
+            if self.world.is_root:
+                self._metrics.flush()
         progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
         self._first_step = self.step
         try:
@@ -105,6 +109,8 @@ class Trainer:
                     self._train_step(progress)
                 except Interrupted as interruption:  # on all ranks; the reason follows at once
                     self._keep(interruption.partial)
+                    if interruption.failure:
+                        self._give_up(interruption.failure)
         finally:
             progress.close()
         self._finish(reason)
@@ -128,7 +134,7 @@ class Trainer:
         self._seed()
         self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
-        loss = self.task.bind(self.step)
+        loss = self._bind()
         estimate, queries = self._estimate()
         self._check_finite(loss, estimate)
         self._partial, self._queries = None, self._queries + queries
@@ -149,6 +155,12 @@ class Trainer:
         if self._checkpoint_due():
             self._save()
 
+    def _bind(self) -> float:
+        """The loss at theta; NaN where this rank's black box failed, which all ranks learn when they join the estimate."""
+        if self.config.zo.estimator == "autograd":  # joins nothing
+            return self.task.bind(self.step)
+        return self._distribution.attempt(lambda: self.task.bind(self.step))
+
     def _seed(self) -> None:
         torch.manual_seed(derive(self.config.run.seed, "model", self.step))
 
@@ -158,8 +170,8 @@ class Trainer:
         if self._pattern.due(self.step) and self._partial is None:
             try:
                 self._pattern.redraw(self.step)
-            except Interrupted:
-                raise Interrupted(None) from None  # what is known of the scores is no part of the step's estimate
+            except Interrupted as interruption:  # what is known of the scores is no part of the step's estimate
+                raise Interrupted(None, interruption.failure) from None
             self._queries, self._pattern.queries = self._queries + self._pattern.queries, 0
             reassign = True
         if reassign:
@@ -197,6 +209,17 @@ class Trainer:
             raise NumericalError(f"step {self.step + 1}: a difference is not finite; {self._advice()}")
         log.info("step %d left unfinished: %d of %d differences", self.step + 1, partial.done.sum(), len(partial.done))
         self._partial, self._saved_step, self.progressed = partial, -1, True
+
+    def _give_up(self, failure: str) -> None:
+        """Raise BlackBoxError on all ranks, with a checkpoint of what is known. Collective."""
+
+        def keep() -> str:
+            if self.step > self._saved_step and (self.step > 0 or self._partial is not None):
+                self._save(last=True)
+            files = self.folder.checkpoint_files()
+            return f"the same command continues from {files[0]}" if files else "the same command starts afresh"
+
+        raise BlackBoxError(f"{failure}; {self.world.on_root(keep)}")
 
     def _check_finite(self, loss: float, estimate: torch.Tensor) -> None:
         """Raise NumericalError on every rank: a NaN in one slice reaches all of them through the sum."""
@@ -236,11 +259,21 @@ class Trainer:
         self._optimizer.step()
         self._schedule.step()
 
-    def _evaluate(self) -> None:
-        """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count."""
-        rows = self.world.split(self.task.evaluation_parts, lambda mine: self.task.evaluate(mine, self.step))
+    def _evaluate(self, again: bool = False) -> None:
+        """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count.
+
+        again: the state counts its queries already.
+        """
+
+        def evaluate(mine: range) -> np.ndarray:
+            lost = np.full((len(mine), 3), np.nan)
+            return self._distribution.attempt(lambda: self.task.evaluate(mine, self.step), lost)
+
+        self._queries += 0 if again else self.task.evaluation_queries
+        rows = self.world.split(self.task.evaluation_parts, evaluate)
         loss, correct, count = (sum(column) for column in rows.T.tolist())
-        self._queries += self.task.evaluation_queries
+        if math.isnan(count):
+            self._give_up(self._distribution.failure())
         self._accuracy, self._evaluated_step = correct / count, self.step
         epoch = self.step / self.task.steps_per_epoch
         self._metrics.add_eval(self.step, epoch, loss / count, self._accuracy)
@@ -315,12 +348,13 @@ class Trainer:
 
     def _finish(self, reason: Reason) -> None:
         """Final state first; then, unless time is short, a final evaluation."""
-        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE:
+        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step
+        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE and not evaluates:
             log.info("nothing left to do: %s at step %d", reason.text, self.step)
             return
         if self.step > self._saved_step and (self.step > 0 or self._partial is not None):
             self._save(last=True)
-        if reason.exit_code == 0 and self._evaluated_step != self.step:
+        if evaluates:
             self._evaluate()
         if self.world.is_root:
             self._metrics.flush()

@@ -169,6 +169,18 @@ class LongStep(Bowl):
         return ((thetas**2 - 1) ** 2).sum(1) + np.sin(thetas * (step + 1)).sum(1)
 
 
+class Outage(LongStep):
+    """LongStep that raises on one rank in one call of one step, where DOWN="RANK STEP CALL" says so; calls count from 0."""
+
+    step, calls = -1, 0
+
+    def __call__(self, thetas, step):
+        self.step, self.calls = step, self.calls + 1 if step == self.step else 0
+        if os.environ.get("DOWN") == f"{RANK} {step} {self.calls}":
+            raise ConnectionError("no license left")
+        return super().__call__(thetas, step)
+
+
 class FullForAWhile(Bowl):
     """No file may grow beyond 4 KiB from step 2 until step 6."""
 
