@@ -26,7 +26,7 @@ def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> Bl
         function = import_object(task.classifier, "task.classifier")
         if not callable(function):
             raise InputError(f"task.classifier = {task.classifier}: is no function of images [N, C, H, W]")
-        return BlackBox(function, task.batch_limit, numpy=True)
+        return BlackBox(function, task.batch_limit, True, task.retries, f"task.classifier = {task.classifier}")
     return BlackBox(load_network(config, data_set, device), task.batch_limit)
 
 
@@ -50,7 +50,7 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
         except InputError as error:
             raise InputError(
                 str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
-            )
+            ) from None
     mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in (task.classifier_mean or mean, task.classifier_std or std))
     channels = data_set.train.images.shape[1]
     if len(mean) != channels or len(std) != channels:

@@ -3,12 +3,12 @@
 | code | meaning |
 |---|---|
 | 0 | finished, a limit in ``[stop]`` reached, a STOP file found, or nothing left to do |
-| 1 | an exception nobody foresaw, the user's own code included |
+| 1 | an exception nobody foresaw, of the user's own network or data included |
 | 2 | bad input, missing file or data |
 | 3 | a checkpoint that is missing, damaged, of another model or with other frozen keys |
 | 4 | bad launch: no MPI job, several ranks on one GPU, or a run folder that another job is using |
 | 5 | numerical failure |
-| 6 | the black box failed, and was asked again in vain; what is known is kept in a checkpoint |
+| 6 | the black box (a user's loss or classifier) failed, and again when asked again; what is known is kept in a checkpoint |
 | 75 | stopped early with a checkpoint: submit the same command again |
 """
 

@@ -41,10 +41,39 @@ class Pattern:
             return True
         return self._config.ratio > 0 and self._config.pattern != "static" and step % self._interval == 0
 
+    def ahead(self, step: int) -> tuple[int, int]:
+        """What the scores of this step will ask, and how many coordinates its S has at most."""
+        index, ratio = self._task.engine.index, self._config.ratio
+        if self.coords is not None and not (self.due(step) and self._scores_anew):
+            return 0, len(self.coords)
+        if ratio == 0:
+            return 0, index.size
+        layers = self._layers()
+        prunable = sum(len(index.range(name)) for name in layers)
+        most = index.size - prunable + round((1 - ratio) * prunable) + len(layers)  # at least one is kept in each
+        return 0 if self._config.lpr else self.score_queries, min(most, index.size)
+
+    @property
+    def score_queries(self) -> int:
+        """What scoring once asks; both RGEs bind."""
+        bind, query = self._task.bind_cost, self._task.query_cost
+        return {"zo-grasp": 2 * (bind + self._config.q * query), "fo-grasp": bind, "random": 0}[self._config.scores]
+
+    @property
+    def _scores_anew(self) -> bool:
+        """Whether a redraw needs ratios first."""
+        return self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp")
+
+    def _layers(self) -> list[str]:
+        task = self._task
+        if task.config.task.kind == "objective":
+            return list(task.engine.index.names)
+        return pruning.prunable_layers(task.model, task.engine.index, self._config.prune)
+
     def redraw(self, step: int) -> None:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
         index, number = self._task.engine.index, step // self._interval
-        if self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp"):
+        if self._scores_anew:
             self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
         if self.lpr is not None and self._config.pattern != "dynamic":
             self.coords = pruning.best(self.lpr, index)
@@ -57,23 +86,22 @@ class Pattern:
         """Scores, and the ratios that they give, at the present theta; BatchNorm's running statistics stay as they are."""
         config, task = self._config, self._task
         index, seed = task.engine.index, derive(self._seed, "scores", number)
-        layers = pruning.prunable_layers(task.model, index, config.prune) if task.config.task.kind != "objective" else index.names
         buffers = [b.clone() for b in task.model.buffers()]
-        before = task.engine.queries
         if config.scores == "zo-grasp":
-            log.info("scoring weights: ZO-GraSP, %d queries", 2 * config.q + 2)
+            log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
             bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
             scores = pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
-            self.queries += 2 * config.q + 2
         elif config.scores == "fo-grasp":
             scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
-            self.queries += task.engine.queries - before
         else:
             scores = pruning.random_scores(index, seed)
+        self.queries += self.score_queries
         for buffer, value in zip(task.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
-        return pruning.lpr_from_scores(scores, index, layers, config.ratio, config.rule, store.model_sha256(task.model), attrs)
+        return pruning.lpr_from_scores(
+            scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs
+        )
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index

@@ -55,6 +55,7 @@ class Trainer:
         self.step, self._queries, self._wall_before, self._start = 0, 0, 0.0, time.monotonic()
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._evaluated_step, self._accuracy = -1, math.nan
+        self._on_record = False  # whether an earlier launch ended here with an evaluation
 
     @property
     def seconds(self) -> float:
@@ -87,14 +88,15 @@ class Trainer:
             for key, value in self._environment().items():
                 if state.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, state.env[key], value)
-            self._metrics.restore(self.step, lambda step: step > 0 and step % self._evaluation_interval == 0)
+            self._on_record = self._metrics.restore(self.step, lambda step: step > 0 and step % self._evaluation_interval == 0)
             if len(self._metrics.eval) and self._metrics.eval[-1, 0] == self.step:
                 self._accuracy, self._evaluated_step = float(self._metrics.eval[-1, 3]), self.step
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""
         self._check_replicas()
-        self._evaluated_step, self._accuracy = self.world.bcast((self._evaluated_step, self._accuracy))  # the root read them
+        record = self.world.bcast((self._evaluated_step, self._accuracy, self._on_record))  # the root read them
+        self._evaluated_step, self._accuracy, self._on_record = record
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )
@@ -125,9 +127,23 @@ class Trainer:
             reason = Reason.STEPS
         elif stop.queries and self._queries >= stop.queries:
             reason = Reason.QUERIES
+        elif not self._affords_step():
+            reason = Reason.MAX_QUERIES
         elif stop.target_accuracy and self._accuracy >= stop.target_accuracy:
             reason = Reason.ACCURACY
         return Reason(self.world.maximum(int(reason)))
+
+    def _affords(self, queries: int) -> bool:
+        limit = self.config.task.max_queries
+        return limit is None or self._queries + queries <= limit
+
+    def _affords_step(self) -> bool:
+        """Whether ``task.max_queries`` leaves room for the next step, its scores, and an evaluation after it."""
+        scores, n = self._pattern.ahead(self.step) if self._partial is None else (0, len(self._pattern.coords))
+        return self._affords(scores + self._step_queries(n) + self.task.evaluation_queries)
+
+    def _step_queries(self, n: int) -> int:
+        return estimators.step_queries(self.config.zo, n, self.task.bind_cost, self.task.query_cost)
 
     def _train_step(self, progress: Progress) -> None:
         start, comm_before, queries_before = time.perf_counter(), self.world.comm_s, self._queries
@@ -136,12 +152,13 @@ class Trainer:
         self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
         if self.task.parts:
-            loss, estimate, queries = self._shared_gradient()
+            loss, estimate = self._shared_gradient()
         else:
             loss = self._bind()
-            estimate, queries = self._estimate()
+            estimate = self._estimate()
         self._check_finite(loss, estimate)
-        self._partial, self._queries = None, self._queries + queries
+        self._check_changes(estimate)
+        self._partial, self._queries = None, self._queries + self._step_queries(len(estimate))
         lr = self._optimizer.param_groups[0]["lr"]
         self._update(estimate)
         self.step, self.progressed = self.step + 1, True
@@ -188,25 +205,24 @@ class Trainer:
     def _directions(self) -> int:
         return self.config.zo.q or len(self._distribution.coords)
 
-    def _estimate(self) -> tuple[torch.Tensor, int]:
-        """(gradient estimate on S [n], queries of this step). Raises Interrupted."""
+    def _estimate(self) -> torch.Tensor:
+        """The gradient estimate on S [n]. Raises Interrupted."""
         zo, engine = self.config.zo, self.task.engine
-        sides = 2 if zo.difference == "central" else 1
         if zo.estimator == "cge":
-            estimate = self._distribution.cge(zo.mu, zo.difference, self._partial)
-            return estimate, 1 + sides * len(estimate)
+            return self._distribution.cge(zo.mu, zo.difference, self._partial)
         if zo.estimator == "rge":
             seed = derive(self.config.run.seed, "rge", self.step)
-            estimate = self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
-            return estimate, 1 + sides * self._directions
-        flat = engine.index.flatten(estimators.autograd(engine).values())
-        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
+            return self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
+        return self._on_coordinates(engine.index.flatten(estimators.autograd(engine).values()))
 
-    def _shared_gradient(self) -> tuple[float, torch.Tensor, int]:
-        """(loss, autograd's gradient on S [n], queries) from parts of the batch, dealt out to the ranks."""
+    def _shared_gradient(self) -> tuple[float, torch.Tensor]:
+        """(loss, autograd's gradient on S [n]) from parts of the batch, dealt out to the ranks."""
         rows = self.world.split(PARTS, lambda mine: self.task.gradient_rows(mine, self.step))
         loss, flat = self.task.parts.join(rows)
-        return loss, flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
+        return loss, self._on_coordinates(flat)
+
+    def _on_coordinates(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
 
     @torch.no_grad()
     def _keep(self, partial: Partial | None) -> None:
@@ -252,6 +268,17 @@ class Trainer:
             rank, what = 0, f"the gradient at {coord}"
         raise NumericalError(
             f"step {step}, rank {rank}: {what} is not finite ({len(bad)} of {len(estimate)} coordinates); {self._advice()}"
+        )
+
+    def _check_changes(self, estimate: torch.Tensor) -> None:
+        """Raise NumericalError on every rank where no perturbation changed what the black box answered."""
+        zo, key = self.config.zo, self.task.box_key
+        if not key or zo.estimator == "autograd" or not len(estimate) or estimate.any():
+            return
+        n = estimators.step_queries(zo, len(estimate), bind_cost=0)
+        raise NumericalError(
+            f"step {self.step + 1}: {key} answered the same under all {n} perturbations: quantised answers? "
+            f"raise zo.mu (now {zo.mu:g})"
         )
 
     def _advice(self) -> str:
@@ -358,8 +385,9 @@ class Trainer:
 
     def _finish(self, reason: Reason) -> None:
         """Final state first; then, unless time is short, a final evaluation."""
-        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step
-        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE and not evaluates:
+        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step and self._affords(self.task.evaluation_queries)
+        done = self._on_record or not evaluates
+        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE and done:
             log.info("nothing left to do: %s at step %d", reason.text, self.step)
             return
         if self.step > self._saved_step and (self.step > 0 or self._partial is not None):

@@ -102,7 +102,8 @@ class ObjectiveTask:
 
     steps_per_epoch = 1
     evaluation_parts = 1
-    evaluation_queries = 1
+    evaluation_queries = query_cost = bind_cost = 1
+    box_key = ""  # a loss may well be flat somewhere
     parts = None
 
     def __init__(self, config: Config, device: torch.device):

@@ -11,6 +11,29 @@ KINDS = {
     "rge": [*RUN, *sets(eval__every_epochs=4, zo__estimator="rge", zo__q=24)],
     "scores": [*RUN, *sets(sparsity__ratio=0.5, sparsity__q=24, sparsity__redraw_epochs=2, sparsity__pattern="regrasp")],
 }
+DEFENSE = """
+[task]
+kind = "defense"
+classifier = "userland:redder"
+[model]
+name = "dncnn"
+depth = 3
+width = 2
+[data]
+name = "userland:tiles"
+batch_size = 10
+[zo]
+engine = "full"
+mu = 1e-3
+[sparsity]
+ratio = 0.5
+q = 3
+[optim]
+lr = 0.01
+[stop]
+epochs = 2
+steps = 5
+"""
 # name: (kind, "rank step call" that fails, step of the checkpoint, differences known)
 ON_TWO = {
     "chunk": ("cge", "1 2 3", 2, True),  # at a step: bind, then the chunks; before them, on rank 0, a due evaluation
@@ -29,6 +52,14 @@ def failed(place):
     """Runs on two ranks whose box fails once, and how their newest checkpoints looked then; one that is asked again."""
     cases = [Case(name, "train", [*KINDS[kind], "--run-dir", name], {"DOWN": down}) for name, (kind, down, *_) in ON_TWO.items()]
     again = [*KINDS["cge"], "--run-dir", "again", *sets(task__retries=1)]
+    (place / "defense.toml").write_text(DEFENSE)
+    budget = [*KINDS["cge"], "--run-dir", "budget"]
+    cases += [Case(f"budget-{k}", "train", [*budget, *sets(task__max_queries=n)]) for k, n in enumerate((80, 80, 10**6))]
+    cases += [Case("no-score", "train", [*KINDS["scores"], "--run-dir", "no-score", *sets(task__max_queries=50)])]
+    cases += [Case("defense", "train", ["defense.toml", "--run-dir", "defense"])]
+    rounded = sets(task__classifier="userland:redder_by_tenths")
+    cases += [Case("rounded", "train", ["defense.toml", "--run-dir", "rounded", *rounded])]
+    cases += [Case("prune", "prune", ["defense.toml", "-o", "lpr.h5", *sets(task__max_queries=99)])]
     cases += [Case("again", "train", again, {"DOWN": "1 2 3"})]
     cases += [Case("afresh", "train", [*KINDS["scores"], "--run-dir", "afresh"], {"DOWN": "1 0 1"})]
     results = batch(2, place, cases)
@@ -83,3 +114,26 @@ def test_a_box_that_fails_is_asked_again_before_the_run_ends(place, failed, cont
     failed[0]["again"].error(0, "userland:Outage: ConnectionError: no license left", "asking again in 1 s")
     assert_same(bits(place / "whole-cge", but=("config",)), bits(place / "again", but=("config",)))
     assert column(place / "again", "eval/step") == [4, 6]
+
+
+def test_the_run_ends_before_it_asks_more_often_than_it_may(place, failed, continued):
+    """25 questions a step and 1 an evaluation, which every end leaves room for."""
+    first, second, third = (failed[0][f"budget-{k}"].succeeded().out for k in range(3))
+    assert "stopped at step 3: task.max_queries would be exceeded by the next step; 76 queries" in first
+    assert "nothing left to do: task.max_queries would be exceeded by the next step at step 3" in second
+    assert "restarting at step 3" in third and "stopped at step 6: stop.steps reached" in third
+    assert_same(bits(place / "whole-cge", but=("config",)), bits(place / "budget", but=("config",)))
+    assert "stopped at step 0: task.max_queries would be exceeded" in failed[0]["no-score"].succeeded().out
+    failed[0]["prune"].error(2, "task.max_queries = 99: the scores ask 100 times; raise it, or lower sparsity.q")
+
+
+def test_queries_are_the_questions_that_a_classifier_is_asked(place, failed):
+    """Half of 2 x 54 + 36 weights are active, and all 7 biases; 10 images a batch, 12 in the test set; an epoch has 4 steps."""
+    failed[0]["defense"].succeeded()
+    step, scores, evaluation = 10 * (2 + 72 + 7), 2 * 10 * (2 + 3), 2 * 12
+    assert column(place / "defense", "train/queries") == [scores + k * step + (k > 4) * evaluation for k in range(1, 6)]
+
+
+def test_a_classifier_that_rounds_its_answers_is_named(place, failed):
+    line = failed[0]["rounded"].error(5, "step 1: task.classifier = userland:redder_by_tenths answered the same under all ")
+    assert line.endswith("perturbations: quantised answers? raise zo.mu (now 0.001)")

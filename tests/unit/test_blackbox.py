@@ -1,6 +1,7 @@
 """A black box in the tail: few large calls, counted, checked, the same differences as one coordinate at a time."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from delta_nets import DnCNN
 from torch import nn
 
 import dzhpc
+from dzhpc import config
 from dzhpc.engines import blackbox
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
 from dzhpc.errors import BlackBoxError, InputError, NumericalError
+from dzhpc.tasks import make_task
 
 
 def classifier():
@@ -145,3 +148,43 @@ def test_answers_that_change_their_shape_are_named():
     box = BlackBox(lambda x: x[:, : 2 if x[0, 0] else 3], 2)
     with pytest.raises(InputError, match=r"gave \[2, 3\]; its earlier answers were \[2\] each"):
         box(torch.tensor([[1.0, 1, 1], [1, 1, 1], [0, 1, 1], [0, 1, 1]]))
+
+
+MODULE = """
+import numpy as np
+import torch
+
+asked = []
+
+
+def images():
+    draw = np.random.default_rng(0)
+    part = lambda n: (draw.integers(0, 256, (n, 3, 4, 4)).astype(np.uint8), np.arange(n) % 2)
+    return part(30), part(11)
+
+
+def classify(x):
+    asked.append(len(x))
+    return x.mean((2, 3))[:, :2]
+"""
+
+
+@pytest.mark.parametrize("engine", ["full", "delta"])
+def test_a_defence_costs_what_its_classifier_is_asked(tmp_path, monkeypatch, engine):
+    (tmp_path / "own_box.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_box", raising=False)
+    keys = ["task.kind=defense", "task.classifier=own_box:classify", "data.name=own_box:images", "data.batch_size=7"]
+    keys += ["model.name=dncnn", "model.depth=3", "model.width=2", f"zo.engine={engine}", "eval.batch_size=4"]
+    task = make_task(config.load(None, keys), torch.device("cpu"))
+    task.bind(0)  # the first compares a trace with the model, too
+    import own_box
+
+    def asked(ask) -> int:
+        own_box.asked.clear()
+        ask()
+        return sum(own_box.asked)
+
+    assert asked(lambda: task.bind(1)) == task.bind_cost == 14
+    assert asked(lambda: task.engine.differences(np.arange(40, 45), 1e-2)) == 5 * task.query_cost == 35
+    assert asked(lambda: task.evaluate(range(task.evaluation_parts), 1)) == task.evaluation_queries == 22
