@@ -26,7 +26,7 @@ def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> Bl
         function = import_object(task.classifier, "task.classifier")
         if not callable(function):
             raise InputError(f"task.classifier = {task.classifier}: is no function of images [N, C, H, W]")
-        return BlackBox(function, task.batch_limit, numpy=True)
+        return BlackBox(function, task.batch_limit, True, task.retries, f"task.classifier = {task.classifier}")
     return BlackBox(load_network(config, data_set, device), task.batch_limit)
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
-FREE = ("data.root",)
+FREE = ("data.root", "task.retries", "task.max_queries")
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
     "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
     "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
@@ -82,6 +82,12 @@ class Task(Section):
     loss: Literal["classifier", "mse"] = Field(
         "classifier",
         description="defense: cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",
+    )
+    retries: int = Field(
+        3, ge=0, description="black box: ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
+    )
+    max_queries: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="black box: end the run (exit 0) before what would ask it more often than this"
     )
 
 
@@ -322,6 +328,8 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield 'task.kind = "objective": has no autograd; use zo.estimator cge or rge, sparsity.scores zo-grasp or random'
     elif task.function:
         yield 'task.function: belongs to task.kind = "objective"'
+    if task.kind == "classification" and task.max_queries:
+        yield f"task.max_queries = {task.max_queries}: belongs to a task with a black box; use stop.queries"
     if task.kind != "defense":
         if task.classifier:
             yield 'task.classifier: belongs to task.kind = "defense"'

@@ -122,7 +122,14 @@ class DefenseTask:
         self.parts = Parts(self.model, seed) if config.zo.estimator == "autograd" else None
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
-        self.evaluation_queries = 2 * len(self.data.test) if self._box else 0
+        self.query_cost = self.bind_cost = 1
+        self.evaluation_queries = len(self.data.test) if self._box else 0
+        self.box_key = ""
+        if task.loss == "classifier":
+            self.query_cost = config.data.batch_size
+            self.bind_cost = self.query_cost * (1 if self.parts else 2)  # f(x), and at the base f(D(x + delta))
+            self.evaluation_queries *= 2
+            self.box_key = f"task.classifier = {task.classifier}"
 
     @property
     def _first_order(self) -> bool:

@@ -14,9 +14,9 @@ engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines
-models data runfolder sparsity distribution forecast parts
+models data runfolder sparsity distribution parts
 classifier
-tasks.classification tasks.objective tasks.defense
+forecast tasks.classification tasks.objective tasks.defense
 tasks
 trainer campaign
 report fetch prune info bench
