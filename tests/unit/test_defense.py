@@ -11,7 +11,7 @@ from dzhpc import config, data, models, runfolder, store
 from dzhpc.classifier import Answers, ClassifierLoss, load_network
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
-from dzhpc.errors import InputError
+from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.frozen import Frozen
 from dzhpc.models.resnet import resnet20
@@ -267,10 +267,12 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
         defense = load_defense(source, cpu)
         assert isinstance(defense, Defense) and len(defense.data.test) == 20 and defense.classes == ["0", "1", "2", "3"]
         assert torch.equal(defense.classify(noisy), expected)
+    again = models.build(config.Model(name="dncnn", depth=3, width=5, weights=str(tmp_path / "run")), 7)
+    assert torch.equal(again.model[2].weight, task.model.model[2].weight)  # weights of a run folder are its newest
     bare = load_defense(tmp_path / "input.toml", cpu, without_denoiser=True)
     assert torch.equal(bare.classify(noisy), task._box(noisy).argmax(1))
     assert torch.equal(load_defense(tmp_path / "input.toml", cpu).denoise(noisy), noisy)  # a new denoiser is the identity
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_defense(tmp_path, cpu)
 
 
