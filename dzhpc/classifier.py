@@ -43,10 +43,8 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
         if not task.classifier_model:
             raise InputError(f"task.classifier = {path}: a torch file knows no network; name it in task.classifier_model")
         section = Model(name=task.classifier_model, weights=path)
-        known = models.accepted(section)
-        if known is None or "classes" in known:
-            section.__pydantic_extra__["classes"] = len(data_set.classes)
         try:
+            models.fill_in(section, classes=len(data_set.classes), in_channels=data_set.train.images.shape[1])
             model = models.build(section, 0)
         except InputError as error:
             text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")

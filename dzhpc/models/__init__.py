@@ -39,6 +39,14 @@ def accepted(section: configuration.Model) -> set[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
+def fill_in(section: configuration.Model, **values: int) -> None:
+    """Arguments that follow from the data (classes, channels), where the model takes them and the input leaves them out."""
+    known = accepted(section)
+    for key, value in values.items():
+        if key not in section.fields and (known is None or key in known):
+            section.__pydantic_extra__[key] = value
+
+
 def build(section: configuration.Model, seed: int) -> torch.nn.Module:
     """The network with weights drawn from ``seed``, or those of ``model.weights``. Raises InputError."""
     known = accepted(section)

@@ -67,6 +67,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     data_set = data.load(config.data, config.run.seed)
     model = None
     if not without_denoiser:
+        models.fill_in(config.model, channels=data_set.train.images.shape[1])
         model = models.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last).eval()
         if state is not None:
             models.assign(model, state.params, state.buffers)
@@ -106,7 +107,8 @@ class DefenseTask:
         seed, task = config.run.seed, config.task
         data_set = data.load(config.data, seed)
         self.data = as_pixels(data_set).to(device)
-        self.model = self._build(config, device)
+        models.fill_in(self.config.model, channels=data_set.train.images.shape[1])
+        self.model = self._build(self.config, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self._box = self._network = None
         if task.classifier:

@@ -1,6 +1,7 @@
 """Every job script that is shipped, on a real Slurm: shortened, to the end, and through what a cluster does to a job."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,13 @@ class Loss:
         if os.environ.get("SLURM_ARRAY_TASK_ID") == "6" and step == 2:
             raise FloatingPointError("the solver diverged")
         return ((thetas - 1) ** 2).sum(1)
+"""
+CLASSIFIER = """
+import numpy as np
+
+
+def classify(images):  # brighter rows, larger logits
+    return np.repeat(images.sum(3)[:, 0], 2, 1)[:, :10]
 """
 OWN = """
 [task]
@@ -225,3 +233,23 @@ def test_term_and_cancel_do_not_come_back(cluster, place, undisturbed, slow):
     (place / "slow").unlink()
     completed(cluster, cluster.submit(*words, cwd=place, env=OWN_INPUT))
     assert_same(bits(undisturbed), bits(place / "runs" / "term"))
+
+
+def test_defense_chain(cluster, place):
+    """One command submits three dependent jobs: a classifier of digits is hardened by queries, and certified."""
+    (place / "classifier.py").write_text(CLASSIFIER)
+    words = sets(task__classifier="classifier:classify", model__width=4, stop__steps=2, data__train_limit=256)
+    env = ["INPUT=inputs/defense-small.toml", "SBATCH=sbatch --ntasks=2 --gpus-per-task=0", "PRETRAIN=--set optim.lr=1e-3"]
+    command = ["env", "-C", place, *env, "CERTIFY=--images 3 --n0 10 --n 20", "bash", "slurm/defense.sh", *words]
+    jobs = re.findall(r"\d+", cluster.command(*command))
+    assert len(jobs) == 3
+    for job in jobs:
+        completed(cluster, job)
+    runs = [place / "runs" / name for name in ("defense-small-pretrained", "defense-small")]
+    before, after = (contents(checkpoints(run)[-1]) for run in runs)
+    assert before["params/model.0.weight"] == after["params/model.0.weight"]
+    assert before["params/model.8.weight"] != after["params/model.8.weight"]
+    assert b'loss = "mse"' in before["config"] and b'weights = "runs/defense-small-pretrained"' in after["config"]
+    assert list((runs[1] / "certify").glob("*.h5"))
+    fields = cluster.end_of(cluster.submit("--ntasks=1", "slurm/defense.sh", "harden", cwd=place))
+    assert fields["ExitCode"] == "2:0" and "expected pretrain, finetune or certify" in output(fields)

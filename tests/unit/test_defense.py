@@ -284,7 +284,7 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
         (["zo.estimator=autograd"], "a function has no autograd"),
         (["sparsity.scores=fo-grasp", "sparsity.ratio=0.5"], "a function has no autograd"),
         (["model.name=resnet20", "model.classes=4"], "a denoiser keeps the shape"),
-        (["data.name=digits"], "gives .*expected input.*3 channels"),
+        (["data.name=digits", "model.channels=3"], "gives .*expected input.*3 channels"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys, message):
