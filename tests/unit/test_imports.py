@@ -9,7 +9,7 @@ import pytest
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
 errors seeds metrics process models.resnet engines.changes engines.differences engines.programs
-config coordinates device graph lock spmd models.cnn models.vit engines.rules
+config coordinates device graph lock smoothing spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
@@ -41,6 +41,7 @@ NUMERICAL = {
     "models",
     "data",
     "seeds",
+    "smoothing",
 }
 
 
