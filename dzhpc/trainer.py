@@ -97,7 +97,7 @@ class Trainer:
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )
-        progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
+        progress = Progress(self.last_step, self._quiet or not self.world.is_root)
         self._first_step = self.step
         try:
             while not (reason := self._reason_to_stop()):

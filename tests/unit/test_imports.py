@@ -17,9 +17,9 @@ engines
 models data runfolder sparsity distribution forecast
 tasks.classification tasks.objective
 tasks
-trainer campaign
+trainer campaign certificates
 report fetch prune info bench
-train
+train certify
 """
 ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}}
 NUMERICAL = {
