@@ -15,6 +15,7 @@ from dzhpc.distribution import Distribution, Interrupted
 from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
 from dzhpc.estimators import Partial
 from dzhpc.metrics import Progress, duration
+from dzhpc.parts import PARTS
 from dzhpc.runfolder import RunFolder
 from dzhpc.seeds import derive
 from dzhpc.sparsity import Pattern
@@ -128,8 +129,11 @@ class Trainer:
         self._seed()
         self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
-        loss = self.task.bind(self.step)
-        estimate, queries = self._estimate()
+        if self.task.parts:
+            loss, estimate, queries = self._shared_gradient()
+        else:
+            loss = self.task.bind(self.step)
+            estimate, queries = self._estimate()
         self._check_finite(loss, estimate)
         self._partial, self._queries = None, self._queries + queries
         lr = self._optimizer.param_groups[0]["lr"]
@@ -185,6 +189,12 @@ class Trainer:
             return estimate, 1 + sides * self._directions
         flat = engine.index.flatten(estimators.autograd(engine).values())
         return flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
+
+    def _shared_gradient(self) -> tuple[float, torch.Tensor, int]:
+        """(loss, autograd's gradient on S [n], queries) from parts of the batch, dealt out to the ranks."""
+        rows = self.world.split(PARTS, lambda mine: self.task.gradient_rows(mine, self.step))
+        loss, flat = self.task.parts.join(rows)
+        return loss, flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
 
     @torch.no_grad()
     def _keep(self, partial: Partial | None) -> None:

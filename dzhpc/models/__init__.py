@@ -1,5 +1,6 @@
 """Networks: ours by name, the user's by ``package.module:Class``; building, starting weights, loading checkpoints."""
 
+import fnmatch
 import inspect
 import pickle
 import tomllib
@@ -11,11 +12,12 @@ from dzhpc import config as configuration
 from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
 from dzhpc.seeds import derive
 
-MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT}
+MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT, "dncnn": DnCNN}
 
 
 def constructor(section: configuration.Model):
@@ -46,13 +48,29 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
         torch.manual_seed(derive(seed, "weights"))
         try:
             model = constructor(section)(**section.fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"[model] {section.name}: {error}") from None
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
     if section.weights:
         load_weights(model, section.weights)
+    if section.trainable is not None:
+        _freeze_others(model, section.trainable)
     return model
+
+
+def _freeze_others(model: torch.nn.Module, patterns: list[str]) -> None:
+    """Frozen parameters have no coordinates. Raises InputError for a pattern that no parameter's name matches."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise InputError(f'model.trainable: no parameter matches "{pattern}"; the model has {_abridged(names)}')
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _abridged(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 12 else [*names[:4], "...", *names[-4:]])
 
 
 def load_weights(model: torch.nn.Module, path: str) -> None:
@@ -90,7 +108,7 @@ def load_model(checkpoint: str | Path) -> torch.nn.Module:
     """
     state = store.load_checkpoint(checkpoint)
     config = config_of(state, str(checkpoint))
-    if config.task.kind != "classification":
+    if config.task.kind == "objective":
         raise CheckpointError(
             f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.store.load_checkpoint(...).params"
         )

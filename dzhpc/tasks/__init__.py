@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from dzhpc.config import Config
+from dzhpc.parts import Parts
 from dzhpc.tasks.classification import Classification
+from dzhpc.tasks.defense import DefenseTask
 from dzhpc.tasks.objective import ObjectiveTask
 
 
@@ -19,6 +21,7 @@ class Task(Protocol):
     steps_per_epoch: int
     evaluation_parts: int  # pieces of an evaluation that ranks may share
     evaluation_queries: int  # what an evaluation costs
+    parts: Parts | None  # first-order steps in parts that ranks share, by ``gradient_rows(mine, step)``; None: each rank does all
 
     def bind(self, step: int) -> float:
         """Bind the step's batch to the engine: the base loss."""
@@ -30,7 +33,7 @@ class Task(Protocol):
         """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part."""
 
 
-TASKS = {"classification": Classification, "objective": ObjectiveTask}
+TASKS = {"classification": Classification, "objective": ObjectiveTask, "defense": DefenseTask}
 
 
 def make_task(config: Config, device: torch.device) -> Task:

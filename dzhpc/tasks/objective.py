@@ -96,6 +96,7 @@ class ObjectiveTask:
     steps_per_epoch = 1
     evaluation_parts = 1
     evaluation_queries = 1
+    parts = None
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config

@@ -8,14 +8,15 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
-errors seeds metrics process models.resnet engines.changes engines.differences engines.programs
+errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
 config coordinates device graph lock smoothing spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines
-models data runfolder sparsity distribution forecast
-tasks.classification tasks.objective
+models data runfolder sparsity distribution forecast parts
+classifier
+tasks.classification tasks.objective tasks.defense
 tasks
 trainer campaign certificates
 report fetch prune info bench
@@ -38,6 +39,8 @@ NUMERICAL = {
     "engines.propagation",
     "estimators",
     "pruning",
+    "parts",
+    "classifier",
     "models",
     "data",
     "seeds",
