@@ -75,6 +75,8 @@ def main(world: World, args: argparse.Namespace) -> int:
             if source.endswith(".toml"):
                 sys.path.insert(0, str(Path(source).resolve().parent))  # the user's own modules may lie beside the input
             defense = load_defense(source, device, without_denoiser=args.no_denoiser, precision=args.precision)
+            if defense.box is None:
+                raise InputError(f"{source}: names no task.classifier, so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
         ranks = world.gather((world.rank, socket.gethostname(), devices.describe(device), devices.uuid(device)))
         world.on_root(lambda ranks=ranks, defense=defense: devices.check_binding(ranks, defense.config.run.share_gpu))
