@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before torch loads, which takes seconds: a rank ma
 
 import argparse
 import dataclasses
+import hashlib
 import logging
 import socket
 import sys
@@ -101,6 +102,8 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value:g}: expected a number above 0, in units of pixels in [0, 1]")
     if not 0 < args.alpha < 1:
         raise InputError(f"--alpha {args.alpha:g}: expected a probability between 0 and 1, such as 0.001")
+    if args.label is not None and Path(args.label).name != args.label:
+        raise InputError(f"--label {args.label}: expected a plain name, which files are called by; -o chooses the folder")
     names = [label_of(source, args.no_denoiser) for source in args.sources]
     if len(names) > 1 and (args.label or (args.out and args.out.suffix == ".h5")):
         raise InputError("--label and -o FILE.h5 name one method, but several sources are given; certify them one by one")
@@ -132,6 +135,15 @@ def spread(images: int | None, total: int) -> list[int]:
     return [k * total // images for k in range(images)]
 
 
+def classifier_of(defense: Defense) -> str:
+    """What tells one classifier from another: its name; of a file also its content."""
+    name = defense.config.task.classifier
+    if not Path(name).is_file():
+        return name
+    with open(name, "rb") as file:
+        return f"{name} (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
+
+
 def fingerprint(model: torch.nn.Module | None) -> str:
     """What tells one denoiser from another: a hash of its parameters and buffers; "" without denoiser."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())} if model is not None else {}
@@ -158,7 +170,7 @@ class Certification:
         self.about = {
             "name": self._name, "source": str(Path(source).resolve()), "sigma": sigma, "n0": args.n0, "n": args.n,
             "alpha": args.alpha, "adaptive": args.adaptive, "grid": args.grid, "seed": defense.seed, "batch": args.batch,
-            "precision": args.precision, "data": defense.config.data.name, "classifier": defense.config.task.classifier,
+            "precision": args.precision, "data": defense.config.data.name, "classifier": classifier_of(defense),
             "denoiser": fingerprint(defense.model), "threads": torch.get_num_threads(),
             "device": self._data.test.images.device.type, "torch": str(torch.__version__),
         }  # fmt: skip
