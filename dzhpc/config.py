@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
-FREE = ("data.root",)
+FREE = ("data.root", "task.retries", "task.max_queries")
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
     "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
     "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
@@ -71,7 +71,7 @@ class Task(Section):
     classifier: str | None = Field(
         None,
         description='defense: the black box: "package.module:function", numpy images [N, 3, H, W] in [0, 1] -> logits or '
-        "probabilities [N, K]; or a file: a checkpoint of ours, a torch state_dict",
+        "probabilities [N, K]; or a checkpoint, a run folder (its newest), a torch state_dict",
     )
     classifier_model: str | None = Field(None, description="defense: the network of a torch state_dict, as in model.name")
     classifier_mean: list[float] | None = Field(
@@ -83,6 +83,12 @@ class Task(Section):
         "classifier",
         description="defense: cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",
     )
+    retries: int = Field(
+        3, ge=0, description="black box: ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
+    )
+    max_queries: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="black box: end the run (exit 0) before what would ask it more often than this"
+    )
 
 
 class Model(BaseModel):
@@ -90,7 +96,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, or "package.module:Class"')
-    weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
+    weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
     trainable: list[str] | None = Field(
         None, description='train only parameters whose names match one of these patterns, e.g. ["model.38.*"]; the others stay'
     )
@@ -322,6 +328,8 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield 'task.kind = "objective": has no autograd; use zo.estimator cge or rge, sparsity.scores zo-grasp or random'
     elif task.function:
         yield 'task.function: belongs to task.kind = "objective"'
+    if task.kind == "classification" and task.max_queries:
+        yield f"task.max_queries = {task.max_queries}: belongs to a task with a black box; use stop.queries"
     if task.kind != "defense":
         if task.classifier:
             yield 'task.classifier: belongs to task.kind = "defense"'

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc import process
-from dzhpc.errors import DzhpcError, LaunchError
+from dzhpc.errors import BlackBoxError, DzhpcError, LaunchError, exit_code_of, message_of
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
 CALL = 1  # the tag of the empty message by which a rank calls off what all are doing
@@ -179,6 +179,15 @@ class World:
             local = 0 < len(failures) < self.size and rank > 0
             raise RankError(f"rank {rank}: {message}" if local else message, code)
 
+    def first_message(self, error: BaseException | None) -> str:
+        """The message of the first rank that comes with an error, on all ranks; "" where none does. Collective."""
+        messages = self.allgather(message_of(error) + self._keep_traceback(error) if error else "")
+        failed = [rank for rank, message in enumerate(messages) if message]
+        if not failed:
+            return ""
+        first = failed[0]
+        return messages[first] if len(failed) == self.size else f"rank {first}: {messages[first]}"
+
     def on_root(self, function: Callable):
         """``function()`` evaluated by the root, its value or its error on every rank."""
         value = None
@@ -189,6 +198,8 @@ class World:
 
     def _keep_traceback(self, error: BaseException) -> str:
         """Where the traceback of an exception nobody foresaw went: a file in the run folder, else standard error."""
+        if isinstance(error, BlackBoxError) and error.__cause__ is not None:
+            error = error.__cause__  # the user's own code
         if isinstance(error, (DzhpcError, KeyboardInterrupt)):
             return ""
         text = "".join(traceback.format_exception(error))
@@ -249,20 +260,6 @@ def check_launch(size: int) -> None:
             f"SLURM_NTASKS = {tasks}, but MPI sees 1 rank: srun and this MPI do not know each other; "
             f"start with `mpirun -n {tasks} python -m dzhpc...` or `srun --mpi=pmix`"
         )
-
-
-def message_of(error: BaseException) -> str:
-    """One line: the user's message, or type, text and place of an exception nobody foresaw."""
-    if isinstance(error, DzhpcError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f", at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
-
-
-def exit_code_of(error: BaseException) -> int:
-    """The documented code of an error of ours, 1 for any other."""
-    return error.exit_code if isinstance(error, DzhpcError) else 1
 
 
 def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Namespace], int]) -> None:

@@ -21,12 +21,13 @@ class Reason(IntEnum):
     EPOCHS = 1
     STEPS = 2
     QUERIES = 3
-    ACCURACY = 4
-    STOP_FILE = 5
-    WALLTIME = 6
-    DEADLINE = 7
-    SIGNAL = 8
-    TERMINATED = 9
+    MAX_QUERIES = 4
+    ACCURACY = 5
+    STOP_FILE = 6
+    WALLTIME = 7
+    DEADLINE = 8
+    SIGNAL = 9
+    TERMINATED = 10
 
     @property
     def exit_code(self) -> int:
@@ -37,6 +38,7 @@ class Reason(IntEnum):
     def text(self) -> str:
         return {
             Reason.EPOCHS: "all epochs done", Reason.STEPS: "stop.steps reached", Reason.QUERIES: "stop.queries reached",
+            Reason.MAX_QUERIES: "task.max_queries would be exceeded by the next step",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
             Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
             Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM)",

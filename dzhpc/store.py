@@ -164,15 +164,20 @@ class Metrics:
         self._new_train: list[tuple] = []
         self._new_eval: list[tuple] = []
 
-    def restore(self, step: int, keep_eval: Callable[[float], bool]) -> None:
-        """Read the file and drop rows after ``step``, and evaluations that an undisturbed run would not have made."""
+    def restore(self, step: int, keep_eval: Callable[[float], bool]) -> bool:
+        """Read the file and drop rows after ``step``, and evaluations that an undisturbed run would not have made.
+
+        Whether there is an evaluation of ``step``, kept or not.
+        """
         try:
             self.train, self.eval = load_metrics(self.path)
         except InputError as error:
             log.warning("the record of steps before %d is lost: %s", step, error)
-            return
+            return False
+        evaluated = bool((self.eval[:, 0] == step).any())
         self.train = self.train[self.train[:, 0] <= step]
         self.eval = self.eval[[row[0] <= step and keep_eval(row[0]) for row in self.eval]]
+        return evaluated
 
     def add_train(self, *row: float) -> None:
         self._new_train.append(row)

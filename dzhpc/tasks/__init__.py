@@ -20,7 +20,10 @@ class Task(Protocol):
     engine: object  # bind, differences, directional, cut: see dzhpc.engines.full.Full
     steps_per_epoch: int
     evaluation_parts: int  # pieces of an evaluation that ranks may share
-    evaluation_queries: int  # what an evaluation costs
+    evaluation_queries: int  # what an evaluation asks of the black box, whose questions are counted where there is one
+    query_cost: int  # what one evaluation of the loss asks
+    bind_cost: int  # what one bind asks
+    box_key: str  # names the black box where it is an error that no perturbation changes its answers; "" elsewhere
     parts: Parts | None  # first-order steps in parts that ranks share, by ``gradient_rows(mine, step)``; None: each rank does all
 
     def bind(self, step: int) -> float:

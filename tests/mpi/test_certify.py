@@ -16,6 +16,7 @@ INPUT = """
 kind = "defense"
 classifier = "prototypes:nearest"
 batch_limit = 40
+retries = 0
 [model]
 name = "dncnn"
 depth = 2

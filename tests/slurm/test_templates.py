@@ -35,6 +35,7 @@ OWN = """
 [task]
 kind = "objective"
 function = "loss:Loss"
+retries = 0
 [sparsity]
 ratio = 0.0
 [optim]
@@ -97,11 +98,11 @@ def test_cnn_array_with_a_failing_member(cluster, place):
     job = cluster.submit("--array=0,6", "--ntasks=2", "slurm/cnn.sh", cwd=place, env={"INPUT": "own.toml"})
     fields = {member: cluster.end_of(f"{job}_{member}") for member in (0, 6)}
     assert (fields[0]["JobState"], fields[0]["ExitCode"]) == ("COMPLETED", "0:0"), output(fields[0])[-2000:]
-    assert (fields[6]["JobState"], fields[6]["ExitCode"]) == ("FAILED", "1:0"), output(fields[6])[-2000:]
+    assert (fields[6]["JobState"], fields[6]["ExitCode"]) == ("FAILED", "6:0"), output(fields[6])[-2000:]
     good, bad = (place / "runs" / "cnn" / name for name in ("depth-1-seed-0", "depth-2-seed-1"))
     assert attributes(checkpoints(good)[-1], "state")["step"] == 40
     assert attributes(checkpoints(good)[-1], "state")["seed"] == 0
-    assert (manifest(bad)["state"], manifest(bad)["exit_code"]) == ("failed", 1)
+    assert (manifest(bad)["state"], manifest(bad)["exit_code"]) == ("failed", 6)
     assert "the solver diverged" in manifest(bad)["reason"]
     said = completed(cluster, cluster.submit("--array=5", "--ntasks=1", "slurm/cnn.sh", *TINY, cwd=place) + "_5")
     third = place / "runs" / "cnn" / "depth-1-seed-1"

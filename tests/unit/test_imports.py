@@ -13,10 +13,10 @@ config coordinates device graph lock smoothing spmd models.cnn models.vit engine
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
-engines
-models data runfolder sparsity distribution forecast parts
+engines runfolder
+models data sparsity distribution parts
 classifier
-tasks.classification tasks.objective tasks.defense
+forecast tasks.classification tasks.objective tasks.defense
 tasks
 trainer campaign certificates
 report fetch prune info bench
