@@ -219,7 +219,7 @@ def test_a_kill_half_way_costs_little(place, disturbed, done):
 
 
 def test_a_broken_classifier_ends_it_on_all_ranks_and_what_is_known_is_kept(place, done):
-    done["broken"].error(1, "rank 1: RuntimeError: out of order")
+    done["broken"].error(6, "rank 1: task.classifier = prototypes:nearest: RuntimeError: out of order")
     assert [row.idx for row in store.load_certificates(place / "broken" / "defense.h5")[0]] != []
 
 
