@@ -19,6 +19,7 @@ from dzhpc.errors import BlackBoxError, DzhpcError, LaunchError, exit_code_of, m
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
 CALL = 1  # the tag of the empty message by which a rank calls off what all are doing
+NEWS = 2  # the tag of what a rank tells the root
 
 
 class RankError(DzhpcError):
@@ -47,6 +48,8 @@ class World:
         node.Free()
         self._side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
         self._calls: list | None = None
+        self._told: list = []  # messages to the root that may still be on their way
+        self._told_count = self._heard_count = 0
         self.comm_s = 0.0
         self.crash_folder: Path | None = None
         self.on_failure: Callable[[str, int], None] = lambda message, code: None
@@ -120,6 +123,37 @@ class World:
         for request in self._calls or ():
             request.Wait()
         self._calls = None
+
+    def tell_root(self, value) -> None:
+        """Send the root (another rank) a small value; does not wait for it."""
+        self._told = [request for request in self._told if not request.Test()]
+        self._told.append(self._side.isend(value, 0, NEWS))
+        self._told_count += 1
+
+    def heard(self) -> list:
+        """What the root has been told since it last looked, in the order of each rank; does not wait."""
+        values = []
+        while message := self._side.improbe(tag=NEWS):
+            values.append(message.recv())
+        self._heard_count += len(values)
+        return values
+
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+        """Wait until every rank has come here, calling ``meanwhile`` now and then. Collective."""
+        barrier = self._side.Ibarrier()
+        while not barrier.Test():
+            meanwhile()
+            time.sleep(0.02)
+
+    def heard_all(self) -> list:
+        """All that was told and not yet heard, on the root; [] on others. Collective, once nobody tells any more."""
+        values, counts = [], self.gather(self._told_count)
+        if self.is_root:
+            while self._heard_count < sum(counts):
+                values.append(self._side.recv(tag=NEWS))
+                self._heard_count += 1
+        self._comm.barrier()
+        return values
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""

@@ -1,5 +1,6 @@
 """Why a run ends, and the signals, files and clocks that may ask for it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -51,6 +52,13 @@ def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: _signals.append((received, time.monotonic())))
+
+
+def tell_job_script(word: str) -> None:
+    """LISTENING, then why the run stopped: slurm/launch.sh forwards signals after the first, and may requeue after others."""
+    if path := os.environ.get("DZHPC_STATUS"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(word)
 
 
 class Requests:

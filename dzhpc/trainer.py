@@ -104,7 +104,7 @@ class Trainer:
             self._evaluate(again=True)  # the black box failed in it, or its record is lost
             if self.world.is_root:
                 self._metrics.flush()
-        progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
+        progress = Progress(self.last_step, self._quiet or not self.world.is_root)
         self._first_step = self.step
         try:
             while not (reason := self._reason_to_stop()):

@@ -9,7 +9,7 @@ import pytest
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
-config coordinates device graph lock spmd models.cnn models.vit engines.rules
+config coordinates device graph lock smoothing spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
@@ -18,9 +18,9 @@ models data sparsity distribution parts
 classifier
 forecast tasks.classification tasks.objective tasks.defense
 tasks
-trainer campaign
+trainer campaign certificates
 report fetch prune info bench
-train
+train certify
 """
 ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}}
 NUMERICAL = {
@@ -44,6 +44,7 @@ NUMERICAL = {
     "models",
     "data",
     "seeds",
+    "smoothing",
 }
 
 
