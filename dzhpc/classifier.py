@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dzhpc import data, models, store
+from dzhpc import data, models
 from dzhpc.config import Config, Model, import_object, is_function
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
 from dzhpc.errors import InputError
 from dzhpc.models.frozen import Frozen
+from dzhpc.runfolder import load_state
 
 log = logging.getLogger("dzhpc")
 SMALLEST = 1e-12  # a probability that a quantised classifier calls 0
@@ -34,9 +35,9 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
     """The network of ``task.classifier``, a file, normalisation included. Raises InputError for what does not fit."""
     task, path = config.task, config.task.classifier
     mean, std = data_set.mean, data_set.std
-    if _is_checkpoint(path):
-        own = models.config_of(store.load_checkpoint(path), path)
-        model = models.load_model(path)
+    if _is_ours(path):
+        file, state = load_state(path)
+        own, model = models.config_of(state, file), models.load_model(file)
         mean, std = own.data.mean or mean, own.data.std or std
     else:
         if not task.classifier_model:
@@ -48,9 +49,8 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
         try:
             model = models.build(section, 0)
         except InputError as error:
-            raise InputError(
-                str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
-            ) from None
+            text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
+            raise InputError(text) from None
     mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in (task.classifier_mean or mean, task.classifier_std or std))
     channels = data_set.train.images.shape[1]
     if len(mean) != channels or len(std) != channels:
@@ -58,9 +58,9 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
     return Frozen(model, mean.cpu(), std.cpu()).to(device)
 
 
-def _is_checkpoint(path: str) -> bool:
+def _is_ours(path: str) -> bool:
     try:
-        return store.is_ours(path)
+        return models.is_ours(path)
     except OSError as error:
         raise InputError(f"task.classifier = {path}: cannot be read ({error.strerror or error})") from None
 
@@ -108,7 +108,7 @@ class ClassifierLoss(BlackBoxLoss):
     """
 
     def __init__(self, box: BlackBox, answers: Answers, network: Frozen | None = None):
-        super().__init__(lambda images: box(images.clamp(0, 1).contiguous()), answers.cross_entropy)
+        super().__init__(lambda images: box(images.clamp(0, 1)), answers.cross_entropy)
         self._answers, self._network = answers, network
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Task(Section):
     classifier: str | None = Field(
         None,
         description='defense: the black box: "package.module:function", numpy images [N, 3, H, W] in [0, 1] -> logits or '
-        "probabilities [N, K]; or a file: a checkpoint of ours, a torch state_dict",
+        "probabilities [N, K]; or a checkpoint, a run folder (its newest), a torch state_dict",
     )
     classifier_model: str | None = Field(None, description="defense: the network of a torch state_dict, as in model.name")
     classifier_mean: list[float] | None = Field(
@@ -96,7 +96,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, or "package.module:Class"')
-    weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
+    weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
     trainable: list[str] | None = Field(
         None, description='train only parameters whose names match one of these patterns, e.g. ["model.38.*"]; the others stay'
     )

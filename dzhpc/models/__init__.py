@@ -15,6 +15,7 @@ from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
+from dzhpc.runfolder import load_state
 from dzhpc.seeds import derive
 
 MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT, "dncnn": DnCNN}
@@ -74,10 +75,13 @@ def _abridged(names: list[str]) -> str:
 
 
 def load_weights(model: torch.nn.Module, path: str) -> None:
-    """Copy the weights in ``path`` (our checkpoint, or a torch state_dict, possibly under "state_dict" and with "module.")."""
+    """Copy the weights in ``path``: a checkpoint or run folder of ours, or a torch state_dict.
+
+    The latter may lie under "state_dict" and have names with "module.". Raises InputError.
+    """
     try:
-        if store.is_ours(path):
-            state = store.load_checkpoint(path)
+        if is_ours(path):
+            _, state = load_state(path)
             assign(model, state.params, state.buffers)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -93,6 +97,11 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
         ) from None
 
 
+def is_ours(path: str | Path) -> bool:
+    """Whether this is a run folder, or begins like a checkpoint of ours. Raises OSError."""
+    return Path(path).is_dir() or store.is_ours(path)
+
+
 def config_of(state: store.State, source: str) -> configuration.Config:
     """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
     try:
@@ -102,12 +111,13 @@ def config_of(state: store.State, source: str) -> configuration.Config:
 
 
 def load_model(checkpoint: str | Path) -> torch.nn.Module:
-    """The trained network of a checkpoint, in eval mode, on the CPU; ``.state_dict()`` of it is a plain torch one.
+    """The trained network of a checkpoint, or of a run folder's newest, in eval mode, on the CPU.
 
-    Raises CheckpointError if the file is missing or damaged, or was written by a task without a network.
+    ``.state_dict()`` of it is a plain torch one. Raises CheckpointError if the file is missing or damaged, or was written by a
+    task without a network.
     """
-    state = store.load_checkpoint(checkpoint)
-    config = config_of(state, str(checkpoint))
+    file, state = load_state(checkpoint)
+    config = config_of(state, file)
     if config.task.kind == "objective":
         raise CheckpointError(
             f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.store.load_checkpoint(...).params"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dzhpc import config as configuration
-from dzhpc import data, models, store
+from dzhpc import data, models
 from dzhpc.classifier import Answers, ClassifierLoss, load_box, load_network
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
@@ -19,7 +19,7 @@ from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.full import mse
 from dzhpc.errors import InputError
 from dzhpc.parts import Parts
-from dzhpc.runfolder import RunFolder
+from dzhpc.runfolder import load_state
 from dzhpc.seeds import generator
 
 log = logging.getLogger("dzhpc")
@@ -58,9 +58,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     if path.suffix == ".toml":
         config = configuration.load(path)
     else:
-        file, state = RunFolder(path).newest_state() if path.is_dir() else (str(path), store.load_checkpoint(path))
-        if state is None:
-            raise InputError(f"{path}: holds no checkpoint; give a run folder, a checkpoint, or an input file (.toml)")
+        file, state = load_state(path)
         config = models.config_of(state, file)
         config.model.weights = None
     if config.task.kind != "defense":

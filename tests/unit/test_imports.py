@@ -13,8 +13,8 @@ config coordinates device graph lock spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
-engines
-models data runfolder sparsity distribution parts
+engines runfolder
+models data sparsity distribution parts
 classifier
 forecast tasks.classification tasks.objective tasks.defense
 tasks
