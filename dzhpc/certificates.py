@@ -88,7 +88,7 @@ def _with_interval(k: int, n: int) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Certified accuracy against the radius, a curve a method, with its confidence band."""
+    """Certified accuracy against the radius, a curve a method, with its confidence band where there are few."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,8 +101,10 @@ def plot(records: list[Record], path: Path) -> None:
         steps, counts = [*steps, steps[-1]], [*counts, 0]
         bands = np.array([confidence_interval(count, total) for count in counts])
         style = dict(color=f"C{k % 10}", linestyle=("-", "--", ":")[k // 10 % 3])
-        axes.step(steps, 100 * np.array(counts) / total, where="pre", label=record.name, lw=1.6, **style)
-        axes.fill_between(steps[:-1], *(100 * bands[:-1].T), step="pre", color=style["color"], alpha=0.1, lw=0)
+        name = f"{record.name} (adaptive)" if record.about["adaptive"] else record.name
+        axes.step(steps, 100 * np.array(counts) / total, where="pre", label=name, lw=1.6, **style)
+        if len(records) <= 3:  # more of them hide each other; the table has all intervals
+            axes.fill_between(steps[:-1], *(100 * bands[:-1].T), step="pre", color=style["color"], alpha=0.1, lw=0)
     axes.set_xlabel("l2 radius, for pixels in [0, 1]")
     axes.set_ylabel("certified accuracy in %")
     axes.set_xlim(left=0)

@@ -52,7 +52,10 @@ def nearest(images):
     return -((images.reshape(len(images), 1, -1) - MEANS) ** 2).sum(-1)
 '''
 PLAN = ["--images", "13", "--n0", "30", "--n", "500", "--batch", "40", "--sigma", "0.4"]
-QUICK = "import dzhpc.certify as c; c.SAVE_EVERY = 0.1; from dzhpc.spmd import run_verb; run_verb(c.parser(), c.main)"
+QUICK = (
+    "from dzhpc import certification, certify; from dzhpc.spmd import run_verb; certification.SAVE_EVERY = 0.1; "
+    "run_verb(certify.parser(), certify.main)"
+)
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", kept.append)
     text = certificates.write([record[0], other], tmp_path / "out")
     axes = kept[0].axes[0]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["zo", "bare"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["zo", "bare (adaptive)"]
     assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([1000 / 12, 100 / 3])
     assert [line.get_ydata()[-1] for line in axes.lines] == [0, 0]
     assert axes.lines[0].get_xdata()[-1] == pytest.approx(certified_radius(1000, 1000, 0.25, 0.001))

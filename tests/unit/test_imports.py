@@ -19,6 +19,7 @@ classifier
 forecast tasks.classification tasks.objective tasks.defense
 tasks
 trainer campaign certificates
+certification
 report fetch prune info bench
 train certify
 """
