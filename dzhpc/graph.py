@@ -41,6 +41,8 @@ class Network:
             if users not in self._tails:
                 self._tails[users] = self._cut_tail(users)
         self._wanted = {node for tail in self._tails.values() if tail for node in tail[1]}
+        changing = _closure([node for users in self._users for node in users], lambda node: node.users)
+        self._near = changing | {a for node in changing for a in node.all_input_nodes}
         self._kept: dict[fx.Node, object] = {}
         self._keep_all = keep_all
         self._state = {b.untyped_storage().data_ptr() for b in model.buffers()}
@@ -54,8 +56,13 @@ class Network:
         return _Recorder(self, observe).run(inputs)
 
     def keep(self, node: fx.Node, value: object) -> None:
-        """Keep a value for the tails. A buffer is copied: each query finds the buffers as they were before the base pass."""
-        if self._keep_all or node in self._wanted:
+        """Keep a value for the tails. A buffer is copied: each query finds the buffers as they were before the base pass.
+
+        With ``keep_all`` features before the first trainable parameter are let go: only that they are tensors may be asked.
+        """
+        if self._keep_all and node not in self._near and isinstance(value, Tensor):
+            self._kept[node] = value.new_empty(0)
+        elif self._keep_all or node in self._wanted:
             is_buffer = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._state
             self._kept[node] = value.clone() if is_buffer else value
 
@@ -68,7 +75,7 @@ class Network:
         return module(*[self._kept[node] for node in inputs])
 
     def value(self, node: fx.Node) -> object:
-        """The base value of an operation (all of them are kept with ``keep_all``)."""
+        """The base value of an operation that some parameter may change, or that such a one reads (with ``keep_all``)."""
         return self._kept[node]
 
     def users(self, parameter: int) -> tuple[fx.Node, ...]:

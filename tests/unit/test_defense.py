@@ -149,6 +149,15 @@ def test_engines_agree_and_the_box_is_asked_in_one_layout(user):
     assert all(a.flags["C_CONTIGUOUS"] and len(a) <= 30 and a.min() >= 0 and a.max() <= 1 for a in user.SEEN)
 
 
+def test_features_before_the_first_trainable_layer_are_not_kept():
+    kept = []
+    for patterns in (["*"], ["model.4.weight"]):
+        task = task_of("model.depth=6", f"model.trainable={patterns}".replace("4", "10"))
+        task.bind(0)
+        kept.append(task.engine.peak_bytes)
+    assert kept[1] < 0.4 * kept[0]
+
+
 def test_the_noise_of_a_step_is_the_same_for_base_and_perturbed_queries_and_differs_between_steps():
     task = task_of("zo.engine=full", "task.sigma=0.5")
     clean, noisy = task._batch(4)
