@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
-FREE = ("data.root",)
+FREE = ("data.root", "task.retries", "task.max_queries")
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
     "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
     "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
@@ -62,19 +62,44 @@ class Run(Section):
 class Task(Section):
     """What is trained."""
 
-    kind: Literal["classification", "objective"] = Field(
-        "classification", description="a network on labelled images, or the user's own loss of a parameter vector"
+    kind: Literal["classification", "objective", "defense"] = Field(
+        "classification",
+        description="a network on labelled images, the user's own loss of a parameter vector, or a denoiser before a black box",
     )
     function: str | None = Field(None, description='objective: "package.module:Name" with initial() and __call__(thetas, step)')
-    batch_limit: Count = Field(1024, description="objective: the most thetas in one call")
+    batch_limit: Count = Field(1024, description="objective, defense: the most thetas, or images, in one call")
+    classifier: str | None = Field(
+        None,
+        description='defense: the black box: "package.module:function", numpy images [N, 3, H, W] in [0, 1] -> logits or '
+        "probabilities [N, K]; or a checkpoint, a run folder (its newest), a torch state_dict",
+    )
+    classifier_model: str | None = Field(None, description="defense: the network of a torch state_dict, as in model.name")
+    classifier_mean: list[float] | None = Field(
+        None, description="defense: normalisation inside a classifier from a file; None: the data set's own"
+    )
+    classifier_std: list[float] | None = Field(None, description="defense: see classifier_mean")
+    sigma: Positive = Field(0.25, description="defense: the standard deviation of the noise, for pixels in [0, 1]")
+    loss: Literal["classifier", "mse"] = Field(
+        "classifier",
+        description="defense: cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",
+    )
+    retries: int = Field(
+        3, ge=0, description="black box: ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
+    )
+    max_queries: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="black box: end the run (exit 0) before what would ask it more often than this"
+    )
 
 
 class Model(BaseModel):
     """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, or "package.module:Class"')
-    weights: str | None = Field(None, description="start from this file: a checkpoint of ours or a torch state_dict")
+    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, or "package.module:Class"')
+    weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
+    trainable: list[str] | None = Field(
+        None, description='train only parameters whose names match one of these patterns, e.g. ["model.38.*"]; the others stay'
+    )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -93,6 +118,9 @@ class Data(Section):
     )
     batch_size: Count = Field(512, description="images per step; every rank sees the same batch")
     train_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="train on a random subset of this many images")
+    test_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="evaluate on this many images, evenly spaced over the test set"
+    )
     augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
     mean: list[float] | None = Field(
         None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own"
@@ -300,6 +328,17 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield 'task.kind = "objective": has no autograd; use zo.estimator cge or rge, sparsity.scores zo-grasp or random'
     elif task.function:
         yield 'task.function: belongs to task.kind = "objective"'
+    if task.kind == "classification" and task.max_queries:
+        yield f"task.max_queries = {task.max_queries}: belongs to a task with a black box; use stop.queries"
+    if task.kind != "defense":
+        if task.classifier:
+            yield 'task.classifier: belongs to task.kind = "defense"'
+    elif task.loss == "classifier":
+        if not task.classifier:
+            yield 'task.kind = "defense": needs task.classifier = "package.module:function" or a file of weights'
+        first_order = zo.estimator == "autograd" or (sparsity.scores == "fo-grasp" and sparsity.ratio > 0)
+        if first_order and is_function(task.classifier):
+            yield f"task.classifier = {task.classifier}: a function has no autograd; use zo.estimator cge or rge, no fo-grasp"
 
 
 def known_keys() -> Iterator[tuple[str, Any, str]]:
@@ -318,6 +357,12 @@ def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 def _flatten(config: Config) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, table in config.model_dump().items() for key, value in table.items()}
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is that of a Python object, ``package.module:Name``, rather than of a file."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def import_object(name: str, key: str) -> Any:

@@ -136,6 +136,9 @@ def load(section: configuration.Data, seed: int) -> DataSet:
     if section.train_limit is not None and section.train_limit < len(data.train):
         chosen = torch.randperm(len(data.train), generator=generator(seed, "train_limit"))[: section.train_limit]
         data.train = Split(data.train.images[chosen], data.train.labels[chosen])
+    if section.test_limit is not None and section.test_limit < len(data.test):
+        chosen = torch.arange(section.test_limit) * len(data.test) // section.test_limit  # image folders are sorted by class
+        data.test = Split(data.test.images[chosen], data.test.labels[chosen])
     return data
 
 

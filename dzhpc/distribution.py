@@ -1,5 +1,6 @@
 """Estimates over ranks: chunks, slices balanced by measured cost, scatter, the joined estimate (eq. 5), interruption."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from dzhpc import device as devices
 from dzhpc import estimators
 from dzhpc.coordinates import balance
+from dzhpc.errors import BlackBoxError
 from dzhpc.estimators import Partial
 from dzhpc.spmd import World
 
@@ -18,11 +20,14 @@ AT_ONCE = 16  # of at most so many directions for a network, or of as many theta
 
 
 class Interrupted(Exception):
-    """Raised on all ranks together: an estimate was left unfinished; ``partial`` is what is known of it, on every rank."""
+    """Raised on all ranks together: an estimate was left unfinished; ``partial`` is what is known of it, on every rank.
 
-    def __init__(self, partial: Partial | None):
+    failure: what the black box of some rank died of; "" where there was another reason.
+    """
+
+    def __init__(self, partial: Partial | None, failure: str = ""):
         super().__init__("left unfinished")
-        self.partial = partial
+        self.partial, self.failure = partial, failure
 
 
 class Distribution:
@@ -38,6 +43,7 @@ class Distribution:
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []
         self.bad_direction: int | None = None  # the first of the last RGE whose difference was not finite
+        self._failure: BlackBoxError | None = None  # of this rank's black box, until all ranks know
 
     def assign(self, coords: np.ndarray | None, partial: Partial | None = None) -> None:
         """Root cuts S into chunks, balances those not in ``partial`` by cost and scatters the slices.
@@ -86,6 +92,21 @@ class Distribution:
         pieces = _missing(self._pieces(n), partial)
         return self._joined(n, pieces[self._world.rank :: self._world.size], evaluate, partial)
 
+    def attempt(self, ask: Callable, otherwise=math.nan):
+        """``ask()``, what each rank does by itself; where its black box fails, ``otherwise``, and all leave the next estimate."""
+        try:
+            return ask()
+        except BlackBoxError as error:
+            self._failure = error
+            self._world.call_off()
+            return otherwise
+
+    def failure(self) -> str:
+        """What a black box failed of in :meth:`attempt`, on all ranks; "" if none did. Collective: all have left."""
+        self._world.settle()
+        failure, self._failure = self._failure, None
+        return self._world.first_message(failure)
+
     def owner_of(self, position: int) -> int:
         """The rank that evaluates a position of S. Collective."""
         return self._world.maximum(self._world.rank if any(position in chunk for chunk in self.mine) else -1)
@@ -105,18 +126,19 @@ class Distribution:
         done = np.zeros(n, bool)
         for piece in mine:
             if self._leaves():
-                values[n] = 1.0  # travels with the others: without an interruption it costs no message
                 break
-            values[piece.start : piece.stop] = evaluate(piece)
-            done[piece.start : piece.stop] = True
+            part = self.attempt(lambda piece=piece: evaluate(piece), None)
+            if part is not None:
+                values[piece.start : piece.stop] = part
+                done[piece.start : piece.stop] = True
+        values[n] = world.called_off()  # travels with the others: without an interruption it costs no message
         joined = world.join(values)
         unfinished, joined = joined[n] > 0, joined[:n]
         if partial is not None:
             joined[partial.done] = partial.values[partial.done]
         if unfinished:
             done = world.join(done.astype(np.uint8)) > 0
-            world.settle()
-            raise Interrupted(Partial(joined, done if partial is None else done | partial.done))
+            raise Interrupted(Partial(joined, done if partial is None else done | partial.done), self.failure())
         return joined
 
     def _leaves(self) -> bool:

@@ -3,13 +3,16 @@
 | code | meaning |
 |---|---|
 | 0 | finished, a limit in ``[stop]`` reached, a STOP file found, or nothing left to do |
-| 1 | an exception nobody foresaw, the user's own code included |
+| 1 | an exception nobody foresaw, of the user's own network or data included |
 | 2 | bad input, missing file or data |
 | 3 | a checkpoint that is missing, damaged, of another model or with other frozen keys |
 | 4 | bad launch: no MPI job, several ranks on one GPU, or a run folder that another job is using |
 | 5 | numerical failure |
+| 6 | the black box (a user's loss or classifier) failed, and again when asked again; what is known is kept in a checkpoint |
 | 75 | stopped early with a checkpoint: submit the same command again |
 """
+
+import traceback
 
 STOPPED_EARLY = 75
 
@@ -46,3 +49,23 @@ class NumericalError(DzhpcError):
 
 class ReplicaError(NumericalError):
     """The replicated state differs between ranks, so no later number could be trusted."""
+
+
+class BlackBoxError(DzhpcError):
+    """The user's function or classifier raised, and did so again; the cause is chained."""
+
+    exit_code = 6
+
+
+def message_of(error: BaseException) -> str:
+    """One line: the user's message, or type, text and place of an exception nobody foresaw."""
+    if isinstance(error, DzhpcError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The documented code of an error of ours, 1 for any other."""
+    return error.exit_code if isinstance(error, DzhpcError) else 1

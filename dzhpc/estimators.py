@@ -28,6 +28,12 @@ class Partial:
     done: np.ndarray
 
 
+def step_queries(zo, n: int, bind_cost: int = 1, query_cost: int = 1) -> int:
+    """What a step on n coordinates asks, ``zo`` being that section: ``bind_cost`` for the base, ``query_cost`` a perturbation."""
+    perturbations = {"cge": n, "rge": zo.q or n, "autograd": 0}[zo.estimator] * (2 if zo.difference == "central" else 1)
+    return bind_cost + perturbations * query_cost
+
+
 def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:
     """Coordinate-wise estimate on ``coords`` (int64 [n]) -> [n] in the parameters' dtype.
 

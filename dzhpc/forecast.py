@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from dzhpc import device as devices
-from dzhpc import pruning
+from dzhpc import estimators, pruning
 from dzhpc.coordinates import balance
 from dzhpc.metrics import duration
+from dzhpc.sparsity import Pattern
 
 CHUNKS = 12  # timed, spread evenly over the network
 
@@ -21,19 +22,17 @@ def forecast(task) -> str:
     config, engine, index = task.config, task.engine, task.engine.index
     coords = _mean_pattern(task)
     sides = 2 if config.zo.difference == "central" else 1
-    directions = config.zo.q or len(coords)
-    per_step = {"cge": 1 + sides * len(coords), "rge": 1 + sides * directions, "autograd": 1}[config.zo.estimator]
+    per_step = estimators.step_queries(config.zo, len(coords), task.bind_cost, task.query_cost)
     steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
-    scores = (
-        2 * config.sparsity.q + 2
-        if config.sparsity.ratio and not config.sparsity.lpr and config.sparsity.scores == "zo-grasp"
-        else 0
-    )
+    scores = Pattern(task, None).ahead(0)[0]
+    interval = config.eval.every_epochs * task.steps_per_epoch
+    evaluations = -(-steps // interval) * task.evaluation_queries
+    total = per_step * steps + scores + evaluations
     base_s, cost = _timed(task, coords)
     lines = [
         config.to_toml(),
         f"coordinates {index.size:,}, active |S| {len(coords):,}, steps {steps:,} of {task.steps_per_epoch} an epoch",
-        f"queries: {per_step:,} a step, {scores} for scores, {per_step * steps + scores:,} in all",
+        f"queries: {per_step:,} a step, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
         f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
         f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
         f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",

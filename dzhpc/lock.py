@@ -13,14 +13,14 @@ KNOWN_BUT_IDLE = ("", "PENDING")  # what squeue says of a job that is over, or r
 
 
 class Lock:
-    """``lock.json`` in a run folder: who is at work there.
+    """``lock.json`` in a run folder, or another ``file`` for what can be worked on by itself: who is at work there.
 
     A lock is stale, and taken over, if its process has ended (same host) or Slurm no longer runs its job (any host). The lock
     of another host without Slurm cannot be judged from here: the user deletes the file.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / "lock.json"
+    def __init__(self, folder: Path, file: str = "lock.json", option: str = "--run-dir"):
+        self.path, self._option = folder / file, option  # the option of the command line by which the user chooses the folder
         self._held = False
 
     def acquire(self) -> str:
@@ -33,14 +33,14 @@ class Lock:
                 found = read(self.path)
                 if found is not None and not is_stale(found):
                     raise LaunchError(
-                        f"{self.path.parent}: in use by {name(found)}; wait for it, or choose another folder with --run-dir. "
-                        f"If that job is dead, delete {self.path}"
+                        f"{self.path.parent}: in use by {name(found)}; wait for it, or choose another folder with "
+                        f"{self._option}. If that job is dead, delete {self.path}"
                     ) from None
                 stale = name(found) if found else stale
                 self._remove(found)
             except OSError as error:
                 raise InputError(
-                    f"{self.path.parent}: the run folder cannot be written ({error.strerror}); choose another with --run-dir"
+                    f"{self.path.parent}: the run folder cannot be written ({error.strerror}); choose another with {self._option}"
                 ) from None
         return stale
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,38 +64,55 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
+class Line:
+    """One live line on a terminal, else one plain line per interval."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._next = quiet, 0.0
+        self._bar = tqdm(bar_format="{desc}", leave=False) if _on_terminal() and not quiet else None
+
+    def say(self, text: Callable[[], str]) -> None:
+        """Print ``text()`` when it is time."""
+        now = time.monotonic()
+        if self._quiet or now < self._next:
+            return
+        self._next = now + (INTERVAL if self._bar is None else 0.1)
+        if self._bar is None:
+            log.info(text())
+        else:
+            self._bar.set_description_str(text())
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        if self._bar is not None:
+            self._bar.close()
+
+
 class Progress:
     """``step 1200/9750 epoch 6.2 loss 1.834 |ghat| 0.41 lr 0.098 31,000 queries/s comm 2% ETA 1:27:10``."""
 
-    def __init__(self, first: int, last: int, quiet: bool):
-        self._last, self._quiet, self._next = last, quiet, 0.0
+    def __init__(self, last: int, quiet: bool):
+        self._last, self._line = last, Line(quiet)
         self._times: deque[tuple[float, float, int]] = deque(
             maxlen=50
         )  # (seconds, of them in collectives, queries) of late steps
-        self._bar = tqdm(total=last, initial=first, bar_format="{desc}", leave=False) if _on_terminal() and not quiet else None
 
     def show(
         self, step: int, epoch: float, loss: float, grad_norm: float, lr: float, queries: int, step_s: float, comm_s: float
     ) -> None:
         """Take note of a step and print when it is time."""
         self._times.append((step_s, comm_s, queries))
-        now = time.monotonic()
-        if self._quiet or (self._bar is None and now < self._next):
-            return
-        self._next = now + INTERVAL
-        seconds, comm, count = (sum(column) for column in zip(*self._times, strict=True))
-        eta = (self._last - step) * seconds / len(self._times)
-        line = (
-            f"step {step}/{self._last} epoch {epoch:.1f} loss {loss:.4g} |ghat| {grad_norm:.3g} lr {lr:.3g} "
-            f"{count / max(seconds, 1e-9):,.0f} queries/s comm {100 * comm / max(seconds, 1e-9):.0f}% ETA {duration(eta)}"
-        )
-        if self._bar is None:
-            log.info(line)
-        else:
-            self._bar.set_description_str(line)
-            self._bar.update(step - self._bar.n)
+
+        def text() -> str:
+            seconds, comm, count = (sum(column) for column in zip(*self._times, strict=True))
+            eta = (self._last - step) * seconds / len(self._times)
+            return (
+                f"step {step}/{self._last} epoch {epoch:.1f} loss {loss:.4g} |ghat| {grad_norm:.3g} lr {lr:.3g} "
+                f"{count / max(seconds, 1e-9):,.0f} queries/s comm {100 * comm / max(seconds, 1e-9):.0f}% ETA {duration(eta)}"
+            )
+
+        self._line.say(text)
 
     def close(self) -> None:
         """Leave the terminal clean."""
-        if self._bar is not None:
-            self._bar.close()
+        self._line.close()

@@ -43,7 +43,9 @@ def main(world: World, args: argparse.Namespace) -> int:
     with world.together():
         sys.path.insert(0, str(Path(args.input).resolve().parent))
         task = make_task(config, device)
-    lpr = Pattern(task, world.split).score()
+    pattern = Pattern(task, world.split)
+    check_budget(config.task.max_queries, pattern.score_queries)
+    lpr = pattern.score()
 
     def save() -> None:
         store.save_lpr(args.out, lpr, task.engine.index.split(lpr.scores))
@@ -63,6 +65,12 @@ def check(config: configuration.Config, out: Path) -> configuration.Config:
         raise InputError(f"{out}: the folder {out.parent} does not exist")
     config.sparsity.lpr = None
     return config
+
+
+def check_budget(limit: int | None, queries: int) -> None:
+    """Raise InputError where the scores would ask the black box more often than ``task.max_queries``."""
+    if limit is not None and queries > limit:
+        raise InputError(f"task.max_queries = {limit}: the scores ask {queries:,} times; raise it, or lower sparsity.q")
 
 
 if __name__ == "__main__":

@@ -127,3 +127,13 @@ def _write(path: Path, text: str) -> None:
 def _next_number(paths: Iterable[Path]) -> int:
     """One more than the largest number at the end of the names."""
     return 1 + max((int(m[0]) for p in paths if (m := re.search(r"\d+$", p.stem))), default=0)
+
+
+def load_state(path: str | Path) -> tuple[str, store.State]:
+    """(file, state) of a checkpoint, or of the newest valid one in a run folder. Raises CheckpointError."""
+    if not Path(path).is_dir():
+        return str(path), store.load_checkpoint(path)
+    file, state = RunFolder(path).newest_state()
+    if state is None:
+        raise CheckpointError(f"{path}: holds no checkpoint; give a run folder or a checkpoint (step-*.h5)")
+    return file, state

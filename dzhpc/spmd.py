@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc import process
-from dzhpc.errors import DzhpcError, LaunchError
+from dzhpc.errors import BlackBoxError, DzhpcError, LaunchError, exit_code_of, message_of
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
 CALL = 1  # the tag of the empty message by which a rank calls off what all are doing
+NEWS = 2  # the tag of what a rank tells the root
 
 
 class RankError(DzhpcError):
@@ -47,6 +48,8 @@ class World:
         node.Free()
         self._side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
         self._calls: list | None = None
+        self._told: list = []  # messages to the root that may still be on their way
+        self._told_count = self._heard_count = 0
         self.comm_s = 0.0
         self.crash_folder: Path | None = None
         self.on_failure: Callable[[str, int], None] = lambda message, code: None
@@ -121,6 +124,37 @@ class World:
             request.Wait()
         self._calls = None
 
+    def tell_root(self, value) -> None:
+        """Send the root (another rank) a small value; does not wait for it."""
+        self._told = [request for request in self._told if not request.Test()]
+        self._told.append(self._side.isend(value, 0, NEWS))
+        self._told_count += 1
+
+    def heard(self) -> list:
+        """What the root has been told since it last looked, in the order of each rank; does not wait."""
+        values = []
+        while message := self._side.improbe(tag=NEWS):
+            values.append(message.recv())
+        self._heard_count += len(values)
+        return values
+
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+        """Wait until every rank has come here, calling ``meanwhile`` now and then. Collective."""
+        barrier = self._side.Ibarrier()
+        while not barrier.Test():
+            meanwhile()
+            time.sleep(0.02)
+
+    def heard_all(self) -> list:
+        """All that was told and not yet heard, on the root; [] on others. Collective, once nobody tells any more."""
+        values, counts = [], self.gather(self._told_count)
+        if self.is_root:
+            while self._heard_count < sum(counts):
+                values.append(self._side.recv(tag=NEWS))
+                self._heard_count += 1
+        self._comm.barrier()
+        return values
+
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""
         mine = range(self.rank, n, self.size)
@@ -145,6 +179,15 @@ class World:
             local = 0 < len(failures) < self.size and rank > 0
             raise RankError(f"rank {rank}: {message}" if local else message, code)
 
+    def first_message(self, error: BaseException | None) -> str:
+        """The message of the first rank that comes with an error, on all ranks; "" where none does. Collective."""
+        messages = self.allgather(message_of(error) + self._keep_traceback(error) if error else "")
+        failed = [rank for rank, message in enumerate(messages) if message]
+        if not failed:
+            return ""
+        first = failed[0]
+        return messages[first] if len(failed) == self.size else f"rank {first}: {messages[first]}"
+
     def on_root(self, function: Callable):
         """``function()`` evaluated by the root, its value or its error on every rank."""
         value = None
@@ -155,6 +198,8 @@ class World:
 
     def _keep_traceback(self, error: BaseException) -> str:
         """Where the traceback of an exception nobody foresaw went: a file in the run folder, else standard error."""
+        if isinstance(error, BlackBoxError) and error.__cause__ is not None:
+            error = error.__cause__  # the user's own code
         if isinstance(error, (DzhpcError, KeyboardInterrupt)):
             return ""
         text = "".join(traceback.format_exception(error))
@@ -215,20 +260,6 @@ def check_launch(size: int) -> None:
             f"SLURM_NTASKS = {tasks}, but MPI sees 1 rank: srun and this MPI do not know each other; "
             f"start with `mpirun -n {tasks} python -m dzhpc...` or `srun --mpi=pmix`"
         )
-
-
-def message_of(error: BaseException) -> str:
-    """One line: the user's message, or type, text and place of an exception nobody foresaw."""
-    if isinstance(error, DzhpcError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f", at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
-
-
-def exit_code_of(error: BaseException) -> int:
-    """The documented code of an error of ours, 1 for any other."""
-    return error.exit_code if isinstance(error, DzhpcError) else 1
 
 
 def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Namespace], int]) -> None:

@@ -1,5 +1,6 @@
 """Why a run ends, and the signals, files and clocks that may ask for it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -20,12 +21,13 @@ class Reason(IntEnum):
     EPOCHS = 1
     STEPS = 2
     QUERIES = 3
-    ACCURACY = 4
-    STOP_FILE = 5
-    WALLTIME = 6
-    DEADLINE = 7
-    SIGNAL = 8
-    TERMINATED = 9
+    MAX_QUERIES = 4
+    ACCURACY = 5
+    STOP_FILE = 6
+    WALLTIME = 7
+    DEADLINE = 8
+    SIGNAL = 9
+    TERMINATED = 10
 
     @property
     def exit_code(self) -> int:
@@ -36,6 +38,7 @@ class Reason(IntEnum):
     def text(self) -> str:
         return {
             Reason.EPOCHS: "all epochs done", Reason.STEPS: "stop.steps reached", Reason.QUERIES: "stop.queries reached",
+            Reason.MAX_QUERIES: "task.max_queries would be exceeded by the next step",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
             Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
             Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM)",
@@ -49,6 +52,13 @@ def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: _signals.append((received, time.monotonic())))
+
+
+def tell_job_script(word: str) -> None:
+    """LISTENING, then why the run stopped: slurm/launch.sh forwards signals after the first, and may requeue after others."""
+    if path := os.environ.get("DZHPC_STATUS"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(word)
 
 
 class Requests:

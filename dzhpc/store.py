@@ -1,4 +1,4 @@
-"""HDF5 files: checkpoints, LPR files, metrics, packed data. The only module that imports h5py.
+"""HDF5 files: checkpoints, LPR files, metrics, packed data, certificates. The only module that imports h5py.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that a reader never sees half a file. It
 starts with a 512-byte user block that holds a SHA-256 of the rest; the sum is verified before HDF5 parses a byte.
@@ -22,6 +22,7 @@ from torch import Tensor
 from dzhpc.errors import CheckpointError, DzhpcError, InputError
 from dzhpc.estimators import Partial
 from dzhpc.pruning import LPR
+from dzhpc.smoothing import Certificate
 
 VERSION = 1
 BLOCK = 512
@@ -30,6 +31,10 @@ log = logging.getLogger("dzhpc")
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "queries", "step_s", "comm_s", "peak_bytes")
 EVAL_COLUMNS = ("step", "epoch", "loss", "accuracy")
 INTEGERS = ("step", "queries", "peak_bytes")
+CERTIFICATE_COLUMNS = {
+    "idx": np.int64, "label": np.int64, "selected": np.int64, "predict": np.int64, "n_a": np.int64, "n": np.int64,
+    "radius": np.float64, "correct": np.bool_, "seconds": np.float64, "done": np.bool_,
+}  # fmt: skip
 
 
 @dataclass
@@ -159,15 +164,20 @@ class Metrics:
         self._new_train: list[tuple] = []
         self._new_eval: list[tuple] = []
 
-    def restore(self, step: int, keep_eval: Callable[[float], bool]) -> None:
-        """Read the file and drop rows after ``step``, and evaluations that an undisturbed run would not have made."""
+    def restore(self, step: int, keep_eval: Callable[[float], bool]) -> bool:
+        """Read the file and drop rows after ``step``, and evaluations that an undisturbed run would not have made.
+
+        Whether there is an evaluation of ``step``, kept or not.
+        """
         try:
             self.train, self.eval = load_metrics(self.path)
         except InputError as error:
             log.warning("the record of steps before %d is lost: %s", step, error)
-            return
+            return False
+        evaluated = bool((self.eval[:, 0] == step).any())
         self.train = self.train[self.train[:, 0] <= step]
         self.eval = self.eval[[row[0] <= step and keep_eval(row[0]) for row in self.eval]]
+        return evaluated
 
     def add_train(self, *row: float) -> None:
         self._new_train.append(row)
@@ -201,6 +211,32 @@ def load_metrics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             return np.stack([file[table][name][:n].astype(np.float64) for name in columns], axis=1)
 
         return rows("train", TRAIN_COLUMNS), rows("eval", EVAL_COLUMNS)
+
+
+def save_certificates(path: Path, rows: list[Certificate], about: Mapping[str, object]) -> None:
+    """Write certificates, a row an image: raw counts, radii in full precision (NaN: abstained, or not done yet), and ``about`` as
+    attributes. Raises CheckpointError if they cannot be written; then the old file, if any, is whole."""
+
+    def fill(file: h5py.File) -> None:
+        file.create_group("about").attrs.update(about)
+        group = file.create_group("images")
+        for name, kind in CERTIFICATE_COLUMNS.items():
+            values = [getattr(row, name) for row in rows]
+            group[name] = np.array([np.nan if v is None else v for v in values], kind)
+
+    _write(path, "dzhpc-certificates", fill, CheckpointError)
+
+
+def load_certificates(path: str | Path) -> tuple[list[Certificate], dict[str, object]]:
+    """(rows, about), as given to :func:`save_certificates`. Raises CheckpointError if the file is missing or damaged."""
+    with _open(Path(path), "dzhpc-certificates", CheckpointError) as file:
+        about = {k: v.item() if isinstance(v, np.generic) else v for k, v in file["about"].attrs.items()}
+        columns = [file["images"][name][()].tolist() for name in CERTIFICATE_COLUMNS]
+        rows = [dict(zip(CERTIFICATE_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+        for row in rows:
+            del row["predict"], row["correct"]  # they follow from the others
+            row["radius"] = None if np.isnan(row["radius"]) else row["radius"]
+        return [Certificate(**row) for row in rows], about
 
 
 def describe(path: str | Path) -> str:

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before torch loads, which takes seconds: a rank ma
     stopping.listen()
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import logging
@@ -26,7 +25,7 @@ from dzhpc.lock import Lock
 from dzhpc.runfolder import RunFolder
 from dzhpc.sparsity import read_lpr
 from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import Reason, listen
+from dzhpc.stopping import Reason, listen, tell_job_script
 from dzhpc.tasks import Task, make_task
 from dzhpc.trainer import Trainer, check_restart
 
@@ -170,13 +169,6 @@ def end(folder: RunFolder, trainer: Trainer, reason: Reason) -> None:
         log.info("results: %s", folder.path / "report" / "report.md")
     except DzhpcError as error:
         log.warning("no report: %s", error)
-
-
-def tell_job_script(word: str) -> None:
-    """LISTENING, then why the run stopped: slurm/launch.sh forwards signals after the first, and may requeue after others."""
-    if path := os.environ.get("DZHPC_STATUS"):
-        with contextlib.suppress(OSError):
-            Path(path).write_text(word)
 
 
 def git_commit() -> str | None:

@@ -12,9 +12,10 @@ from dzhpc import config as configuration
 from dzhpc import device as devices
 from dzhpc import estimators, models, optimizers, store
 from dzhpc.distribution import Distribution, Interrupted
-from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
+from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError, ReplicaError
 from dzhpc.estimators import Partial
 from dzhpc.metrics import Progress, duration
+from dzhpc.parts import PARTS
 from dzhpc.runfolder import RunFolder
 from dzhpc.seeds import derive
 from dzhpc.sparsity import Pattern
@@ -45,7 +46,7 @@ class Trainer:
         self._optimizer = optimizers.make_optimizer(self.config.optim, self._parameters)
         self._requests = Requests(self.config, folder.path if world.is_root else None)
         self._distribution = Distribution(world, task.engine, self._requests.urgent)
-        self._pattern = Pattern(task, self._distribution.split)
+        self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
         self._partial: Partial | None = None  # of the next step
         self._metrics = store.Metrics(folder.metrics)
         self._history: list[str] = []
@@ -54,6 +55,7 @@ class Trainer:
         self.step, self._queries, self._wall_before, self._start = 0, 0, 0.0, time.monotonic()
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._evaluated_step, self._accuracy = -1, math.nan
+        self._on_record = False  # whether an earlier launch ended here with an evaluation
 
     @property
     def seconds(self) -> float:
@@ -86,18 +88,23 @@ class Trainer:
             for key, value in self._environment().items():
                 if state.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, state.env[key], value)
-            self._metrics.restore(self.step, lambda step: step > 0 and step % self._evaluation_interval == 0)
+            self._on_record = self._metrics.restore(self.step, lambda step: step > 0 and step % self._evaluation_interval == 0)
             if len(self._metrics.eval) and self._metrics.eval[-1, 0] == self.step:
                 self._accuracy, self._evaluated_step = float(self._metrics.eval[-1, 3]), self.step
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""
         self._check_replicas()
-        self._evaluated_step, self._accuracy = self.world.bcast((self._evaluated_step, self._accuracy))  # the root read them
+        record = self.world.bcast((self._evaluated_step, self._accuracy, self._on_record))  # the root read them
+        self._evaluated_step, self._accuracy, self._on_record = record
         self._schedule = optimizers.make_schedule(
             self._optimizer, self.config.optim, self.config.stop.epochs, self.task.steps_per_epoch, self.step
         )
-        progress = Progress(self.step, self.last_step, self._quiet or not self.world.is_root)
+        if self.step and self.step % self._evaluation_interval == 0 and self._evaluated_step != self.step:
+            self._evaluate(again=True)  # the black box failed in it, or its record is lost
+            if self.world.is_root:
+                self._metrics.flush()
+        progress = Progress(self.last_step, self._quiet or not self.world.is_root)
         self._first_step = self.step
         try:
             while not (reason := self._reason_to_stop()):
@@ -105,6 +112,8 @@ class Trainer:
                     self._train_step(progress)
                 except Interrupted as interruption:  # on all ranks; the reason follows at once
                     self._keep(interruption.partial)
+                    if interruption.failure:
+                        self._give_up(interruption.failure)
         finally:
             progress.close()
         self._finish(reason)
@@ -118,9 +127,23 @@ class Trainer:
             reason = Reason.STEPS
         elif stop.queries and self._queries >= stop.queries:
             reason = Reason.QUERIES
+        elif not self._affords_step():
+            reason = Reason.MAX_QUERIES
         elif stop.target_accuracy and self._accuracy >= stop.target_accuracy:
             reason = Reason.ACCURACY
         return Reason(self.world.maximum(int(reason)))
+
+    def _affords(self, queries: int) -> bool:
+        limit = self.config.task.max_queries
+        return limit is None or self._queries + queries <= limit
+
+    def _affords_step(self) -> bool:
+        """Whether ``task.max_queries`` leaves room for the next step, its scores, and an evaluation after it."""
+        scores, n = self._pattern.ahead(self.step) if self._partial is None else (0, len(self._pattern.coords))
+        return self._affords(scores + self._step_queries(n) + self.task.evaluation_queries)
+
+    def _step_queries(self, n: int) -> int:
+        return estimators.step_queries(self.config.zo, n, self.task.bind_cost, self.task.query_cost)
 
     def _train_step(self, progress: Progress) -> None:
         start, comm_before, queries_before = time.perf_counter(), self.world.comm_s, self._queries
@@ -128,10 +151,14 @@ class Trainer:
         self._seed()
         self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
-        loss = self.task.bind(self.step)
-        estimate, queries = self._estimate()
+        if self.task.parts:
+            loss, estimate = self._shared_gradient()
+        else:
+            loss = self._bind()
+            estimate = self._estimate()
         self._check_finite(loss, estimate)
-        self._partial, self._queries = None, self._queries + queries
+        self._check_changes(estimate)
+        self._partial, self._queries = None, self._queries + self._step_queries(len(estimate))
         lr = self._optimizer.param_groups[0]["lr"]
         self._update(estimate)
         self.step, self.progressed = self.step + 1, True
@@ -149,6 +176,12 @@ class Trainer:
         if self._checkpoint_due():
             self._save()
 
+    def _bind(self) -> float:
+        """The loss at theta; NaN where this rank's black box failed, which all ranks learn when they join the estimate."""
+        if self.config.zo.estimator == "autograd":  # joins nothing
+            return self.task.bind(self.step)
+        return self._distribution.attempt(lambda: self.task.bind(self.step))
+
     def _seed(self) -> None:
         torch.manual_seed(derive(self.config.run.seed, "model", self.step))
 
@@ -158,8 +191,8 @@ class Trainer:
         if self._pattern.due(self.step) and self._partial is None:
             try:
                 self._pattern.redraw(self.step)
-            except Interrupted:
-                raise Interrupted(None) from None  # what is known of the scores is no part of the step's estimate
+            except Interrupted as interruption:  # what is known of the scores is no part of the step's estimate
+                raise Interrupted(None, interruption.failure) from None
             self._queries, self._pattern.queries = self._queries + self._pattern.queries, 0
             reassign = True
         if reassign:
@@ -172,19 +205,24 @@ class Trainer:
     def _directions(self) -> int:
         return self.config.zo.q or len(self._distribution.coords)
 
-    def _estimate(self) -> tuple[torch.Tensor, int]:
-        """(gradient estimate on S [n], queries of this step). Raises Interrupted."""
+    def _estimate(self) -> torch.Tensor:
+        """The gradient estimate on S [n]. Raises Interrupted."""
         zo, engine = self.config.zo, self.task.engine
-        sides = 2 if zo.difference == "central" else 1
         if zo.estimator == "cge":
-            estimate = self._distribution.cge(zo.mu, zo.difference, self._partial)
-            return estimate, 1 + sides * len(estimate)
+            return self._distribution.cge(zo.mu, zo.difference, self._partial)
         if zo.estimator == "rge":
             seed = derive(self.config.run.seed, "rge", self.step)
-            estimate = self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
-            return estimate, 1 + sides * self._directions
-        flat = engine.index.flatten(estimators.autograd(engine).values())
-        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)], 1
+            return self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
+        return self._on_coordinates(engine.index.flatten(estimators.autograd(engine).values()))
+
+    def _shared_gradient(self) -> tuple[float, torch.Tensor]:
+        """(loss, autograd's gradient on S [n]) from parts of the batch, dealt out to the ranks."""
+        rows = self.world.split(PARTS, lambda mine: self.task.gradient_rows(mine, self.step))
+        loss, flat = self.task.parts.join(rows)
+        return loss, self._on_coordinates(flat)
+
+    def _on_coordinates(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
 
     @torch.no_grad()
     def _keep(self, partial: Partial | None) -> None:
@@ -197,6 +235,17 @@ class Trainer:
             raise NumericalError(f"step {self.step + 1}: a difference is not finite; {self._advice()}")
         log.info("step %d left unfinished: %d of %d differences", self.step + 1, partial.done.sum(), len(partial.done))
         self._partial, self._saved_step, self.progressed = partial, -1, True
+
+    def _give_up(self, failure: str) -> None:
+        """Raise BlackBoxError on all ranks, with a checkpoint of what is known. Collective."""
+
+        def keep() -> str:
+            if self.step > self._saved_step and (self.step > 0 or self._partial is not None):
+                self._save(last=True)
+            files = self.folder.checkpoint_files()
+            return f"the same command continues from {files[0]}" if files else "the same command starts afresh"
+
+        raise BlackBoxError(f"{failure}; {self.world.on_root(keep)}")
 
     def _check_finite(self, loss: float, estimate: torch.Tensor) -> None:
         """Raise NumericalError on every rank: a NaN in one slice reaches all of them through the sum."""
@@ -221,6 +270,17 @@ class Trainer:
             f"step {step}, rank {rank}: {what} is not finite ({len(bad)} of {len(estimate)} coordinates); {self._advice()}"
         )
 
+    def _check_changes(self, estimate: torch.Tensor) -> None:
+        """Raise NumericalError on every rank where no perturbation changed what the black box answered."""
+        zo, key = self.config.zo, self.task.box_key
+        if not key or zo.estimator == "autograd" or not len(estimate) or estimate.any():
+            return
+        n = estimators.step_queries(zo, len(estimate), bind_cost=0)
+        raise NumericalError(
+            f"step {self.step + 1}: {key} answered the same under all {n} perturbations: quantised answers? "
+            f"raise zo.mu (now {zo.mu:g})"
+        )
+
     def _advice(self) -> str:
         files = self.folder.checkpoint_files()
         return f"lower optim.lr or zo.mu; the last good checkpoint is {files[0]}" if files else "lower optim.lr or zo.mu"
@@ -236,11 +296,21 @@ class Trainer:
         self._optimizer.step()
         self._schedule.step()
 
-    def _evaluate(self) -> None:
-        """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count."""
-        rows = self.world.split(self.task.evaluation_parts, lambda mine: self.task.evaluate(mine, self.step))
+    def _evaluate(self, again: bool = False) -> None:
+        """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count.
+
+        again: the state counts its queries already.
+        """
+
+        def evaluate(mine: range) -> np.ndarray:
+            lost = np.full((len(mine), 3), np.nan)
+            return self._distribution.attempt(lambda: self.task.evaluate(mine, self.step), lost)
+
+        self._queries += 0 if again else self.task.evaluation_queries
+        rows = self.world.split(self.task.evaluation_parts, evaluate)
         loss, correct, count = (sum(column) for column in rows.T.tolist())
-        self._queries += self.task.evaluation_queries
+        if math.isnan(count):
+            self._give_up(self._distribution.failure())
         self._accuracy, self._evaluated_step = correct / count, self.step
         epoch = self.step / self.task.steps_per_epoch
         self._metrics.add_eval(self.step, epoch, loss / count, self._accuracy)
@@ -315,12 +385,14 @@ class Trainer:
 
     def _finish(self, reason: Reason) -> None:
         """Final state first; then, unless time is short, a final evaluation."""
-        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE:
+        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step and self._affords(self.task.evaluation_queries)
+        done = self._on_record or not evaluates
+        if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE and done:
             log.info("nothing left to do: %s at step %d", reason.text, self.step)
             return
         if self.step > self._saved_step and (self.step > 0 or self._partial is not None):
             self._save(last=True)
-        if reason.exit_code == 0 and self._evaluated_step != self.step:
+        if evaluates:
             self._evaluate()
         if self.world.is_root:
             self._metrics.flush()

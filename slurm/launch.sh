@@ -73,6 +73,11 @@ need_input() {
         echo "$name: no such file, but model.weights names it; give a checkpoint of an earlier run: --set model.weights=FILE" >&2
         exit 2
     fi
+    name=$(setting task classifier "$@")
+    if [ -n "$name" ] && [ ! -e "$name" ] && [ "${name#*:}" = "$name" ]; then
+        echo "$name: no such file, but task.classifier names it; give weights or a run folder: --set task.classifier=FILE" >&2
+        exit 2
+    fi
 }
 
 # launch VERB ARGUMENTS...: run it on all tasks, and leave with its exit code; requeue where the same command should go on.

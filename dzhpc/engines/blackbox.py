@@ -1,26 +1,39 @@
-"""A function that can only be asked: batched, counted, its answers checked; and a loss that ends in one."""
+"""A function that can only be asked: batched, counted, retried, its answers checked; and a loss that ends in one."""
 
+import logging
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dzhpc.errors import InputError, NumericalError
+from dzhpc.errors import BlackBoxError, InputError, NumericalError, message_of
+
+log = logging.getLogger("dzhpc")
+LONGEST_WAIT = 30  # seconds between two attempts
 
 
 class BlackBox:
     """Answers [N, ...] of ``function`` to inputs [N, ...], in calls of at most ``batch_limit``; no gradient is ever taken.
 
-    function: gets and gives torch tensors, or numpy arrays where ``numpy`` is true. ``queries`` counts inputs.
-    Raises InputError for answers of a wrong shape, NumericalError for answers that are not numbers.
+    function: gets and gives torch tensors, or numpy arrays where ``numpy`` is true; a copy in each call, that it may write into.
+        It needs a time limit of its own: a call that never returns holds up the run.
+    retries: how often a call that raises is made again, after 1, 2, 4, ... seconds, at most LONGEST_WAIT.
+    name: what errors call the function.
+
+    ``queries`` counts inputs that were answered. Raises BlackBoxError for a call that raises once more than ``retries`` times, or
+    that leaves by sys.exit; InputError for answers of a wrong shape, NumericalError for answers that are not numbers.
     """
 
-    def __init__(self, function: Callable, batch_limit: int = 1024, numpy: bool = False):
+    def __init__(
+        self, function: Callable, batch_limit: int = 1024, numpy: bool = False, retries: int = 0, name: str | None = None
+    ):
         if batch_limit < 1:
             raise InputError(f"batch_limit = {batch_limit}: expected at least 1")
-        self._function, self._limit, self._numpy = function, batch_limit, numpy
-        self._name = getattr(function, "__name__", type(function).__name__)
+        self._function, self._limit, self._numpy, self._retries = function, batch_limit, numpy, retries
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self._shape: torch.Size | None = None  # of one answer
         self.queries = 0
 
     @torch.no_grad()
@@ -28,15 +41,43 @@ class BlackBox:
         """In as few calls as the limit allows."""
         return torch.cat([self._ask(part) for part in inputs.detach().split(self._limit)])
 
-    def _ask(self, inputs: Tensor) -> Tensor:
-        self.queries += len(inputs)
-        answers = self._function(inputs.cpu().numpy() if self._numpy else inputs)
-        answers = torch.as_tensor(answers if isinstance(answers, Tensor) else np.asarray(answers)).detach().to(inputs.device)
-        if answers.ndim == 0 or len(answers) != len(inputs):
-            raise InputError(f"{self._name} gave {list(answers.shape)} for {len(inputs)} inputs; expected an answer to each")
+    def check(self, answers: Tensor, count: int) -> None:
+        """Raise InputError or NumericalError for answers to ``count`` inputs that cannot be right."""
+        if answers.ndim == 0 or len(answers) != count:
+            raise InputError(f"{self.name} gave {list(answers.shape)} for {count} inputs; expected an answer to each")
+        if self._shape is not None and answers.shape[1:] != self._shape:
+            raise InputError(f"{self.name} gave {list(answers.shape)}; its earlier answers were {list(self._shape)} each")
         if not torch.isfinite(answers).all():
-            raise NumericalError(f"{self._name} gave answers that are not finite")
-        return answers
+            raise NumericalError(f"{self.name} gave answers that are not finite")
+
+    def _ask(self, inputs: Tensor) -> Tensor:
+        given = self._attempt(inputs)
+        try:
+            answers = given.detach() if isinstance(given, Tensor) else torch.tensor(np.asarray(given))
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"{self.name} gave {type(given).__name__}; expected an array of numbers") from None
+        self.check(answers, len(inputs))
+        self._shape = answers.shape[1:]
+        self.queries += len(inputs)
+        return answers.to(inputs.device, copy=True)  # the function may fill the same array again
+
+    def _attempt(self, inputs: Tensor):
+        """What the function gives, once it does. Raises BlackBoxError."""
+        for attempt in range(self._retries + 1):
+            try:
+                return self._function(self._copy(inputs))
+            except (Exception, SystemExit) as error:  # the user's code, or a server, may raise anything
+                message = f"{self.name}: {message_of(error)}"
+                if attempt == self._retries or isinstance(error, SystemExit):
+                    raise BlackBoxError(f"{message} (attempt {attempt + 1})" if attempt else message) from error
+            wait = min(2**attempt, LONGEST_WAIT)
+            log.warning("%s; asking again in %d s", message, wait)
+            time.sleep(wait)
+
+    def _copy(self, inputs: Tensor) -> Tensor | np.ndarray:
+        if self._numpy:
+            return inputs.to("cpu", copy=True, memory_format=torch.contiguous_format).numpy()
+        return inputs.clone()
 
 
 class BlackBoxLoss:

@@ -1,5 +1,6 @@
 """Networks: ours by name, the user's by ``package.module:Class``; building, starting weights, loading checkpoints."""
 
+import fnmatch
 import inspect
 import pickle
 import tomllib
@@ -11,11 +12,13 @@ from dzhpc import config as configuration
 from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
+from dzhpc.runfolder import load_state
 from dzhpc.seeds import derive
 
-MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT}
+MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT, "dncnn": DnCNN}
 
 
 def constructor(section: configuration.Model):
@@ -36,6 +39,14 @@ def accepted(section: configuration.Model) -> set[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
+def fill_in(section: configuration.Model, **values: int) -> None:
+    """Arguments that follow from the data (classes, channels), where the model takes them and the input leaves them out."""
+    known = accepted(section)
+    for key, value in values.items():
+        if key not in section.fields and (known is None or key in known):
+            section.__pydantic_extra__[key] = value
+
+
 def build(section: configuration.Model, seed: int) -> torch.nn.Module:
     """The network with weights drawn from ``seed``, or those of ``model.weights``. Raises InputError."""
     known = accepted(section)
@@ -46,20 +57,39 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
         torch.manual_seed(derive(seed, "weights"))
         try:
             model = constructor(section)(**section.fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"[model] {section.name}: {error}") from None
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
     if section.weights:
         load_weights(model, section.weights)
+    if section.trainable is not None:
+        _freeze_others(model, section.trainable)
     return model
 
 
+def _freeze_others(model: torch.nn.Module, patterns: list[str]) -> None:
+    """Frozen parameters have no coordinates. Raises InputError for a pattern that no parameter's name matches."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise InputError(f'model.trainable: no parameter matches "{pattern}"; the model has {_abridged(names)}')
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _abridged(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 12 else [*names[:4], "...", *names[-4:]])
+
+
 def load_weights(model: torch.nn.Module, path: str) -> None:
-    """Copy the weights in ``path`` (our checkpoint, or a torch state_dict, possibly under "state_dict" and with "module.")."""
+    """Copy the weights in ``path``: a checkpoint or run folder of ours, or a torch state_dict.
+
+    The latter may lie under "state_dict" and have names with "module.". Raises InputError.
+    """
     try:
-        if store.is_ours(path):
-            state = store.load_checkpoint(path)
+        if is_ours(path):
+            _, state = load_state(path)
             assign(model, state.params, state.buffers)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,6 +105,11 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
         ) from None
 
 
+def is_ours(path: str | Path) -> bool:
+    """Whether this is a run folder, or begins like a checkpoint of ours. Raises OSError."""
+    return Path(path).is_dir() or store.is_ours(path)
+
+
 def config_of(state: store.State, source: str) -> configuration.Config:
     """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
     try:
@@ -84,13 +119,14 @@ def config_of(state: store.State, source: str) -> configuration.Config:
 
 
 def load_model(checkpoint: str | Path) -> torch.nn.Module:
-    """The trained network of a checkpoint, in eval mode, on the CPU; ``.state_dict()`` of it is a plain torch one.
+    """The trained network of a checkpoint, or of a run folder's newest, in eval mode, on the CPU.
 
-    Raises CheckpointError if the file is missing or damaged, or was written by a task without a network.
+    ``.state_dict()`` of it is a plain torch one. Raises CheckpointError if the file is missing or damaged, or was written by a
+    task without a network.
     """
-    state = store.load_checkpoint(checkpoint)
-    config = config_of(state, str(checkpoint))
-    if config.task.kind != "classification":
+    file, state = load_state(checkpoint)
+    config = config_of(state, file)
+    if config.task.kind == "objective":
         raise CheckpointError(
             f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.store.load_checkpoint(...).params"
         )

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from dzhpc.config import Config
+from dzhpc.parts import Parts
 from dzhpc.tasks.classification import Classification
+from dzhpc.tasks.defense import DefenseTask
 from dzhpc.tasks.objective import ObjectiveTask
 
 
@@ -18,7 +20,11 @@ class Task(Protocol):
     engine: object  # bind, differences, directional, cut: see dzhpc.engines.full.Full
     steps_per_epoch: int
     evaluation_parts: int  # pieces of an evaluation that ranks may share
-    evaluation_queries: int  # what an evaluation costs
+    evaluation_queries: int  # what an evaluation asks of the black box, whose questions are counted where there is one
+    query_cost: int  # what one evaluation of the loss asks
+    bind_cost: int  # what one bind asks
+    box_key: str  # names the black box where it is an error that no perturbation changes its answers; "" elsewhere
+    parts: Parts | None  # first-order steps in parts that ranks share, by ``gradient_rows(mine, step)``; None: each rank does all
 
     def bind(self, step: int) -> float:
         """Bind the step's batch to the engine: the base loss."""
@@ -30,7 +36,7 @@ class Task(Protocol):
         """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part."""
 
 
-TASKS = {"classification": Classification, "objective": ObjectiveTask}
+TASKS = {"classification": Classification, "objective": ObjectiveTask, "defense": DefenseTask}
 
 
 def make_task(config: Config, device: torch.device) -> Task:

@@ -17,6 +17,10 @@ log = logging.getLogger("dzhpc")
 class Classification:
     """See :class:`dzhpc.tasks.Task`. Raises InputError where data, model and input do not fit each other."""
 
+    parts = None
+    query_cost = bind_cost = 1
+    box_key = ""
+
     def __init__(self, config: Config, device: torch.device):
         self.config = config.model_copy(deep=True)
         data_set = data.load(config.data, config.run.seed)

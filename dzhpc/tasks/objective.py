@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dzhpc.config import Config, import_object
 from dzhpc.coordinates import ParameterIndex
+from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.full import checked
 from dzhpc.errors import InputError
 
@@ -23,23 +24,36 @@ class Blocks(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor if tensor.is_floating_point() else tensor.double()))
 
 
+class Losses(BlackBox):
+    """A black box that gives one loss to each theta. Which of them is no number, the trainer finds and names."""
+
+    def check(self, answers: Tensor, count: int) -> None:
+        if answers.shape != (count,):
+            raise InputError(f"{self.name}: gave losses {list(answers.shape)}; expected [{count}], one a theta")
+
+
 class ObjectiveEngine:
     """The engine interface over a user's loss: a chunk of coordinates is one call.
 
     function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit.
     """
 
-    def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, name: str):
+    def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, retries: int, name: str):
         self.index = ParameterIndex.of(model)
-        self.queries = 0
         self.peak_bytes = 0
-        self._function, self._numpy, self.batch_limit, self._name = function, numpy, batch_limit, name
+        self.batch_limit = batch_limit
+        self._box = Losses(lambda thetas: function(thetas, self._step), batch_limit, numpy, retries, name)
         self.unbind()
+
+    @property
+    def queries(self) -> int:
+        """Evaluations so far."""
+        return self._box.queries
 
     def bind(self, step: int) -> float:
         """The loss at theta; later differences are at this step."""
         self._step: int | None = step
-        self._base = self._call(self._theta()[None])[0]
+        self._base = self._losses(self._theta()[None])[0]
         return float(self._base)
 
     def unbind(self) -> None:
@@ -59,7 +73,7 @@ class ObjectiveEngine:
         for part in coords.split(self.batch_limit):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
-            values.append(self._call(thetas) - self._base)
+            values.append(self._losses(thetas) - self._base)
         return torch.cat(values) if values else theta.new_zeros(0)
 
     def directional(self, directions, mu: float) -> Tensor:
@@ -68,10 +82,10 @@ class ObjectiveEngine:
         for u in directions:
             part.append(theta + mu * u)
             if len(part) == self.batch_limit:
-                values.append(self._call(torch.stack(part)) - self._base)
+                values.append(self._losses(torch.stack(part)) - self._base)
                 part = []
         if part:
-            values.append(self._call(torch.stack(part)) - self._base)
+            values.append(self._losses(torch.stack(part)) - self._base)
         return torch.cat(values) if values else theta.new_zeros(0)
 
     def _theta(self) -> Tensor:
@@ -79,15 +93,8 @@ class ObjectiveEngine:
             raise InputError("no step is bound: call engine.bind(step) first")
         return self.index.flatten(p.detach() for p in self.index.parameters)
 
-    def _call(self, thetas: Tensor) -> Tensor:
-        self.queries += len(thetas)
-        losses = self._function(thetas.numpy() if self._numpy else thetas, self._step)
-        losses = torch.as_tensor(losses).detach()
-        if losses.shape != (len(thetas),):
-            raise InputError(
-                f"task.function = {self._name}: gave losses {list(losses.shape)}; expected [{len(thetas)}], one a theta"
-            )
-        return losses.to(self.index.dtype)
+    def _losses(self, thetas: Tensor) -> Tensor:
+        return self._box(thetas).to(self.index.dtype)
 
 
 class ObjectiveTask:
@@ -95,7 +102,9 @@ class ObjectiveTask:
 
     steps_per_epoch = 1
     evaluation_parts = 1
-    evaluation_queries = 1
+    evaluation_queries = query_cost = bind_cost = 1
+    box_key = ""  # a loss may well be flat somewhere
+    parts = None
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
@@ -113,7 +122,9 @@ class ObjectiveTask:
             self.model = Blocks(initial)
         except (TypeError, ValueError, KeyError, StopIteration) as error:
             raise InputError(f"task.function = {name}: initial() gave what is no theta0 ({error})") from None
-        self.engine = ObjectiveEngine(function, self.model, not isinstance(first, Tensor), config.task.batch_limit, name)
+        limit, retries = config.task.batch_limit, config.task.retries
+        numpy = not isinstance(first, Tensor)
+        self.engine = ObjectiveEngine(function, self.model, numpy, limit, retries, f"task.function = {name}")
 
     def bind(self, step: int) -> float:
         return self.engine.bind(step)

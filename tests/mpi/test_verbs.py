@@ -195,7 +195,7 @@ def test_dry_run(place, done):
     text = done[2, "dry"].succeeded().out
     active = len(tensor(checkpoints(place / "inside-dynamic")[-1], "coordinates/S"))
     assert "coordinates 254, active |S| 144, steps 8 of 7 an epoch" in text and active == 144
-    assert f"queries: 145 a step, 14 for scores, {8 * 145 + 14:,} in all" in text
+    assert f"queries: 145 a step, 14 for scores, 0 for evaluations, {8 * 145 + 14:,} in all" in text
     assert column(place / "inside-dynamic", "train/queries")[-1] == 8 * 145 + 14
     assert text.count('name = "digits"') == 2  # run.name and data.name of the resolved input: said once, by the root
     seconds = {int(n): float(s) for n, s in re.findall(r"^ *(\d+) ranks:.*?([\d.]+) s a step$", text, re.MULTILINE)}
@@ -203,7 +203,7 @@ def test_dry_run(place, done):
     assert seconds[1] >= seconds[2] >= seconds[4] >= 0 and seconds[1] > 0
     assert not (place / "dry").exists()
     assert "queries: 23 a step" in done[2, "dry-rge"].succeeded().out
-    assert "queries: 4 a step, 0 for scores, 240 in all" in done[2, "dry-objective"].succeeded().out
+    assert "queries: 4 a step, 0 for scores, 60 for evaluations, 300 in all" in done[2, "dry-objective"].succeeded().out
 
 
 def test_launch_manifest_and_resolved_input(place, done):

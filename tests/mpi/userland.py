@@ -169,6 +169,18 @@ class LongStep(Bowl):
         return ((thetas**2 - 1) ** 2).sum(1) + np.sin(thetas * (step + 1)).sum(1)
 
 
+class Outage(LongStep):
+    """LongStep that raises on one rank in one call of one step, where DOWN="RANK STEP CALL" says so; calls count from 0."""
+
+    step, calls = -1, 0
+
+    def __call__(self, thetas, step):
+        self.step, self.calls = step, self.calls + 1 if step == self.step else 0
+        if os.environ.get("DOWN") == f"{RANK} {step} {self.calls}":
+            raise ConnectionError("no license left")
+        return super().__call__(thetas, step)
+
+
 class FullForAWhile(Bowl):
     """No file may grow beyond 4 KiB from step 2 until step 6."""
 
@@ -269,3 +281,28 @@ def stripes():
         return images.astype(np.uint8), labels
 
     return part(105), part(30)
+
+
+def tiles():
+    """Two classes of 3 x 4 x 4 images, told apart by colour: 40 to train, 12 to test."""
+    draw = np.random.default_rng(5)
+
+    def part(n):
+        labels = np.arange(n) % 2
+        images = draw.integers(0, 130, (n, 3, 4, 4))
+        images[np.arange(n), labels] += 90
+        return images.astype(np.uint8), labels
+
+    return part(40), part(12)
+
+
+def redder(images):
+    """Probabilities [N, 2] by the share of red and of green."""
+    red, green = images[:, 0].mean((1, 2)), images[:, 1].mean((1, 2))
+    p = 1 / (1 + np.exp(-10 * (green - red)))
+    return np.stack([1 - p, p], 1)
+
+
+def redder_by_tenths(images):
+    """A classifier that rounds what it says."""
+    return redder(images).round(1)

@@ -1,6 +1,7 @@
 """Every job script that is shipped, on a real Slurm: shortened, to the end, and through what a cluster does to a job."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,10 +32,18 @@ class Loss:
             raise FloatingPointError("the solver diverged")
         return ((thetas - 1) ** 2).sum(1)
 """
+CLASSIFIER = """
+import numpy as np
+
+
+def classify(images):  # brighter rows, larger logits
+    return np.repeat(images.sum(3)[:, 0], 2, 1)[:, :10]
+"""
 OWN = """
 [task]
 kind = "objective"
 function = "loss:Loss"
+retries = 0
 [sparsity]
 ratio = 0.0
 [optim]
@@ -97,11 +106,11 @@ def test_cnn_array_with_a_failing_member(cluster, place):
     job = cluster.submit("--array=0,6", "--ntasks=2", "slurm/cnn.sh", cwd=place, env={"INPUT": "own.toml"})
     fields = {member: cluster.end_of(f"{job}_{member}") for member in (0, 6)}
     assert (fields[0]["JobState"], fields[0]["ExitCode"]) == ("COMPLETED", "0:0"), output(fields[0])[-2000:]
-    assert (fields[6]["JobState"], fields[6]["ExitCode"]) == ("FAILED", "1:0"), output(fields[6])[-2000:]
+    assert (fields[6]["JobState"], fields[6]["ExitCode"]) == ("FAILED", "6:0"), output(fields[6])[-2000:]
     good, bad = (place / "runs" / "cnn" / name for name in ("depth-1-seed-0", "depth-2-seed-1"))
     assert attributes(checkpoints(good)[-1], "state")["step"] == 40
     assert attributes(checkpoints(good)[-1], "state")["seed"] == 0
-    assert (manifest(bad)["state"], manifest(bad)["exit_code"]) == ("failed", 1)
+    assert (manifest(bad)["state"], manifest(bad)["exit_code"]) == ("failed", 6)
     assert "the solver diverged" in manifest(bad)["reason"]
     said = completed(cluster, cluster.submit("--array=5", "--ntasks=1", "slurm/cnn.sh", *TINY, cwd=place) + "_5")
     third = place / "runs" / "cnn" / "depth-1-seed-1"
@@ -224,3 +233,23 @@ def test_term_and_cancel_do_not_come_back(cluster, place, undisturbed, slow):
     (place / "slow").unlink()
     completed(cluster, cluster.submit(*words, cwd=place, env=OWN_INPUT))
     assert_same(bits(undisturbed), bits(place / "runs" / "term"))
+
+
+def test_defense_chain(cluster, place):
+    """One command submits three dependent jobs: a classifier of digits is hardened by queries, and certified."""
+    (place / "classifier.py").write_text(CLASSIFIER)
+    words = sets(task__classifier="classifier:classify", model__width=4, stop__steps=2, data__train_limit=256)
+    env = ["INPUT=inputs/defense-small.toml", "SBATCH=sbatch --ntasks=2 --gpus-per-task=0", "PRETRAIN=--set optim.lr=1e-3"]
+    command = ["env", "-C", place, *env, "CERTIFY=--images 3 --n0 10 --n 20", "bash", "slurm/defense.sh", *words]
+    jobs = re.findall(r"\d+", cluster.command(*command))
+    assert len(jobs) == 3
+    for job in jobs:
+        completed(cluster, job)
+    runs = [place / "runs" / name for name in ("defense-small-pretrained", "defense-small")]
+    before, after = (contents(checkpoints(run)[-1]) for run in runs)
+    assert before["params/model.0.weight"] == after["params/model.0.weight"]
+    assert before["params/model.8.weight"] != after["params/model.8.weight"]
+    assert b'loss = "mse"' in before["config"] and b'weights = "runs/defense-small-pretrained"' in after["config"]
+    assert list((runs[1] / "certify").glob("*.h5"))
+    fields = cluster.end_of(cluster.submit("--ntasks=1", "slurm/defense.sh", "harden", cwd=place))
+    assert fields["ExitCode"] == "2:0" and "expected pretrain, finetune or certify" in output(fields)

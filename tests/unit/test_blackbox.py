@@ -1,6 +1,7 @@
 """A black box in the tail: few large calls, counted, checked, the same differences as one coordinate at a time."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from delta_nets import DnCNN
 from torch import nn
 
 import dzhpc
+from dzhpc import config
+from dzhpc.engines import blackbox
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
-from dzhpc.errors import InputError, NumericalError
+from dzhpc.errors import BlackBoxError, InputError, NumericalError
+from dzhpc.tasks import make_task
 
 
 def classifier():
@@ -70,6 +74,7 @@ def test_the_last_layer_of_a_denoiser_in_fp32():
         (lambda x: x[:-1], InputError, "gave \\[3, 2\\] for 4 inputs"),
         (lambda x: x.sum(), InputError, "gave \\[\\] for 4 inputs"),
         (lambda x: x * float("nan"), NumericalError, "not finite"),
+        (lambda x: "no answer", InputError, "gave str; expected an array of numbers"),
     ],
 )
 def test_answers_that_cannot_be_right_are_named(answer, error, message):
@@ -84,3 +89,102 @@ def test_the_box_never_sees_a_tensor_that_could_carry_a_gradient():
     assert seen == [False]
     with pytest.raises(InputError, match="batch_limit = 0"):
         BlackBox(len, 0)
+
+
+class Moody:
+    """Sums of its inputs, after it has failed a number of times; it spoils what it was given, and what it gave before."""
+
+    def __init__(self, failures: int, error: BaseException | None = None):
+        self.failures, self.error, self.calls, self.answers = failures, error or ConnectionError("busy"), 0, np.zeros(2)
+
+    def __call__(self, inputs):
+        self.calls += 1
+        self.answers[: len(inputs)] = inputs.sum(1)
+        inputs[:] = np.nan
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        return self.answers[: len(inputs)]
+
+
+@pytest.fixture()
+def waits(monkeypatch):
+    """The seconds that a box would have waited; and its warnings are heard."""
+    found = []
+    monkeypatch.setattr(blackbox.time, "sleep", found.append)
+    monkeypatch.setattr(blackbox.log, "propagate", True)
+    return found
+
+
+def test_a_call_that_fails_is_made_again_with_the_same_inputs_and_counted_once(waits, caplog):
+    function, inputs = Moody(3), torch.arange(12.0).view(4, 3)
+    box = BlackBox(function, 2, numpy=True, retries=3, name="the oracle")
+    assert box(inputs).tolist() == [3.0, 12.0, 21.0, 30.0]
+    assert (waits, function.calls, box.queries) == ([1, 2, 4], 5, 4)
+    assert inputs.sum() == 66
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    assert caplog.messages[2].startswith("the oracle: ConnectionError: busy, at ")
+    assert caplog.messages[2].endswith("in __call__; asking again in 4 s")
+
+
+@pytest.mark.parametrize(("failures", "retries", "calls"), [(1, 0, 1), (8, 7, 8)])
+def test_a_call_that_fails_for_good_is_named_and_waits_no_longer_than_the_longest(waits, failures, retries, calls):
+    function = Moody(failures)
+    box = BlackBox(function, numpy=True, retries=retries)
+    with pytest.raises(BlackBoxError, match="^Moody: ConnectionError: busy, at .* in __call__" + " .attempt 8.$" * (calls > 1)):
+        box(torch.ones(2, 3))
+    assert (function.calls, box.queries, waits) == (calls, 0, [1, 2, 4, 8, 16, 30, 30][:retries])
+
+
+def test_who_leaves_is_not_asked_again(waits):
+    with pytest.raises(BlackBoxError, match="SystemExit: no license"):
+        BlackBox(Moody(1, SystemExit("no license")), numpy=True, retries=3)(torch.ones(2, 3))
+    with pytest.raises(KeyboardInterrupt):
+        BlackBox(Moody(1, KeyboardInterrupt()), numpy=True, retries=3)(torch.ones(2, 3))
+    assert waits == []
+
+
+def test_answers_that_change_their_shape_are_named():
+    box = BlackBox(lambda x: x[:, : 2 if x[0, 0] else 3], 2)
+    with pytest.raises(InputError, match=r"gave \[2, 3\]; its earlier answers were \[2\] each"):
+        box(torch.tensor([[1.0, 1, 1], [1, 1, 1], [0, 1, 1], [0, 1, 1]]))
+
+
+MODULE = """
+import numpy as np
+import torch
+
+asked = []
+
+
+def images():
+    draw = np.random.default_rng(0)
+    part = lambda n: (draw.integers(0, 256, (n, 3, 4, 4)).astype(np.uint8), np.arange(n) % 2)
+    return part(30), part(11)
+
+
+def classify(x):
+    asked.append(len(x))
+    return x.mean((2, 3))[:, :2]
+"""
+
+
+@pytest.mark.parametrize("engine", ["full", "delta"])
+def test_a_defence_costs_what_its_classifier_is_asked(tmp_path, monkeypatch, engine):
+    (tmp_path / "own_box.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_box", raising=False)
+    keys = ["task.kind=defense", "task.classifier=own_box:classify", "data.name=own_box:images", "data.batch_size=7"]
+    keys += ["model.name=dncnn", "model.depth=3", "model.width=2", f"zo.engine={engine}", "eval.batch_size=4"]
+    task = make_task(config.load(None, keys), torch.device("cpu"))
+    task.bind(0)  # the first compares a trace with the model, too
+    import own_box
+
+    def asked(ask) -> int:
+        own_box.asked.clear()
+        ask()
+        return sum(own_box.asked)
+
+    assert asked(lambda: task.bind(1)) == task.bind_cost == 14
+    assert asked(lambda: task.engine.differences(np.arange(40, 45), 1e-2)) == 5 * task.query_cost == 35
+    assert asked(lambda: task.evaluate(range(task.evaluation_parts), 1)) == task.evaluation_queries == 22

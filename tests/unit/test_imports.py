@@ -8,18 +8,20 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
-errors seeds metrics process models.resnet engines.changes engines.differences engines.programs
-config coordinates device graph lock spmd models.cnn models.vit engines.rules
+errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
+config coordinates device graph lock smoothing spmd models.cnn models.vit engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
-engines
-models data runfolder sparsity distribution forecast
-tasks.classification tasks.objective
+engines runfolder
+models data sparsity distribution parts
+classifier
+forecast tasks.classification tasks.objective tasks.defense
 tasks
-trainer campaign
+trainer campaign certificates
+certification
 report fetch prune info bench
-train
+train certify
 """
 ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}}
 NUMERICAL = {
@@ -38,9 +40,12 @@ NUMERICAL = {
     "engines.propagation",
     "estimators",
     "pruning",
+    "parts",
+    "classifier",
     "models",
     "data",
     "seeds",
+    "smoothing",
 }
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from dzhpc import errors
+from dzhpc.errors import exit_code_of, message_of
 from dzhpc.process import SIZE_VARIABLES
-from dzhpc.spmd import check_launch, exit_code_of, message_of
+from dzhpc.spmd import check_launch
 from dzhpc.stopping import Reason
 
 
@@ -36,8 +37,9 @@ def test_exit_codes_are_the_documented_ones():
         errors.LaunchError,
         errors.NumericalError,
         errors.ReplicaError,
+        errors.BlackBoxError,
     )
-    assert [exit_code_of(kind("x")) for kind in kinds] == [1, 2, 3, 4, 5, 5]
+    assert [exit_code_of(kind("x")) for kind in kinds] == [1, 2, 3, 4, 5, 5, 6]
     assert {r.name for r in Reason if r.exit_code == 75} == {"WALLTIME", "DEADLINE", "SIGNAL", "TERMINATED"}
     assert {r.exit_code for r in Reason} == {0, 75}
 
