@@ -95,7 +95,9 @@ class Model(BaseModel):
     """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field("resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, or "package.module:Class"')
+    name: str = Field(
+        "resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, ae-ds, or "package.module:Class"'
+    )
     weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
     trainable: list[str] | None = Field(
         None, description='train only parameters whose names match one of these patterns, e.g. ["model.38.*"]; the others stay'
@@ -131,7 +133,11 @@ class Data(Section):
 class Zo(Section):
     """The gradient estimate."""
 
-    estimator: Literal["cge", "rge", "autograd"] = Field("cge", description="coordinate-wise, random directions, or first-order")
+    estimator: Literal["cge", "rge", "autograd", "latent"] = Field(
+        "cge",
+        description="coordinate-wise, random directions, first-order, or (defense, model ae-ds) coordinate-wise on the code of "
+        "an autoencoder and the chain rule before it",
+    )
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"
     )
@@ -330,6 +336,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield 'task.function: belongs to task.kind = "objective"'
     if task.kind == "classification" and task.max_queries:
         yield f"task.max_queries = {task.max_queries}: belongs to a task with a black box; use stop.queries"
+    if zo.estimator == "latent" and (task.kind != "defense" or task.loss != "classifier" or zo.difference == "central"):
+        yield 'zo.estimator = "latent": needs task.kind = "defense", task.loss = "classifier", zo.difference = "forward"'
     if task.kind != "defense":
         if task.classifier:
             yield 'task.classifier: belongs to task.kind = "defense"'

@@ -30,7 +30,8 @@ class Partial:
 
 def step_queries(zo, n: int, bind_cost: int = 1, query_cost: int = 1) -> int:
     """What a step on n coordinates asks, ``zo`` being that section: ``bind_cost`` for the base, ``query_cost`` a perturbation."""
-    perturbations = {"cge": n, "rge": zo.q or n, "autograd": 0}[zo.estimator] * (2 if zo.difference == "central" else 1)
+    sides = 2 if zo.difference == "central" else 1
+    perturbations = {"cge": sides * n, "rge": sides * (zo.q or n)}.get(zo.estimator, 0)
     return bind_cost + perturbations * query_cost
 
 

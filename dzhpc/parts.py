@@ -21,6 +21,7 @@ class Parts:
     def __init__(self, model: torch.nn.Module, seed: int):
         self._model, self._seed = model, seed
         self._index = ParameterIndex.of(model)
+        self.width = 1 + self._index.size + sum(b.numel() for b in model.buffers())  # of a row
 
     def rows(self, mine: range, size: int, step: int, loss: Callable[[slice], Tensor]) -> np.ndarray:
         """[len(mine), 1 + d + b] of the parts ``mine`` of a batch of ``size``; buffers are left as they were."""
@@ -40,8 +41,7 @@ class Parts:
                 rows.append(share * torch.cat([value.detach().double().reshape(1).to(flat.device), flat.double()]).cpu())
             rows[-1] = torch.cat([rows[-1], *(b.detach().double().reshape(-1).cpu() for b in self._model.buffers())])
             self._restore(before)
-        width = 1 + self._index.size + sum(b.numel() for b in before)
-        return torch.stack(rows).numpy() if rows else np.zeros((0, width))
+        return torch.stack(rows).numpy() if rows else np.zeros((0, self.width))
 
     @torch.no_grad()
     def join(self, rows: np.ndarray) -> tuple[float, Tensor]:

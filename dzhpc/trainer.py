@@ -216,8 +216,15 @@ class Trainer:
         return self._on_coordinates(engine.index.flatten(estimators.autograd(engine).values()))
 
     def _shared_gradient(self) -> tuple[float, torch.Tensor]:
-        """(loss, autograd's gradient on S [n]) from parts of the batch, dealt out to the ranks."""
-        rows = self.world.split(PARTS, lambda mine: self.task.gradient_rows(mine, self.step))
+        """(loss, gradient on S [n]) by autograd from parts of the batch, dealt out to the ranks."""
+
+        def rows_of(mine: range) -> np.ndarray:
+            lost = np.full((len(mine), self.task.parts.width), np.nan)
+            return self._distribution.attempt(lambda: self.task.gradient_rows(mine, self.step), lost)
+
+        rows = self.world.split(PARTS, rows_of)
+        if np.isnan(rows).any() and (failure := self._distribution.failure()):
+            self._give_up(failure)
         loss, flat = self.task.parts.join(rows)
         return loss, self._on_coordinates(flat)
 

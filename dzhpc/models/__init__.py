@@ -10,6 +10,7 @@ import torch
 
 from dzhpc import config as configuration
 from dzhpc import store
+from dzhpc.baselines.ae_ds import DenoisedAutoencoder
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.dncnn import DnCNN
@@ -18,7 +19,15 @@ from dzhpc.models.vit import ViT
 from dzhpc.runfolder import load_state
 from dzhpc.seeds import derive
 
-MODELS = {"cnn": SimpleCNN, "resnet20": resnet20, "resnet56": resnet56, "resnet18": resnet18, "vit-tiny": ViT, "dncnn": DnCNN}
+MODELS = {
+    "cnn": SimpleCNN,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "resnet18": resnet18,
+    "vit-tiny": ViT,
+    "dncnn": DnCNN,
+    "ae-ds": DenoisedAutoencoder,
+}
 
 
 def constructor(section: configuration.Model):
@@ -90,11 +99,12 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
     try:
         if is_ours(path):
             _, state = load_state(path)
-            assign(model, state.params, state.buffers)
+            assign(_part_for(model, {**state.params, **state.buffers}), state.params, state.buffers)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             weights = weights.get("state_dict", weights)
-            model.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
+            weights = {name.removeprefix("module."): value for name, value in weights.items()}
+            _part_for(model, weights).load_state_dict(weights)
     except OSError as error:
         raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
     except CheckpointError as error:
@@ -103,6 +113,12 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
         raise InputError(
             f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def _part_for(model: torch.nn.Module, weights: dict) -> torch.nn.Module:
+    """The denoiser inside a model, where the weights are a denoiser's alone; else the model."""
+    inner = getattr(model, "denoiser", None)
+    return inner if isinstance(inner, torch.nn.Module) and set(weights) == set(inner.state_dict()) else model
 
 
 def is_ours(path: str | Path) -> bool:

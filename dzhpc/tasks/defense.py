@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dzhpc import config as configuration
 from dzhpc import data, models
+from dzhpc.baselines.ae_ds import QueriedLoss
 from dzhpc.classifier import Answers, ClassifierLoss, load_box, load_network
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
@@ -67,7 +68,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     data_set = data.load(config.data, config.run.seed)
     model = None
     if not without_denoiser:
-        models.fill_in(config.model, channels=data_set.train.images.shape[1])
+        models.fill_in(config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
         model = models.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last).eval()
         if state is not None:
             models.assign(model, state.params, state.buffers)
@@ -107,7 +108,7 @@ class DefenseTask:
         seed, task = config.run.seed, config.task
         data_set = data.load(config.data, seed)
         self.data = as_pixels(data_set).to(device)
-        models.fill_in(self.config.model, channels=data_set.train.images.shape[1])
+        models.fill_in(self.config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
         self.model = self._build(self.config, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self._box = self._network = None
@@ -118,8 +119,12 @@ class DefenseTask:
                 self._network = load_network(config, data_set, device)
         loss = ClassifierLoss(self._box, self._answers, self._network) if task.loss == "classifier" else mse
         self.loss = loss
-        self.engine = make_engine(config.zo.engine, self.model, loss, config.zo.precision, config.zo.memory_mb)
-        self.parts = Parts(self.model, seed) if config.zo.estimator == "autograd" else None
+        self.parts = Parts(self.model, seed) if config.zo.estimator in ("autograd", "latent") else None
+        self.latent = self._latent_loss() if config.zo.estimator == "latent" else None
+        if self.parts:  # the engine only serves scores
+            self.engine = make_engine("full", self.model, loss)
+        else:
+            self.engine = make_engine(config.zo.engine, self.model, loss, config.zo.precision, config.zo.memory_mb)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
         self.query_cost = self.bind_cost = 1
@@ -127,7 +132,8 @@ class DefenseTask:
         self.box_key = ""
         if task.loss == "classifier":
             self.query_cost = config.data.batch_size
-            self.bind_cost = self.query_cost * (1 if self.parts else 2)  # f(x), and at the base f(D(x + delta))
+            self.bind_cost = self.query_cost * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
+            self.bind_cost += self.query_cost * (self._code_size() if self.latent else 0)
             self.evaluation_queries *= 2
             self.box_key = f"task.classifier = {task.classifier}"
 
@@ -154,6 +160,8 @@ class DefenseTask:
         clean, noisy = self._batch(step)
 
         def loss(positions: slice) -> Tensor:
+            if self.latent:
+                return self.latent(self.model.encode(noisy[positions]), self._targets(clean[positions]))
             return self.loss(self.model(noisy[positions]), self._targets(clean[positions]))
 
         return self.parts.rows(mine, len(clean), step, loss)
@@ -191,6 +199,16 @@ class DefenseTask:
                 f"model {config.model.name} gives {found} for images {list(sample.shape)}; a denoiser keeps the shape"
             )
         return model
+
+    def _latent_loss(self) -> QueriedLoss:
+        if not hasattr(self.model, "encode") or not hasattr(self.model, "decode"):
+            raise InputError(f'zo.estimator = "latent": model {self.config.model.name} has no encode and decode; use ae-ds')
+        losses = lambda images, targets: self._answers.cross_entropy(self._box(images.clamp(0, 1)), targets)  # noqa: E731
+        return QueriedLoss(self.model.decode, losses, self.config.zo.mu)
+
+    @torch.no_grad()
+    def _code_size(self) -> int:
+        return self.model.encode(laid_out(self.data.normalise(self.data.train.images[:1]))).numel()
 
     def _set_mode(self) -> None:
         self.model.train(self.config.task.loss == "mse")

@@ -267,6 +267,8 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
         defense = load_defense(source, cpu)
         assert isinstance(defense, Defense) and len(defense.data.test) == 20 and defense.classes == ["0", "1", "2", "3"]
         assert torch.equal(defense.classify(noisy), expected)
+    around = models.build(config.Model(name="ae-ds", depth=3, width=5, image_size=8, weights=str(tmp_path / "run")), 7)
+    assert torch.equal(around.denoiser.model[2].weight, task.model.model[2].weight)
     again = models.build(config.Model(name="dncnn", depth=3, width=5, weights=str(tmp_path / "run")), 7)
     assert torch.equal(again.model[2].weight, task.model.model[2].weight)  # weights of a run folder are its newest
     bare = load_defense(tmp_path / "input.toml", cpu, without_denoiser=True)
@@ -306,3 +308,22 @@ def test_float_images_must_be_pixels():
 
     with pytest.raises(InputError, match=r"images from 1.5 to 1.5; a defence needs them in \[0, 1\]"):
         as_pixels(data.DataSet(one, one, torch.zeros(3), torch.ones(3), ["a"]))
+
+
+def test_the_gradient_through_a_queried_code_is_that_of_autograd(user):
+    """ZO-AE-DS: CGE on the code, the chain rule before it; the decoder and the box are only ever asked."""
+    task = task_of("model.name=ae-ds", "model.latent=12", "model.hidden=4", "zo.estimator=latent", "zo.mu=1e-3")
+    white_box = ClassifierLoss(task._box, task._answers, user.NET)
+    clean, noisy = task._batch(1)
+    exact = torch.autograd.grad(white_box(task.model(noisy), task._targets(clean)), task.engine.index.parameters)
+    asked = task._box.queries
+    _, gradient = task.parts.join(task.gradient_rows(range(PARTS), 1))
+    assert task._box.queries - asked == task.bind_cost == 10 * (2 + 12)
+    names = [n for n in task.engine.index.names if not n.startswith("decoder")]
+    mine, right = task.engine.index.split(gradient), dict(zip(task.engine.index.names, exact, strict=True))
+    a, b = (torch.cat([g[n].flatten() for n in names]) for g in (mine, right))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.999
+    assert torch.linalg.vector_norm(a) / torch.linalg.vector_norm(b) == pytest.approx(1, abs=0.02)
+    assert all(not mine[n].any() for n in mine if n.startswith("decoder"))
+    with pytest.raises(InputError, match="model dncnn has no encode and decode"):
+        task_of("zo.estimator=latent")

@@ -9,7 +9,7 @@ import pytest
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
-config coordinates device graph lock smoothing spmd models.cnn models.vit engines.rules
+config coordinates device graph lock smoothing spmd models.cnn models.vit baselines baselines.ae_ds engines.rules
 engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
@@ -42,6 +42,7 @@ NUMERICAL = {
     "pruning",
     "parts",
     "classifier",
+    "baselines.ae_ds",
     "models",
     "data",
     "seeds",
