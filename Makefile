@@ -10,7 +10,8 @@ run: venv
 
 test: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/unit
+	$(VENV)/bin/python -m pytest -q tests/mpi tests/slurm
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix

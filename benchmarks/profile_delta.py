@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
-    model, inputs, labels = bench._problem(args, torch.device("cpu"))
-    coords = bench._coordinates(model, inputs, labels, args)
+    model, inputs, labels = bench.problem(args, torch.device("cpu"))
+    coords = bench.coordinates(model, inputs, labels, args)
     engine = make_engine("delta", model, "cross_entropy", args.precision)
     engine.bind(inputs, labels)
     engine.differences(coords, 5e-3)

@@ -90,8 +90,8 @@ def machine() -> dict[str, str]:
 def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Milliseconds a query, memory, and error of each engine. Raises InputError for a model or engine that is not known."""
     device = _device(args)
-    model, inputs, labels = _problem(args, device)
-    coords = _coordinates(model, inputs, labels, args)
+    model, inputs, labels = problem(args, device)
+    coords = coordinates(model, inputs, labels, args)
     kinds = [(e, p) for e in args.engines.split(",") for p in (args.precisions.split(",") if e == "delta" else ["fp32"])]
     engines, bases = {}, {}
     for kind, precision in kinds:
@@ -157,7 +157,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     return devices.choose(0, args.threads) if args.device == "cuda" else devices.cpu(args.threads)
 
 
-def _problem(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def problem(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The network and a batch of random images and labels."""
     name, _, depth = args.model.partition(":")
     section = Model(name=name, weights=args.weights, **({"depth": int(depth)} if depth.isdigit() else {}))
@@ -167,7 +167,7 @@ def _problem(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
     return model, inputs, torch.randint(0, 10, (args.batch,), generator=random).to(device)
 
 
-def _coordinates(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> np.ndarray:
+def coordinates(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> np.ndarray:
     """A random part of the S that first-order GraSP's ratios give on this batch; sorted."""
     engine = make_engine("full", model, "cross_entropy")
     layers = pruning.prunable_layers(model, engine.index)

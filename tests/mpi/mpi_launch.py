@@ -19,6 +19,7 @@ import numpy as np
 BESIDE = Path(sys.executable).parent / "mpirun"
 MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
 SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/shm without
+NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun could not open its own port; we were not started
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
 TIMINGS = {"train/step_s", "train/comm_s"}
 OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
@@ -111,8 +112,10 @@ def run(
 
 
 def mpirun(ranks: int, verb: str, *args: object, cwd: Path, **options) -> Result:
-    """``mpirun -n RANKS python -m dzhpc.VERB ARGS...``."""
-    return run([MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args], cwd, **options)
+    """``mpirun -n RANKS python -m dzhpc.VERB ARGS...``; once more where mpirun failed before it started anything."""
+    command = [MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args]
+    result = run(command, cwd, **options)
+    return run(command, cwd, **options) if NO_LISTENER in result.err else result
 
 
 def batch(ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 240) -> dict[str, Result]:

@@ -1,0 +1,45 @@
+"""Engines side by side, and ranks side by side: what the verb prints is what it writes."""
+
+import json
+import sys
+
+import pytest
+from mpi_launch import run, sets
+
+
+def bench(place, *args):
+    return run([sys.executable, "-m", "dzhpc.bench", *args, "--json", "out.json"], place)
+
+
+def test_gradient(place):
+    model = ["--model", "cnn:2", "--batch", 4, "--coords", 24, "--reference", 24, "--repeats", 2, "--mu", 1e-3]
+    result = bench(place, "gradient", *model)
+    assert result.code == 0, result.err
+    rows = json.loads((place / "out.json").read_text())["rows"]
+    assert [(r["engine"], r["precision"]) for r in rows] == [
+        ("full", "fp32"), ("reuse", "fp32"), ("delta", "fp32"), ("delta", "bf16"),
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < row["ms_min"] <= row["ms_per_query"] <= row["ms_max"]
+        assert f"| {row['engine']} | {row['precision']} | {row['ms_per_query']:.3g} (" in result.out
+    full, reuse, exact, rounded = (r["relative_error"] for r in rows)
+    assert exact < 1e-3 and exact < reuse == full
+    assert exact < rounded < 2e-2
+    assert rows[1]["times_reuse"] == 1
+
+
+def test_scaling(place):
+    result = bench(place, "scaling", "digits.toml", "--ranks", "1,2", "--steps", 3, *sets(sparsity__scores="random"))
+    assert result.code == 0, result.err
+    rows = json.loads((place / "out.json").read_text())["rows"]
+    assert [r["ranks"] for r in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row["step_min"] <= row["step_s"] <= row["step_max"]
+        assert 0 <= row["communication"] < 1
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
+
+
+def test_what_cannot_be_measured_is_said_in_one_line(place):
+    bench(place, "gradient", "--model", "resnet21").error(2, "resnet21")
+    bench(place, "scaling", "digits.toml", "--ranks", "one").error(2, "--ranks")
+    bench(place, "scaling", "nowhere.toml", "--ranks", "1").error(2, "nowhere.toml")
