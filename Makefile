@@ -10,7 +10,7 @@ run: venv
 
 test: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/unit
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit
 	$(VENV)/bin/python -m pytest -q tests/mpi tests/slurm
 
 lint: venv
