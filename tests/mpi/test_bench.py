@@ -12,7 +12,7 @@ def bench(place, *args):
 
 
 def test_gradient(place):
-    model = ["--model", "cnn:2", "--batch", 4, "--coords", 24, "--reference", 24, "--repeats", 2, "--mu", 1e-3]
+    model = ["--model", "cnn:1", "--batch", 4, "--coords", 24, "--reference", 24, "--repeats", 2, "--mu", 1e-3]
     result = bench(place, "gradient", *model)
     assert result.code == 0, result.err
     rows = json.loads((place / "out.json").read_text())["rows"]
@@ -42,4 +42,3 @@ def test_scaling(place):
 def test_what_cannot_be_measured_is_said_in_one_line(place):
     bench(place, "gradient", "--model", "resnet21").error(2, "resnet21")
     bench(place, "scaling", "digits.toml", "--ranks", "one").error(2, "--ranks")
-    bench(place, "scaling", "nowhere.toml", "--ranks", "1").error(2, "nowhere.toml")
