@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from dzhpc.errors import InputError
@@ -29,13 +28,13 @@ def lower_confidence_bound(n_a: int, n: int, alpha: float) -> float:
     Raises InputError unless 0 <= n_a <= n, n >= 1 and 0 < alpha < 1.
     """
     _check(n_a, n, alpha)
-    return 0.0 if n_a == 0 else float(stats.beta.ppf(alpha, n_a, n - n_a + 1))
+    return 0.0 if n_a == 0 else float(_stats().beta.ppf(alpha, n_a, n - n_a + 1))
 
 
 def upper_confidence_bound(n_a: int, n: int, alpha: float) -> float:
     """The bound from above: falls below the true p with a probability of at most alpha. Raises as the lower one."""
     _check(n_a, n, alpha)
-    return 1.0 if n_a == n else float(stats.beta.ppf(1 - alpha, n_a + 1, n - n_a))
+    return 1.0 if n_a == n else float(_stats().beta.ppf(1 - alpha, n_a + 1, n - n_a))
 
 
 def certified_radius(n_a: int, n: int, sigma: float, alpha: float) -> float | None:
@@ -46,7 +45,7 @@ def certified_radius(n_a: int, n: int, sigma: float, alpha: float) -> float | No
     if not (sigma > 0 and math.isfinite(sigma)):
         raise InputError(f"sigma = {sigma}: expected a positive number, the noise's standard deviation for pixels in [0, 1]")
     p = lower_confidence_bound(n_a, n, alpha)
-    return sigma * float(stats.norm.ppf(p)) if p > 0.5 else None
+    return sigma * float(_stats().norm.ppf(p)) if p > 0.5 else None
 
 
 def confidence_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -64,7 +63,14 @@ def predict(counts: np.ndarray, alpha: float) -> int:
     top, other = int(counts[first]), int(counts[second]) if len(counts) > 1 else 0
     if top + other == 0:
         raise InputError("predict: no samples were counted")
-    return int(first) if stats.binomtest(top, top + other, 0.5).pvalue <= alpha else ABSTAIN
+    return int(first) if _stats().binomtest(top, top + other, 0.5).pvalue <= alpha else ABSTAIN
+
+
+def _stats():
+    """scipy.stats: a second to import, which each rank of every verb would pay, and only those need who certify."""
+    from scipy import stats
+
+    return stats
 
 
 def _check(n_a: int, n: int, alpha: float) -> None:
@@ -119,7 +125,7 @@ class Plan:
             return True
         radius = self.radius(n_a, n)
         steps = 0 if radius is None else math.floor(radius / self.grid) + 1
-        needed = float(stats.norm.cdf(steps * self.grid / self.sigma))
+        needed = float(_stats().norm.cdf(steps * self.grid / self.sigma))
         best = lower_confidence_bound(n_a + last - n, last, self.alphas[-1])
         return best < needed or upper_confidence_bound(n_a, n, GIVE_UP) < needed
 
