@@ -62,12 +62,13 @@ class Run(Section):
 class Task(Section):
     """What is trained."""
 
-    kind: Literal["classification", "objective", "defense"] = Field(
+    kind: Literal["classification", "objective", "defense", "sol"] = Field(
         "classification",
-        description="a network on labelled images, the user's own loss of a parameter vector, or a denoiser before a black box",
+        description="a network on labelled images, the user's own loss of a parameter vector, a denoiser before a black box, or "
+        "the correction of a coarse solver",
     )
     function: str | None = Field(None, description='objective: "package.module:Name" with initial() and __call__(thetas, step)')
-    batch_limit: Count = Field(1024, description="objective, defense: the most thetas, or images, in one call")
+    batch_limit: Count = Field(1024, description="objective, defense, sol: the most thetas, images or states in one call")
     classifier: str | None = Field(
         None,
         description='defense: the black box: "package.module:function", numpy images [N, 3, H, W] in [0, 1] -> logits or '
@@ -82,6 +83,27 @@ class Task(Section):
     loss: Literal["classifier", "mse"] = Field(
         "classifier",
         description="defense: cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",
+    )
+    simulator: str = Field(
+        "projected",
+        description="sol: the coarse solver: projected (PhiFlow's step, its pressure operator factorised once), phiflow, or "
+        '"package.module:function", numpy states [N, ...] and parameters [N] -> the next states',
+    )
+    unroll: Count = Field(16, description="sol: steps of corrected solver in the loss (A3); 1: pre-generated pairs (NON)")
+    resolution: Count = Field(32, description="sol, wake: cells across the coarse solver's domain, twice as many along")
+    factor: Count = Field(4, description="sol, wake: how many times finer the reference is")
+    radius: Positive = Field(10.0, description="sol, wake: of the rod, in a domain of 100 x 200")
+    frames: Annotated[int, Field(ge=2)] = Field(500, description="sol, simulate: the last so many states are kept")
+    warm_up: int = Field(1000, ge=0, description="sol, simulate: states before those that are kept")
+    train_parameters: list[float] = Field(
+        [160e3 * 2**i for i in range(6)], description="sol, simulate: the training simulations'; the wake's is 1e4 / viscosity"
+    )
+    valid_parameters: list[float] = Field([640e3 * 2**0.5], description="sol, simulate: of those that choose the model")
+    test_parameters: list[float] = Field([240e3 * 2**i for i in range(5)], description="sol, simulate: the test simulations'")
+    reference: str | None = Field(
+        None,
+        description='sol, simulate: "package.module:function", parameter -> the reference states [warm_up + frames, ...] for an '
+        "own simulator, on its grid",
     )
     retries: int = Field(
         3, ge=0, description="black box: ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
@@ -338,6 +360,14 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield f"task.max_queries = {task.max_queries}: belongs to a task with a black box; use stop.queries"
     if zo.estimator == "latent" and (task.kind != "defense" or task.loss != "classifier" or zo.difference == "central"):
         yield 'zo.estimator = "latent": needs task.kind = "defense", task.loss = "classifier", zo.difference = "forward"'
+    if task.kind == "sol":
+        own = is_function(task.simulator)
+        if not own and task.simulator not in ("projected", "phiflow"):
+            yield f'task.simulator = "{task.simulator}": expected projected, phiflow or "package.module:function"'
+        if own and zo.estimator == "autograd" and task.unroll > 1:
+            yield f"task.simulator = {task.simulator}: a function has no autograd; use cge or rge, or task.unroll = 1"
+        if zo.engine == "reuse" or zo.precision != "fp32":
+            yield 'task.kind = "sol": needs zo.engine = "delta" or "full", and zo.precision = "fp32"'
     if task.kind != "defense":
         if task.classifier:
             yield 'task.classifier: belongs to task.kind = "defense"'

@@ -1,4 +1,4 @@
-"""HDF5 files: checkpoints, LPR files, metrics, packed data, certificates. The only module that imports h5py.
+"""HDF5 files: checkpoints, LPR files, metrics, packed data, certificates, trajectories. The only module that imports h5py.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that a reader never sees half a file. It
 starts with a 512-byte user block that holds a SHA-256 of the rest; the sum is verified before HDF5 parses a byte.
@@ -154,6 +154,25 @@ def load_packed(path: str | Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarra
         return splits, file.attrs["mean"], file.attrs["std"], [str(c) for c in file.attrs["classes"]]
 
 
+def save_reference(path: Path, splits: Mapping[str, tuple[np.ndarray, np.ndarray]], about: Mapping[str, object]) -> None:
+    """Write trajectories: for train, valid and test states [S, F, ...] and parameters [S]; ``about`` becomes attributes."""
+
+    def fill(file: h5py.File) -> None:
+        file.create_group("about").attrs.update(about)
+        for split, (states, parameters) in splits.items():
+            file[f"{split}/states"] = np.asarray(states, np.float32)
+            file[f"{split}/parameters"] = np.asarray(parameters, np.float64)
+
+    _write(path, "dzhpc-reference", fill, InputError)
+
+
+def load_reference(path: str | Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, object]]:
+    """(splits, about), as given to :func:`save_reference`. Raises InputError."""
+    with _open(Path(path), "dzhpc-reference", InputError) as file:
+        splits = {s: (file[f"{s}/states"][()], file[f"{s}/parameters"][()]) for s in ("train", "valid", "test")}
+        return splits, _about(file)
+
+
 class Metrics:
     """The rows of ``metrics.h5``: ``train`` (a row a step) and ``eval``. Kept in memory, written whole by :meth:`flush`."""
 
@@ -230,13 +249,17 @@ def save_certificates(path: Path, rows: list[Certificate], about: Mapping[str, o
 def load_certificates(path: str | Path) -> tuple[list[Certificate], dict[str, object]]:
     """(rows, about), as given to :func:`save_certificates`. Raises CheckpointError if the file is missing or damaged."""
     with _open(Path(path), "dzhpc-certificates", CheckpointError) as file:
-        about = {k: v.item() if isinstance(v, np.generic) else v for k, v in file["about"].attrs.items()}
+        about = _about(file)
         columns = [file["images"][name][()].tolist() for name in CERTIFICATE_COLUMNS]
         rows = [dict(zip(CERTIFICATE_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
         for row in rows:
             del row["predict"], row["correct"]  # they follow from the others
             row["radius"] = None if np.isnan(row["radius"]) else row["radius"]
         return [Certificate(**row) for row in rows], about
+
+
+def _about(file: h5py.File) -> dict[str, object]:
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in file["about"].attrs.items()}
 
 
 def describe(path: str | Path) -> str:

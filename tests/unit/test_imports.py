@@ -9,21 +9,25 @@ import pytest
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
-config coordinates device graph lock smoothing spmd models.cnn models.vit baselines baselines.ae_ds engines.rules
-engines.full engines.blackbox engines.seeds estimators optimizers stopping
+config coordinates device graph lock smoothing spmd models.cnn models.vit models.corrector baselines baselines.ae_ds tasks.sol.wake
+engines.rules engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines runfolder
 models data sparsity distribution parts
 classifier
-forecast tasks.classification tasks.objective tasks.defense
+tasks.sol.phiflow tasks.sol.reference
+tasks.sol.projected
+tasks.sol.simulators tasks.sol.correction
+tasks.sol.unrolled tasks.sol.rollout
+forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.figures tasks.sol
 tasks
 trainer campaign certificates
 certification
 report fetch prune info bench
-train certify
+train certify simulate evaluate
 """
-ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}}
+ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}, "phi": {"tasks.sol.phiflow"}}
 NUMERICAL = {
     "coordinates",
     "graph",
