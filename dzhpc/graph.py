@@ -45,6 +45,7 @@ class Network:
         self._near = changing | {a for node in changing for a in node.all_input_nodes}
         self._kept: dict[fx.Node, object] = {}
         self._keep_all = keep_all
+        self._wide: fx.GraphModule | None = None
         self._state = {b.untyped_storage().data_ptr() for b in model.buffers()}
 
     def run(self, inputs: Tensor, observe=None) -> Tensor:
@@ -54,6 +55,22 @@ class Network:
         """
         self._kept.clear()
         return _Recorder(self, observe).run(inputs)
+
+    def run_wide(self, inputs: Tensor) -> Tensor:
+        """As :meth:`run`, in float64: output, kept features and the model's buffers are float64's, rounded to their own types.
+
+        May raise whatever a user's operation raises that is not made for float64; buffers are then as before.
+        """
+        if self._wide is None:
+            self._wide = copy.deepcopy(self.module).double()
+        own = [*self.module.parameters(), *self.module.buffers()]
+        for wide, narrow in zip([*self._wide.parameters(), *self._wide.buffers()], own, strict=True):
+            wide.copy_(narrow)
+        self._kept.clear()
+        output = _WideRecorder(self, self._wide).run(inputs.double())
+        for wide, narrow in zip(self._wide.buffers(), self.module.buffers(), strict=True):
+            narrow.copy_(wide)
+        return output.to(inputs.dtype)
 
     def keep(self, node: fx.Node, value: object) -> None:
         """Keep a value for the tails. A buffer is copied: each query finds the buffers as they were before the base pass.
@@ -173,6 +190,25 @@ class _Recorder(fx.Interpreter):
         if self._observe:
             self._observe(node)
         return value
+
+
+class _WideRecorder(fx.Interpreter):
+    """Runs a copy of the graph in float64 and keeps what a run of the graph itself would keep."""
+
+    def __init__(self, network: Network, wide: fx.GraphModule):
+        super().__init__(wide)
+        self._network = network
+        self._own = dict(zip(wide.graph.nodes, network.module.graph.nodes, strict=True))
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        self._network.keep(self._own[node], fx.node.map_aggregate(value, _narrowed))
+        return value
+
+
+def _narrowed(value):
+    """A copy in float32 of a float64 tensor; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
 
 
 def _remove_in_place(module: fx.GraphModule, name: str, engine: str) -> None:

@@ -1,7 +1,9 @@
 """Engine ``delta``: the change that each coordinate causes travels through the network, for a chunk of coordinates at once.
 
-Two losses are never subtracted, so full relative precision is kept. Coordinates of one parameter share all weights downstream,
-so a chunk of P coordinates is one batch of P B samples, and a change that lives in one channel stays there as long as it can.
+Two losses are never subtracted, so full relative precision is kept. Base values come from a float64 pass where the network has
+kinks: a ReLU whose input lies within rounding of zero would stop a change, or let it pass, for no reason. Coordinates of one
+parameter share all weights downstream, so a chunk of P coordinates is one batch of P B samples, and a change that lives in one
+channel stays there as long as it can.
 """
 
 import logging
@@ -21,7 +23,7 @@ from dzhpc.engines.full import LOSSES, checked
 from dzhpc.engines.programs import Programs
 from dzhpc.engines.propagation import Propagation, Run, name_of
 from dzhpc.engines.reuse import Reuse
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, message_of
 
 log = logging.getLogger("dzhpc")
 BUDGET_MB = {"cpu": 32.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
@@ -57,6 +59,7 @@ class Delta(Reuse):
         self._programs = Programs(self.index.device, self.index.dtype, self._say_once)
         self._propagation: Propagation | None = None
         self._all_plans: dict[torch.Size, list[_Plan]] = {}  # for each shape of a batch
+        self._narrow = precision == "bf16" or self.index.dtype != torch.float32  # whether float64 base values gain nothing
         self._plans: list[_Plan] = []
         if precision == "bf16" and not devices.has_fast_bf16(self.index.device):
             self._say_once("this hardware has no fast bfloat16: precision = fp32 may be faster")
@@ -101,16 +104,39 @@ class Delta(Reuse):
 
     def _run_base(self) -> Tensor:
         outputs = super()._run_base()
+        self._propagation.new_batch()
+        self._base_loss = self._prepare_loss(outputs)
+        return outputs
+
+    def _run_network(self) -> Tensor:
         if self._propagation is None or self._propagation.network is not self._network:
             self._propagation = Propagation(self._network, self.index.dtype, self._travel, self._programs, self._say_once)
             self._all_plans.clear()
-        self._propagation.new_batch()
         if self._inputs.shape not in self._all_plans:
-            learned: dict = {}
+            outputs, learned = super()._run_network(), {}
+            self._propagation.new_batch()
             self._all_plans[self._inputs.shape] = [self._plan(owner, learned) for owner in range(len(self.index.names))]
+            if self._narrow:
+                self._plans = self._all_plans[self._inputs.shape]
+                return outputs
+            self._rewind()
         self._plans = self._all_plans[self._inputs.shape]
-        self._base_loss = self._prepare_loss(outputs)
-        return outputs
+        return self._run_wide() if self._gains_from_wide else super()._run_network()
+
+    @property
+    def _gains_from_wide(self) -> bool:
+        """Whether base values in float64 make changes more accurate, and all changes start from them."""
+        kinks = any(self._propagation.has_kink(plan.nodes) for plan in self._plans)
+        return not self._narrow and kinks and not any(plan.refusal for plan in self._plans)
+
+    def _run_wide(self) -> Tensor:
+        try:
+            return self._network.run_wide(self._inputs)
+        except Exception as error:  # a user's operation may be made for float32 alone, and then raise anything
+            self._say_once(f"base values are float32's, since a float64 pass ends in {message_of(error)}")
+            self._narrow = True
+            self._rewind()
+            return super()._run_network()
 
     def _plan(self, owner: int, learned: dict) -> _Plan:
         """What lies between a parameter and the output, and why it cannot be done in one pass, if it cannot."""

@@ -69,6 +69,10 @@ class Propagation:
         name = next(name for name, p in module.named_parameters() if p is parameter)
         return seeds.seed(self._operation(node, [None] * len(node.args)), name, local, mu)
 
+    def has_kink(self, nodes: list[fx.Node]) -> bool:
+        """Whether some of the operations have a kink."""
+        return any(self._rule(node) in rules.KINKED for node in nodes if node.op != "output")
+
     def waits(self, node: fx.Node, runs: list[Run]) -> bool:
         """Whether a seed may be left to the first run, which makes it in its registers."""
         return bool(runs) and runs[0].fused and self._programs.compiling and all(u in runs[0].nodes for u in node.users)

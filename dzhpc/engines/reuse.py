@@ -39,7 +39,7 @@ class Reuse(Full):
             self._network = Network(self.model, self.index.parameters, self._keep_all, self.name)
             self._check_trace()
             self._modes = modes
-        outputs = self._network.run(self._inputs)
+        outputs = self._run_network()
         self.peak_bytes = self._network.kept_bytes
         if self._memory_mb is not None and self.peak_bytes > self._memory_mb * 2**20:
             raise InputError(
@@ -48,6 +48,9 @@ class Reuse(Full):
             )
         self._outputs = outputs
         return outputs
+
+    def _run_network(self) -> Tensor:
+        return self._network.run(self._inputs)
 
     def _run_perturbed(self, owner: int | None) -> Tensor:
         if owner is None:

@@ -47,10 +47,10 @@ Rule = Callable[[Operation], Change]
 def fallback(op: Operation) -> Change:
     """f(x + D) - f(x) coordinate by coordinate: an operation may couple the samples of a batch."""
     count = next(len(c.data) for c in flat(op.changes) if c is not None)
-    rows = []
+    base, rows = op.run(op.args, op.kwargs), []  # not op.value, which may stem from a float64 pass
     for k in range(count):
         args = [shifted(a, c, k) for a, c in zip(op.args, op.changes, strict=True)]
-        rows.append(op.run(tuple(args), op.kwargs) - op.value)
+        rows.append(op.run(tuple(args), op.kwargs) - base)
     return Change(torch.stack(rows))
 
 
@@ -604,6 +604,9 @@ NATIVE = {convolution, linear_layer, linear_map, view, split, getitem, identity,
 
 #: these compare base values with each other or need their sum, so that rounding them would change the answer
 SHARP = {max_pool, adaptive_max_pool, _relu6, softmax, log_softmax}
+
+#: which side of a kink a base value lies on decides what becomes of a change, however small
+KINKED = {_relu, _relu6, leaky_relu, max_pool, adaptive_max_pool}
 
 #: more than the first input may change
 SEVERAL = {add, sub, product, quotient, bilinear, attention, cat, getitem, linear_function, convolution_function, layer_norm}
