@@ -10,7 +10,8 @@ import pytest
 LAYERS = """
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
 config coordinates device graph lock smoothing spmd models.cnn models.vit models.corrector baselines baselines.ae_ds
-tasks.sol.wake engines.rules engines.full engines.blackbox engines.seeds estimators optimizers stopping
+engines.rules tasks.sol.wake
+engines.full engines.blackbox engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines runfolder
