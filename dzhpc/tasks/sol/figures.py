@@ -207,7 +207,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
 def _lines(axes, values: dict[str, np.ndarray], limits: tuple[float, float]) -> dict:
     """Draw lines over one another; the artists by name."""
     color = colors(list(values))
-    thin = {REFERENCE: {"lw": 2.4, "alpha": 0.6}, SRC: {"ls": "--"}}
+    thin = {REFERENCE: {"lw": 2}, SRC: {"ls": "--"}}
     drawn = {name: axes.plot(line, color=color[name], label=name, **thin.get(name, {}))[0] for name, line in values.items()}
     axes.set_xlabel("grid point")
     axes.set_ylim(*limits)
