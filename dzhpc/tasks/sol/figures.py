@@ -106,7 +106,7 @@ def colors(names: list[str]) -> dict[str, str]:
 def errors(methods: list[Method], scene: Scene, path: Path) -> None:
     """Error against time: mean over simulations and seeds, shaded from the smallest to the largest of them.
 
-    A simulation that diverges is drawn alone, up to there, and is in neither mean nor shade.
+    A simulation that diverges is drawn alone, up to a cross on the frame, and is in neither mean nor shade.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -124,7 +124,7 @@ def errors(methods: list[Method], scene: Scene, path: Path) -> None:
         for k, curve in enumerate(curves[lost]):
             end = int(np.isinf(curve).argmax())
             axes.plot(time[:end], curve[:end], lw=0.8, label=label if lost.all() and k == 0 else None, **style)
-            axes.plot(time[max(end - 1, 0)], curve[max(end - 1, 0)] if end else 0, "x", color=style["color"], clip_on=False)
+            axes.plot(time[end], 1, "x", color=style["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xlabel(scene.time_label)
     axes.set_ylabel(scene.error_label)
     axes.set_xlim(left=0)
