@@ -21,9 +21,9 @@ tasks.sol.phiflow tasks.sol.reference
 tasks.sol.projected
 tasks.sol.simulators tasks.sol.correction
 tasks.sol.unrolled tasks.sol.rollout
-forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.figures tasks.sol
-tasks
-trainer campaign certificates
+forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.evaluation tasks.sol
+tasks tasks.sol.results
+trainer campaign certificates tasks.sol.figures
 certification
 report fetch prune info bench
 train certify simulate evaluate
