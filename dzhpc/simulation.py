@@ -29,7 +29,7 @@ class Simulations:
     """All simulations of an input, shared out to the ranks. Each is its rank's own until it is done; ``FILE.parts/`` keeps it.
 
     A part is written when its simulation is done, every SAVE_EVERY seconds, and before the rank leaves; so a kill costs seconds,
-    and bits depend neither on it nor on the number of ranks.
+    and bits depend neither on it nor on the number of ranks. A file STOP among the parts ends the job in good order.
     """
 
     def __init__(self, world: World, config: Config, solver: Solver, out: Path, quiet: bool):
@@ -54,7 +54,7 @@ class Simulations:
             if found is None:
                 log.info("%s: nothing left to do", self._out)
                 return Reason.NONE
-            self._frames = found
+            self._frames, self.world.crash_folder = found, self._parts
             self._requests = Requests(self._config, self._parts if self.world.is_root else None)
             self._before, self._start = sum(found.values()), time.monotonic()
             todo = [p for p in self._parameters if found.get(p, 0) < self._total]
@@ -81,7 +81,7 @@ class Simulations:
         """States already made, by parameter; None if the file is whole. Raises InputError or LaunchError."""
         if self._out.exists():
             splits, about = store.load_reference(self._out)
-            given = {f"{split}_parameters": list(parameters) for split, (_, parameters) in splits.items()}
+            given = {f"{split}_parameters": parameters.tolist() for split, (_, parameters) in splits.items()}
             wanted = {f"{split}_parameters": values for split, values in self._lists.items()}
             self._compare(self._out, about | given, self._about | wanted)
             return None
@@ -91,9 +91,15 @@ class Simulations:
             self._parts.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{self._parts}: cannot be made ({error.strerror}); choose another file with -o") from None
-        return {p: self._load(p).frames for p in self._parameters if self._path(p).exists()}
+        found = {}
+        for p in filter(lambda p: self._path(p).exists(), self._parameters):
+            _, about = store.load_simulation(self._path(p))
+            self._compare(self._path(p), about, self._about)
+            found[p] = int(about["made"])
+        return found
 
     def _compare(self, path: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
+        """Raise InputError for the first constant that differs."""
         for key, value in new.items():
             if old.get(key) != value and key not in BITS:
                 raise InputError(
@@ -106,12 +112,10 @@ class Simulations:
         return self._parts / f"{parameter!r}.h5"
 
     def _load(self, parameter: float) -> Simulation:
-        """A simulation as it was left, or a new one. Raises InputError for one with other constants."""
-        path = self._path(parameter)
-        if not path.exists():
+        """A simulation as it was left, or a new one."""
+        if not self._path(parameter).exists():
             return Simulation(parameter)
-        arrays, about = store.load_simulation(path)
-        self._compare(path, about, self._about)
+        arrays, about = store.load_simulation(self._path(parameter))
         return Simulation(parameter, int(about["made"]), arrays["kept"], arrays["now"])
 
     def _save(self, simulation: Simulation) -> None:
@@ -166,7 +170,7 @@ class Simulations:
         return True
 
     def _progress(self) -> str:
-        """``simulation 3/12, 4,120 of 18,000 states, 480/s, ETA 0:00:29``."""
+        """``simulations done 3/12, 4,120 of 18,000 states, 480/s, ETA 0:00:29``."""
         made, whole = sum(self._frames.values()), self._total * len(self._parameters)
         done = sum(frames == self._total for frames in self._frames.values())
         seconds = time.monotonic() - self._start

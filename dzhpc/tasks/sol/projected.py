@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dzhpc.errors import InputError
 from dzhpc.tasks.sol.phiflow import masks
 from dzhpc.tasks.sol.wake import DT, SPEED, Wake, unpack, viscosity
 
@@ -26,6 +27,7 @@ class Projected:
 
     diffusion (explicit) -> v = U on the boundary -> advection (semi-Lagrangian) -> projection with the rod as obstacle.
     Bits are a function of the states, the parameters and N alone. On a GPU autograd's are not (it adds up atomically).
+    Raises InputError for a rod that covers no cell.
     """
 
     name, differentiable = "projected", True
@@ -33,6 +35,8 @@ class Projected:
     def __init__(self, wake: Wake, device: torch.device, dtype: torch.dtype = torch.float32):
         (nx, ny), self._dx, self.queries = wake.cells, wake.dx, 0
         active, joined, solid = masks(wake)
+        if active.all():
+            raise InputError(f"task.radius = {wake.radius:g}: the rod covers no cell of {nx} x {ny}; raise radius or resolution")
         put = lambda array: torch.tensor(array, dtype=dtype, device=device)  # noqa: E731
         self._pressure = Pressure(wake, active, joined, put)
         self._active, self._by_dx, self._joined = put(active > 0), put(active / wake.dx), put(-joined / wake.dx)

@@ -53,7 +53,7 @@ def make_simulator(
     """
     key = f"task.simulator = {task.simulator}"
     if is_function(task.simulator):
-        return OwnSimulator(import_object(task.simulator, "task.simulator"), task.batch_limit, task.retries, key)
+        return OwnSimulator(import_object(task.simulator, "task.simulator"), task.batch_limit, True, task.retries, key)
     wake = Wake(task.resolution, task.radius)
     if reference is not None:
         check_wake(wake, reference, key)
