@@ -1,5 +1,6 @@
 """The corrective network of Um et al. 2020 as in DeepZero: 56,898 parameters at widths (32, 64), 1,010 at (8,), 506 at (4,)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ class Corrector(nn.Module):
                 "an odd kernel, and 1 or 2 dims"
             )
         sizes, layers = [channels + 1, *widths, channels], []
-        for size, following in zip(sizes[:-1], sizes[1:], strict=True):
+        for size, following in itertools.pairwise(sizes):
             layers += [NarrowConv2d(size, following, (kernel if dims == 2 else 1, kernel)), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers[:-1])
         nn.init.zeros_(layers[-2].weight)
