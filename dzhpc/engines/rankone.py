@@ -98,7 +98,8 @@ def try_out(model: nn.Module, sample: Tensor) -> tuple[RankOne, int]:
     """
     trial, kept = RankOne(copy.deepcopy(model)), RankOne(model)
     index, draw, widest = ParameterIndex.of(trial.model), torch.Generator().manual_seed(0), [0]
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = [index.device] if index.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         for p in trial.model.parameters():
             p.copy_(torch.randn(p.shape, generator=draw) / max(1, prod(p.shape[1:])) ** 0.5)
         for module in trial.model.modules():

@@ -1,5 +1,6 @@
 """The corrective network of Um et al. 2020 as in DeepZero: 56,898 parameters at widths (32, 64), 1,010 at (8,), 506 at (4,)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,8 +25,8 @@ class Corrector(nn.Module):
                 "an odd kernel, and 1 or 2 dims"
             )
         sizes, layers = [channels + 1, *widths, channels], []
-        for size, following in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [NarrowConv2d(size, following, (kernel if dims == 2 else 1, kernel)), nn.ReLU()]
+        for size, following in itertools.pairwise(sizes):
+            layers += [NarrowConv2d(size, following, (kernel if dims == 2 else 1, kernel)), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers[:-1])
         nn.init.zeros_(layers[-2].weight)
         nn.init.zeros_(layers[-2].bias)
@@ -46,10 +47,10 @@ class NarrowConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         many, (h, w) = LANES // self.out_channels, x.shape[2:]
-        a = math.gcd(h, 1 << (many.bit_length() - 1) // 2)
-        b = math.gcd(w, 1 << (many // a).bit_length() - 1)
-        if many <= 2 or a * b == 1:
+        if many <= 2:
             return super().forward(x)
+        a = math.gcd(h, 2)
+        b = math.gcd(w, 1 << (many // a).bit_length() - 1)
         blocks = F.conv2d(x, self._shifted(a, b), self.bias.repeat_interleave(a * b), (a, b), self.padding)
         return blocks.unflatten(1, (-1, a, b)).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, h, w)
 

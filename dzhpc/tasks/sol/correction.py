@@ -59,12 +59,14 @@ class Correction:
 
     @torch.no_grad()
     def _check(self, states: Tensor) -> None:
-        expected = list(self._seen(states).shape)
+        expected, training = list(self._seen(states).shape), self.model.training
         inputs = self.inputs(states, states.new_ones(len(states)))
         try:
-            found = list(self.model(inputs).shape)
+            found = list(self.model.eval()(inputs).shape)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             found = " ".join(str(error).split())
+        finally:
+            self.model.train(training)
         if found != expected:
             raise InputError(
                 f"{type(self.model).__name__} gives {found} for inputs {list(inputs.shape)}; a correction has to be {expected}"

@@ -31,7 +31,7 @@ Split = Callable[[int, Callable[[range], np.ndarray]], np.ndarray]
 
 @dataclasses.dataclass
 class Run:
-    """A run's checkpoints, oldest first: (file, state). An input file has none; it says what is simulated, as all others do.
+    """A run's checkpoints, oldest first: (file, state). An input file has none; it says what is simulated.
 
     scores: see :func:`choose`, one a checkpoint. chosen: the number of the best.
     """
@@ -88,8 +88,12 @@ def _checked(config: Config, source: str) -> Config:
 
 
 def read_all(sources: list[str], data_root: str | None = None) -> list[Run]:
-    """All of them; ``data_root`` replaces the data.root of each. Raises InputError where reference or coarse solver differ."""
-    runs = [read(source) for source in sources]
+    """All runs; input files only where there is no run. ``data_root`` replaces the data.root of each.
+
+    Raises InputError where reference or coarse solver differ.
+    """
+    found = [read(source) for source in sources]
+    runs = [run for run in found if run.checkpoints] or found
     for run in runs:
         run.config.data.root = data_root or run.config.data.root
         for key in SHARED:

@@ -106,7 +106,7 @@ def colors(names: list[str]) -> dict[str, str]:
 def errors(methods: list[Method], scene: Scene, path: Path) -> None:
     """Error against time: mean over simulations and seeds, shaded from the smallest to the largest of them.
 
-    A simulation that diverges is drawn alone, up to there, and is in neither mean nor shade.
+    A simulation that diverges is drawn alone, up to a cross on the frame, and is in neither mean nor shade.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -124,7 +124,7 @@ def errors(methods: list[Method], scene: Scene, path: Path) -> None:
         for k, curve in enumerate(curves[lost]):
             end = int(np.isinf(curve).argmax())
             axes.plot(time[:end], curve[:end], lw=0.8, label=label if lost.all() and k == 0 else None, **style)
-            axes.plot(time[max(end - 1, 0)], curve[max(end - 1, 0)] if end else 0, "x", color=style["color"], clip_on=False)
+            axes.plot(time[end], 1, "x", color=style["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xlabel(scene.time_label)
     axes.set_ylabel(scene.error_label)
     axes.set_xlim(left=0)
@@ -207,7 +207,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
 def _lines(axes, values: dict[str, np.ndarray], limits: tuple[float, float]) -> dict:
     """Draw lines over one another; the artists by name."""
     color = colors(list(values))
-    thin = {REFERENCE: {"lw": 2.4, "alpha": 0.6}, SRC: {"ls": "--"}}
+    thin = {REFERENCE: {"lw": 2}, SRC: {"ls": "--"}}
     drawn = {name: axes.plot(line, color=color[name], label=name, **thin.get(name, {}))[0] for name, line in values.items()}
     axes.set_xlabel("grid point")
     axes.set_ylim(*limits)

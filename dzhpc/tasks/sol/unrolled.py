@@ -81,8 +81,8 @@ class Unrolled(Full):
         if (bad := (~(losses <= self._most)).nonzero()).numel():
             step, window = bad[0].tolist()
             raise NumericalError(
-                f"{windows.names[window]}, unrolled step {step + 1}: the corrected solver diverges before any weight is perturbed; "
-                f"lower optim.lr, or go back to an earlier checkpoint"
+                f"{windows.names[window]}, unrolled step {step + 1}: the corrected solver diverges, before any weight is "
+                f"perturbed; lower optim.lr, and go back to an earlier checkpoint"
             )
 
     @torch.no_grad()
