@@ -118,7 +118,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field(
-        "resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, ae-ds, or "package.module:Class"'
+        "resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, ae-ds, corrector, or "package.module:Class"'
     )
     weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
     trainable: list[str] | None = Field(

@@ -56,6 +56,26 @@ class DataSet:
         return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
 
 
+class Order:
+    """Which of ``count`` training examples belong to a step, all shuffled anew each epoch: a function of (seed, step).
+
+    The remainder of an epoch is left out, another one each epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device):
+        self._count, self._batch_size, self._seed, self._device = count, batch_size, seed, device
+        self.steps_per_epoch = count // batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def chosen(self, step: int) -> Tensor:
+        """int64 [batch_size]."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(self._count, generator=generator(self._seed, "shuffle", epoch))
+            self._epoch, self._order = epoch, order.to(self._device)
+        return self._order[k * self._batch_size : (k + 1) * self._batch_size]
+
+
 class Batches:
     """Training batches of a data set: shuffling, crop and flip as batched tensor code on the data's device."""
 
@@ -65,20 +85,12 @@ class Batches:
             raise InputError(
                 f"data.batch_size = {batch_size}: the training set has {len(data.train)} images; choose a smaller batch"
             )
-        self._epoch, self._order = -1, torch.empty(0)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the remainder is left out, another one each epoch."""
-        return len(self.data.train) // self.batch_size
+        self._order = Order(len(data.train), batch_size, seed, data.train.labels.device)
+        self.steps_per_epoch = self._order.steps_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(inputs float32 [B, C, H, W], labels [B]) of a step."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = torch.randperm(len(self.data.train), generator=generator(self.seed, "shuffle", epoch))
-            self._epoch, self._order = epoch, order.to(self.data.train.labels.device)
-        chosen = self._order[k * self.batch_size : (k + 1) * self.batch_size]
+        chosen = self._order.chosen(step)
         images = self.data.train.images[chosen]
         if self.augment:
             images = crop_and_flip(images, generator(self.seed, "augment", step))

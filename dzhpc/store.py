@@ -173,6 +173,23 @@ def load_reference(path: str | Path) -> tuple[dict[str, tuple[np.ndarray, np.nda
         return splits, _about(file)
 
 
+def save_simulation(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, object]) -> None:
+    """Write a simulation, whole or as far as it has come: any arrays; ``about`` becomes attributes."""
+
+    def fill(file: h5py.File) -> None:
+        file.create_group("about").attrs.update(about)
+        for name, array in arrays.items():
+            file[name] = array
+
+    _write(path, "dzhpc-simulation", fill, InputError)
+
+
+def load_simulation(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """(arrays, about), as given to :func:`save_simulation`. Raises InputError."""
+    with _open(Path(path), "dzhpc-simulation", InputError) as file:
+        return {name: item[()] for name, item in file.items() if name != "about"}, _about(file)
+
+
 class Metrics:
     """The rows of ``metrics.h5``: ``train`` (a row a step) and ``eval``. Kept in memory, written whole by :meth:`flush`."""
 

@@ -18,7 +18,7 @@ class BlackBox:
     """Answers [N, ...] of ``function`` to inputs [N, ...], in calls of at most ``batch_limit``; no gradient is ever taken.
 
     function: gets and gives torch tensors, or numpy arrays where ``numpy`` is true; a copy in each call, that it may write into.
-        It needs a time limit of its own: a call that never returns holds up the run.
+        Several inputs are as many arguments. It needs a time limit of its own: a call that never returns holds up the run.
     retries: how often a call that raises is made again, after 1, 2, 4, ... seconds, at most LONGEST_WAIT.
     name: what errors call the function.
 
@@ -37,9 +37,10 @@ class BlackBox:
         self.queries = 0
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """In as few calls as the limit allows."""
-        return torch.cat([self._ask(part) for part in inputs.detach().split(self._limit)])
+        parts = zip(*(x.detach().split(self._limit) for x in inputs), strict=True)
+        return torch.cat([self._ask(*part) for part in parts])
 
     def check(self, answers: Tensor, count: int) -> None:
         """Raise InputError or NumericalError for answers to ``count`` inputs that cannot be right."""
@@ -50,22 +51,22 @@ class BlackBox:
         if not torch.isfinite(answers).all():
             raise NumericalError(f"{self.name} gave answers that are not finite")
 
-    def _ask(self, inputs: Tensor) -> Tensor:
+    def _ask(self, *inputs: Tensor) -> Tensor:
         given = self._attempt(inputs)
         try:
             answers = given.detach() if isinstance(given, Tensor) else torch.tensor(np.asarray(given))
         except (TypeError, ValueError, RuntimeError):
             raise InputError(f"{self.name} gave {type(given).__name__}; expected an array of numbers") from None
-        self.check(answers, len(inputs))
+        self.check(answers, len(inputs[0]))
         self._shape = answers.shape[1:]
-        self.queries += len(inputs)
-        return answers.to(inputs.device, copy=True)  # the function may fill the same array again
+        self.queries += len(inputs[0])
+        return answers.to(inputs[0].device, copy=True)  # the function may fill the same array again
 
-    def _attempt(self, inputs: Tensor):
+    def _attempt(self, inputs: tuple[Tensor, ...]):
         """What the function gives, once it does. Raises BlackBoxError."""
         for attempt in range(self._retries + 1):
             try:
-                return self._function(self._copy(inputs))
+                return self._function(*map(self._copy, inputs))
             except (Exception, SystemExit) as error:  # the user's code, or a server, may raise anything
                 message = f"{self.name}: {message_of(error)}"
                 if attempt == self._retries or isinstance(error, SystemExit):

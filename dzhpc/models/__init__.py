@@ -13,6 +13,7 @@ from dzhpc import store
 from dzhpc.baselines.ae_ds import DenoisedAutoencoder
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.corrector import Corrector
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
@@ -27,6 +28,7 @@ MODELS = {
     "vit-tiny": ViT,
     "dncnn": DnCNN,
     "ae-ds": DenoisedAutoencoder,
+    "corrector": Corrector,
 }
 
 

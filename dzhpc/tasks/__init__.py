@@ -10,6 +10,7 @@ from dzhpc.parts import Parts
 from dzhpc.tasks.classification import Classification
 from dzhpc.tasks.defense import DefenseTask
 from dzhpc.tasks.objective import ObjectiveTask
+from dzhpc.tasks.sol.task import SolTask
 
 
 class Task(Protocol):
@@ -36,7 +37,7 @@ class Task(Protocol):
         """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part."""
 
 
-TASKS = {"classification": Classification, "objective": ObjectiveTask, "defense": DefenseTask}
+TASKS = {"classification": Classification, "objective": ObjectiveTask, "defense": DefenseTask, "sol": SolTask}
 
 
 def make_task(config: Config, device: torch.device) -> Task:

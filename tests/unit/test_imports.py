@@ -10,7 +10,8 @@ import pytest
 LAYERS = """
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
 config coordinates device graph lock smoothing spmd models.cnn models.vit models.corrector baselines baselines.ae_ds
-tasks.sol.wake engines.rules engines.full engines.blackbox engines.seeds estimators optimizers stopping
+engines.rules tasks.sol.wake
+engines.full engines.blackbox engines.rankone engines.seeds estimators optimizers stopping
 engines.reuse engines.propagation pruning
 engines.delta store
 engines runfolder
@@ -19,11 +20,11 @@ classifier
 tasks.sol.phiflow tasks.sol.reference
 tasks.sol.projected
 tasks.sol.simulators tasks.sol.correction
-tasks.sol.unrolled tasks.sol.rollout
-forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.figures tasks.sol
-tasks
-trainer campaign certificates
-certification
+tasks.sol.unrolled tasks.sol.rollout tasks.sol.solvers
+forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.evaluation tasks.sol
+tasks tasks.sol.results
+trainer campaign certificates tasks.sol.figures
+certification simulation
 report fetch prune info bench
 train certify simulate evaluate
 """
@@ -33,6 +34,7 @@ NUMERICAL = {
     "graph",
     "engines",
     "engines.full",
+    "engines.rankone",
     "engines.reuse",
     "engines.delta",
     "engines.rules",

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from dzhpc import store
+from dzhpc.config import Data
+from dzhpc.data import root_of
+from dzhpc.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 
@@ -62,6 +65,14 @@ class Reference:
     def parameter_scale(self) -> float:
         """Standard deviation of the training parameters; 1 if they are equal."""
         return float(self.train.parameters.std(correction=0)) or 1.0
+
+
+def find(section: Data) -> Reference:
+    """The reference that ``[data]`` names, on the CPU. Raises InputError as :func:`load` does."""
+    path = root_of(section) / f"{section.name}.h5"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; make it with `python -m dzhpc.simulate INPUT -o {path}`")
+    return load(path)
 
 
 def load(path: str | Path) -> Reference:

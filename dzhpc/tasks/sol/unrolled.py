@@ -1,0 +1,226 @@
+"""The loss over unrolled steps, and how a perturbed network changes it: engines ``full`` and ``delta`` of a solver in the loop.
+
+s_i = C(S(s_{i-1})), i = 1..n, S a step of the solver, C the correction; with r_i = s_i - reference, B windows,
+
+    l(theta) = 1/n sum_i sum_B sum_entries (r_i / sigma)^2 / 2                                        (DeepZero, eq. A3)
+
+A query *diverges* where a state is not finite, or its distance from the reference above DIVERGED sigma in the r.m.s. over its
+entries. Its difference counts as 0, so the coordinate stays out of this step; that is counted, and named in a warning. Where
+all of several queries diverge their differences are NaN, which ends a run; and so does a network that diverges unperturbed.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dzhpc.coordinates import cut
+from dzhpc.engines.full import Full, checked
+from dzhpc.engines.rankone import repeated, try_out
+from dzhpc.errors import InputError, NumericalError
+from dzhpc.tasks.sol.correction import Correction
+from dzhpc.tasks.sol.simulators import Simulator
+
+log = logging.getLogger("dzhpc")
+DIVERGED = 30.0
+AT_ONCE = {"cpu": 96, "cuda": 4096}  # states of a chunk at most
+BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache, a GPU's fill; never a guess from the machine
+COPIES = 3  # of a layer's largest features that are alive at once
+
+
+@dataclass
+class Windows:
+    """Pieces of B reference trajectories: states [B, n + 1, ...], the first to start from; parameters [B]; what errors say."""
+
+    states: Tensor
+    parameters: Tensor
+    names: list[str]
+
+    def __getitem__(self, positions: slice) -> "Windows":
+        return Windows(self.states[positions], self.parameters[positions], self.names[positions])
+
+
+class Unrolled(Full):
+    """Engine ``full``: all steps for each query, but for the solver's first one, which no perturbation reaches."""
+
+    def __init__(self, correction: Correction, simulator: Simulator, unroll: int):
+        super().__init__(correction.model, self.losses)
+        self.correction, self.simulator, self.unroll = correction, simulator, unroll
+        self.diverged = 0  # queries, in all
+        self._diverged_before, self._query = 0, ""
+        self._scale = 0.5 / unroll / correction.sigma.double().flatten() ** 2  # [C]
+        self._most = 0.5 / unroll * DIVERGED**2 * correction.entries
+
+    @torch.no_grad()
+    def bind(self, windows: Windows) -> float:
+        """The loss at theta. Later differences are on these windows. Raises NumericalError where theta itself diverges."""
+        self.unbind()
+        self._say_how_many()
+        self._windows, self._before, self._rng = windows, [b.clone() for b in self._buffers], self._rng_states()
+        self._first = self.simulator(windows.states[:, 0], windows.parameters)
+        losses = self._base_losses()
+        self.check(losses, windows)
+        self.queries += 1
+        self._base = losses.sum()
+        return float(self._base)
+
+    def losses(self, windows: Windows, first: Tensor | None = None) -> Tensor:
+        """What each step and window adds to the loss [n, B] float64, with its graph. first: the solver's, where it is known."""
+        if first is None:
+            with torch.no_grad():  # the network comes after it
+                first = self.simulator(windows.states[:, 0], windows.parameters)
+        references = windows.states[:, 1:].unbind(1)
+        residuals = (s.double() - r for s, r in zip(self._trajectory(first, windows.parameters), references, strict=True))
+        return torch.stack([self._weighed(r.square()) for r in residuals])
+
+    def check(self, losses: Tensor, windows: Windows) -> None:
+        """Raise NumericalError for losses [n, B] of a trajectory that diverges."""
+        if (bad := (~(losses <= self._most)).nonzero()).numel():
+            step, window = bad[0].tolist()
+            raise NumericalError(
+                f"{windows.names[window]}, unrolled step {step + 1}: the corrected solver diverges, before any weight is "
+                f"perturbed; lower optim.lr, and go back to an earlier checkpoint"
+            )
+
+    @torch.no_grad()
+    def differences(self, coords, mu: float) -> Tensor:
+        """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
+        before, values = self.diverged, []
+        for j in checked(coords):
+            self._query = self.index.describe(j)
+            values.append(super().differences([j], mu))
+        values = torch.cat(values) if values else self._stack([])
+        return values.fill_(torch.nan) if self.diverged - before == len(values) > 1 else values
+
+    def directional(self, directions, mu: float) -> Tensor:
+        self._query = "a random direction"
+        return super().directional(directions, mu)
+
+    def _trajectory(self, states: Tensor, parameters: Tensor) -> Iterator[Tensor]:
+        """s_1 .. s_n, from S(s_0)."""
+        for step in range(self.unroll):
+            states = self.correction(self.simulator(states, parameters) if step else states, parameters)
+            yield states
+
+    def _weighed(self, squares: Tensor) -> Tensor:
+        """Squares [..., *shape of a state] summed as (A3) does [...] float64; entries that a state has not are 0."""
+        leading = squares.shape[: squares.ndim - len(self.correction.shape)]
+        rows = squares.sum(-1).double().reshape(*leading, len(self._scale), -1)
+        return (rows.sum(-1) * self._scale).sum(-1)
+
+    def _base_losses(self) -> Tensor:
+        return self.losses(self._windows, self._first)
+
+    def _rewound_loss(self) -> Tensor:
+        self._need_base()
+        self._rewind()
+        return self.losses(self._windows, self._first).sum()
+
+    def _evaluate(self, owner: int | None) -> Tensor:
+        self.queries += 1
+        self._rewind()
+        losses = self.losses(self._windows, self._first)
+        if (bad := (~(losses <= self._most)).nonzero()).numel():
+            self._lose(self._query, *bad[0].tolist())
+            return self._base
+        return losses.sum()
+
+    def _lose(self, query: str, step: int, window: int) -> None:
+        if self.diverged == self._diverged_before:
+            name = self._windows.names[window]
+            log.warning("%s diverges when perturbed (%s, unrolled step %d): it stays out of this step", query, name, step + 1)
+        self.diverged += 1
+
+    def _say_how_many(self) -> None:
+        count, self._diverged_before = self.diverged - self._diverged_before, self.diverged
+        if count > 1:
+            log.warning("%d perturbed queries in all diverged in the step before", count)
+
+
+class UnrolledDelta(Unrolled):
+    """Engine ``delta``: P perturbed networks advance P B states together (:mod:`dzhpc.engines.rankone`).
+
+    No two losses are subtracted: with D = s_i(perturbed) - s_i the terms of (A3) change by D (2 r_i + D) / 2, so that fp32
+    keeps its digits. batch: windows that will be bound, B. memory_mb: chunks are cut so that their features need no more (None:
+    a fixed default for each device type).
+    Raises InputError for a model that cannot run so, or a ``memory_mb`` too small for one coordinate.
+    """
+
+    def __init__(self, correction: Correction, simulator: Simulator, unroll: int, batch: int, memory_mb: float | None = None):
+        super().__init__(correction, simulator, unroll)
+        device, dtype = self.index.device, self.index.dtype
+        states = torch.randn(2, *correction.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        sample = correction.inputs(states * correction.sigma.mean(), states.new_ones(2))
+        self._network, widest = try_out(correction.model, sample)
+        self._bytes = COPIES * states.element_size() * max(widest, sample[0].numel())  # that a state needs
+        self._size = self._fits(batch, memory_mb)
+
+    def cut(self, coords: np.ndarray) -> list[range]:
+        """Runs of one parameter, of one size that follows from the model and the batch."""
+        return cut(self.index.owner(coords), self._size)
+
+    @torch.no_grad()
+    def differences(self, coords, mu: float) -> Tensor:
+        """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
+        self._need_base()
+        coords = np.array(checked(coords), np.int64)
+        order = np.argsort(coords, kind="stable")
+        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
+        with self._unchanged():
+            for chunk in self.cut(coords[order]):
+                where = order[chunk.start : chunk.stop]
+                out[torch.from_numpy(where).to(out.device)] = self._chunk(coords[where], mu).to(out.dtype)
+                self.queries += len(where)
+        return out
+
+    def _base_losses(self) -> Tensor:
+        """As the parent's; s_i and 2 r_i are kept, n of [B, ...]."""
+        parameters = self._windows.parameters
+        self._path = list(self._trajectory(self._first, parameters))
+        self._twice = [2 * (s - r) for s, r in zip(self._path, self._windows.states[:, 1:].unbind(1), strict=True)]
+        self._terms = torch.stack([self._weighed((t.double() / 2).square()) for t in self._twice])
+        kept = sum(t.numel() * t.element_size() for t in (*self._path, *self._twice))
+        self.peak_bytes = kept + self._size * len(parameters) * self._bytes
+        return self._terms
+
+    def _chunk(self, coords: np.ndarray, mu: float) -> Tensor:
+        """Differences [P] of coordinates of one parameter."""
+        owner, parameters = int(self.index.owner(coords[:1])[0]), self._windows.parameters
+        elements, p = coords - self.index.offsets[owner], len(coords)
+        lost: dict[int, tuple[int, int]] = {}  # query -> where it diverged: step, window
+        total = torch.zeros(p, dtype=torch.float64, device=self.index.device)
+        outputs = self._network.first(owner, elements, mu, self.correction.inputs(self._first, parameters))
+        states = self.correction.add(repeated(self._first, p), outputs)
+        parameters = parameters.repeat(p)
+        with self._network.perturbed(owner, elements, mu):
+            for step in range(self.unroll):
+                if step:
+                    states = self.correction(self.simulator(states, parameters), parameters)
+                parted = states.unflatten(0, (p, -1))
+                change = parted - self._path[step]
+                terms = self._weighed((change + self._twice[step]).mul_(change))
+                bad = ~(self._terms[step] + terms <= self._most)
+                if bad.any():
+                    terms = terms.masked_fill(bad, 0)
+                    parted[bad] = self._path[step].expand_as(parted)[bad]  # on with the base: no NaN reaches a simulator
+                    for query, window in bad.nonzero().tolist():
+                        lost.setdefault(query, (step, window))
+                total += terms.sum(1)
+        for query, where in lost.items():
+            total[query] = torch.nan if len(lost) == p > 1 else 0
+            self._lose(self.index.describe(int(coords[query])), *where)
+        return total
+
+    def _fits(self, batch: int, memory_mb: float | None) -> int:
+        """Coordinates in a chunk. Raises InputError where there is no room for one."""
+        kind, each = self.index.device.type, batch * self._bytes
+        budget = (memory_mb or BUDGET_MB[kind]) * 2**20
+        if memory_mb and each > budget:
+            raise InputError(
+                f"zo.memory_mb = {memory_mb:g}: one coordinate needs {each / 2**20:.1f} MiB at this batch size; raise it or use "
+                "a smaller data.batch_size"
+            )
+        return max(1, min(AT_ONCE[kind] // batch, int(budget // each)))
