@@ -96,33 +96,28 @@ def try_out(model: nn.Module, sample: Tensor) -> tuple[RankOne, int]:
     The trial is on a copy with random weights: those of a beginning may hide a fault behind zeros. Raises InputError that names
     a parameter whose perturbed outputs are wrong.
     """
-    trial, kept = RankOne(copy.deepcopy(model)), RankOne(model)
-    index, draw, widest = ParameterIndex.of(trial.model), torch.Generator().manual_seed(0), [0]
-    devices = [index.device] if index.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        for p in trial.model.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw) / max(1, prod(p.shape[1:])) ** 0.5)
-        for module in trial.model.modules():
-            module.register_forward_hook(lambda module, args, out: widest.append(out.numel() // len(sample)))
-        base = trial.model(sample)
+    network, trial = RankOne(model), RankOne(copy.deepcopy(model))
+    index = ParameterIndex.of(trial.model)
+    with torch.no_grad(), torch.random.fork_rng([index.device] if index.device.type == "cuda" else []):
+        _draw_weights(trial.model)
+        base, widest = _measured(trial.model, sample)
         for owner, parameter in enumerate(index.parameters):
             elements = np.unique([0, parameter.numel() - 1])
             true = torch.cat([_moved(trial.model, sample, parameter, k) for k in elements])
             tolerance = 1e-3 * (true - repeated(base, len(elements))).abs().max() + 1e-5 * base.abs().max()
+            right = lambda found: found.shape == true.shape and bool((found - true).abs().max() <= tolerance)  # noqa: E731,B023
             with trial.perturbed(owner, elements, TRIED):
-                error = (trial.model(repeated(sample, len(elements))) - true).abs().max()
-            if not error <= tolerance:
-                raise InputError(
-                    f"{index.names[owner]}: more than its module depends on it, or samples depend on each other or on chance "
-                    f"(BatchNorm, Dropout in training); {ADVICE}"
-                )
+                if not right(trial.model(repeated(sample, len(elements)))):
+                    raise InputError(
+                        f"{index.names[owner]}: more than its module depends on it, or samples depend on each other or on "
+                        f"chance (BatchNorm, Dropout in training); {ADVICE}"
+                    )
             try:
                 with trial.perturbed(owner, elements, TRIED, together=True):
-                    outputs = trial.model(sample)
-                kept.part_late[owner] = outputs.shape == true.shape and bool((outputs - true).abs().max() <= tolerance)
+                    network.part_late[owner] = right(trial.model(sample))
             except RuntimeError:  # a way around the layer: those who parted meet one who did not
                 pass
-    return kept, max(widest)
+    return network, widest
 
 
 def repeated(x: Tensor, count: int) -> Tensor:
@@ -154,6 +149,23 @@ def _padding(conv: nn.Conv2d) -> list[int]:
         totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
     return [n for n in reversed(conv.padding) for _ in range(2)]
+
+
+def _draw_weights(model: nn.Module) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=draw) / max(1, prod(p.shape[1:])) ** 0.5)
+
+
+def _measured(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
+    """(outputs, elements of the largest output of a module for one sample)."""
+    sizes = [0]
+    note = lambda module, args, out: sizes.append(out.numel() if isinstance(out, Tensor) else 0)  # noqa: E731
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    outputs = model(sample)
+    for hook in hooks:
+        hook.remove()
+    return outputs, max(sizes) // len(sample)
 
 
 def _moved(model: nn.Module, sample: Tensor, parameter: Tensor, element: int) -> Tensor:
