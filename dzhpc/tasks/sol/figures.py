@@ -52,8 +52,8 @@ class Scene:
     def simulation(self, parameter: float) -> str:
         """Which one it is, as a title."""
         if self._wake is None:
-            return f"parameter {parameter:g}"
-        return f"re = {parameter:g}, U D / ν = {SPEED * 2 * self._wake.radius / viscosity(parameter):g}"
+            return f"parameter {parameter:.10g}"
+        return f"re = {parameter:.10g}, U D / ν = {SPEED * 2 * self._wake.radius / viscosity(parameter):g}"
 
     def values(self, states: Tensor) -> np.ndarray:
         """What is drawn of states [K, ...]: images [K, rows, columns], or lines [K, X]."""
@@ -181,7 +181,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
         axes.legend(fontsize=8, loc="upper right")
         update = lambda artist, these: artist.set_ydata(these)  # noqa: E731
     else:
-        columns, (height, width) = min(3, len(rows)), _size(values[REFERENCE])
+        columns, (height, width) = len(rows) if len(rows) <= 3 else math.ceil(len(rows) / 2), _size(values[REFERENCE])
         size = (columns * width, math.ceil(len(rows) / columns) * (height + 0.25) + 0.3)
         figure, grid = plt.subplots(math.ceil(len(rows) / columns), columns, figsize=size, squeeze=False, layout="constrained")
         drawn = {}

@@ -6,7 +6,7 @@ s_i = C(S(s_{i-1})), i = 1..n, S a step of the solver, C the correction; with r_
 
 A query *diverges* where a state is not finite, or its distance from the reference above DIVERGED sigma in the r.m.s. over its
 entries. Its difference counts as 0, so the coordinate stays out of this step; that is counted, and named in a warning. Where
-all of several queries diverge their differences are NaN, which ends a run; and so does a network that diverges unperturbed.
+all of a chunk diverge, at least SEVERAL, their differences are NaN, which ends a run; a network that diverges unperturbed does.
 """
 
 import logging
@@ -26,6 +26,7 @@ from dzhpc.tasks.sol.simulators import Simulator
 
 log = logging.getLogger("dzhpc")
 DIVERGED = 30.0
+SEVERAL = 8
 AT_ONCE = {"cpu": 96, "cuda": 4096}  # states of a chunk at most
 BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 3  # of a layer's largest features that are alive at once
@@ -61,29 +62,34 @@ class Unrolled(Full):
         self._say_how_many()
         self._windows, self._before, self._rng = windows, [b.clone() for b in self._buffers], self._rng_states()
         self._first = self.simulator(windows.states[:, 0], windows.parameters)
-        losses = self._base_losses()
-        self.check(losses, windows)
+        self._base = self._base_losses().sum()
         self.queries += 1
-        self._base = losses.sum()
         return float(self._base)
 
-    def losses(self, windows: Windows, first: Tensor | None = None) -> Tensor:
-        """What each step and window adds to the loss [n, B] float64, with its graph. first: the solver's, where it is known."""
+    def losses(self, windows: Windows, first: Tensor | None = None, path: list[Tensor] | None = None) -> Tensor:
+        """What each step and window adds to the loss [n, B] float64, with its graph.
+
+        first: the solver's first step, where it is known. path: gets s_1 .. s_n. Raises NumericalError for a theta that diverges.
+        """
         if first is None:
             with torch.no_grad():  # the network comes after it
                 first = self.simulator(windows.states[:, 0], windows.parameters)
-        references = windows.states[:, 1:].unbind(1)
-        residuals = (s.double() - r for s, r in zip(self._trajectory(first, windows.parameters), references, strict=True))
-        return torch.stack([self._weighed(r.square()) for r in residuals])
+        losses = []
+        for step, (states, terms) in enumerate(self._steps(windows, first)):
+            if (bad := ~(terms <= self._most)).any():
+                name = windows.names[int(bad.nonzero()[0])]
+                raise NumericalError(
+                    f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed; lower "
+                    "optim.lr, and go back to an earlier checkpoint"
+                )
+            losses.append(terms)
+            if path is not None:
+                path.append(states)
+        return torch.stack(losses)
 
-    def check(self, losses: Tensor, windows: Windows) -> None:
-        """Raise NumericalError for losses [n, B] of a trajectory that diverges."""
-        if (bad := (~(losses <= self._most)).nonzero()).numel():
-            step, window = bad[0].tolist()
-            raise NumericalError(
-                f"{windows.names[window]}, unrolled step {step + 1}: the corrected solver diverges, before any weight is "
-                f"perturbed; lower optim.lr, and go back to an earlier checkpoint"
-            )
+    def cut(self, coords: np.ndarray) -> list[range]:
+        """Runs of one parameter."""
+        return cut(self.index.owner(coords), SEVERAL)
 
     @torch.no_grad()
     def differences(self, coords, mu: float) -> Tensor:
@@ -93,17 +99,18 @@ class Unrolled(Full):
             self._query = self.index.describe(j)
             values.append(super().differences([j], mu))
         values = torch.cat(values) if values else self._stack([])
-        return values.fill_(torch.nan) if self.diverged - before == len(values) > 1 else values
+        return values.fill_(torch.nan) if self.diverged - before == len(values) >= SEVERAL else values
 
     def directional(self, directions, mu: float) -> Tensor:
         self._query = "a random direction"
         return super().directional(directions, mu)
 
-    def _trajectory(self, states: Tensor, parameters: Tensor) -> Iterator[Tensor]:
-        """s_1 .. s_n, from S(s_0)."""
+    def _steps(self, windows: Windows, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(s_i, what its step adds to the loss [B] float64) for i = 1 .. n, from S(s_0)."""
         for step in range(self.unroll):
-            states = self.correction(self.simulator(states, parameters) if step else states, parameters)
-            yield states
+            states = self.simulator(states, windows.parameters) if step else states
+            states = self.correction(states, windows.parameters)
+            yield states, self._weighed((states.double() - windows.states[:, step + 1]).square())
 
     def _weighed(self, squares: Tensor) -> Tensor:
         """Squares [..., *shape of a state] summed as (A3) does [...] float64; entries that a state has not are 0."""
@@ -122,11 +129,13 @@ class Unrolled(Full):
     def _evaluate(self, owner: int | None) -> Tensor:
         self.queries += 1
         self._rewind()
-        losses = self.losses(self._windows, self._first)
-        if (bad := (~(losses <= self._most)).nonzero()).numel():
-            self._lose(self._query, *bad[0].tolist())
-            return self._base
-        return losses.sum()
+        total = torch.zeros_like(self._base)
+        for step, (_, terms) in enumerate(self._steps(self._windows, self._first)):
+            if (bad := ~(terms <= self._most)).any():
+                self._lose(self._query, step, int(bad.nonzero()[0]))
+                return self._base
+            total += terms.sum()
+        return total
 
     def _lose(self, query: str, step: int, window: int) -> None:
         if self.diverged == self._diverged_before:
@@ -178,12 +187,11 @@ class UnrolledDelta(Unrolled):
 
     def _base_losses(self) -> Tensor:
         """As the parent's; s_i and 2 r_i are kept, n of [B, ...]."""
-        parameters = self._windows.parameters
-        self._path = list(self._trajectory(self._first, parameters))
+        self._path: list[Tensor] = []
+        self._terms = self.losses(self._windows, self._first, self._path)
         self._twice = [2 * (s - r) for s, r in zip(self._path, self._windows.states[:, 1:].unbind(1), strict=True)]
-        self._terms = torch.stack([self._weighed((t.double() / 2).square()) for t in self._twice])
         kept = sum(t.numel() * t.element_size() for t in (*self._path, *self._twice))
-        self.peak_bytes = kept + self._size * len(parameters) * self._bytes
+        self.peak_bytes = kept + self._size * len(self._windows.names) * self._bytes
         return self._terms
 
     def _chunk(self, coords: np.ndarray, mu: float) -> Tensor:
@@ -210,7 +218,7 @@ class UnrolledDelta(Unrolled):
                         lost.setdefault(query, (step, window))
                 total += terms.sum(1)
         for query, where in lost.items():
-            total[query] = torch.nan if len(lost) == p > 1 else 0
+            total[query] = torch.nan if len(lost) == p >= SEVERAL else 0
             self._lose(self.index.describe(int(coords[query])), *where)
         return total
 
