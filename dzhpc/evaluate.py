@@ -45,7 +45,7 @@ def main(world: World, args: argparse.Namespace) -> int:
         experiment = Experiment(runs[0].config, device)
         at = results.horizons(steps_of(args.steps), experiment.frames)
     runs = [run for run in runs if run.checkpoints]
-    methods = compare(world, experiment, runs, min(at[-1], experiment.frames - 1))
+    methods = compare(world, experiment, runs, at[-1])
     log.info("%s", world.on_root(lambda: write(experiment, methods, at, args.out, args.gif)))
     return 0
 
@@ -58,15 +58,15 @@ def steps_of(text: str | None) -> list[int] | None:
         raise InputError(f"--steps {text}: expected numbers such as 100,500") from None
 
 
-def compare(world: World, experiment: Experiment, runs: list[Run], steps: int) -> list[Method]:
+def compare(world: World, experiment: Experiment, runs: list[Run], horizon: int) -> list[Method]:
     """SRC and all methods over the test simulations. Collective."""
-    count = sum(len(run.checkpoints) for run in runs)
+    count, steps = sum(len(run.checkpoints) for run in runs), min(horizon, experiment.frames - 1)
     if runs:
         log.info("choosing among %d checkpoints by the valid simulations", count)
         evaluation.choose(experiment, runs, steps, world.split)
     for run in runs:
         file = run.checkpoints[run.chosen][0]
-        log.info("%s: %s, MAE(%d) %.4f over the valid simulations", run.name, file, steps, run.scores[run.chosen])
+        log.info("%s: %s, MAE(%d) %.4f over the valid simulations", run.name, file, horizon, run.scores[run.chosen])
     every = [None, *runs]
     return results.group(every, evaluation.measure(experiment, every, steps, world.split))
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from dzhpc import certificates, report
 from dzhpc.spmd import run_verb
+from dzhpc.tasks.sol import figures
 
 draw, draw_certified = report.plot, certificates.plot
+figures.draw = lambda *args: []
 
 
 def run(case: dict, files: Path) -> None:

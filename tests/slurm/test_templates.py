@@ -253,3 +253,27 @@ def test_defense_chain(cluster, place):
     assert list((runs[1] / "certify").glob("*.h5"))
     fields = cluster.end_of(cluster.submit("--ntasks=1", "slurm/defense.sh", "harden", cwd=place))
     assert fields["ExitCode"] == "2:0" and "expected pretrain, finetune or certify" in output(fields)
+
+
+def test_sol_chain(cluster, place):
+    """One command submits three dependent jobs: reference simulations on a tiny grid, a training by queries, the evaluation."""
+    words = sets(
+        task__resolution=16, task__factor=2, task__frames=8, task__warm_up=3, task__unroll=2, model__widths=[1],
+        task__train_parameters=[2e5, 3e5], task__valid_parameters=[2.5e5], task__test_parameters=[2.2e5, 2.8e5],
+        run__name="tiny", stop__steps=2, checkpoint__every_steps=1,
+    )  # fmt: skip
+    env = ["INPUT=inputs/sol-small.toml", "SBATCH=sbatch --ntasks=2 --gpus-per-task=0", "EVALUATE=--no-gif"]
+    jobs = re.findall(r"\d+", cluster.command("env", "-C", place, *env, "bash", "slurm/sol.sh", *words))
+    assert len(jobs) == 3
+    reference, _, table = (completed(cluster, job) for job in jobs)
+    assert "simulations done 5/5" in reference
+    found = contents(place / "data" / "wake.h5")
+    assert (found["about/resolution"], found["about/frames"]) == ("16", "8")
+    run = place / "runs" / "tiny"
+    assert column(run, "train/step") == [1, 2] and len(checkpoints(run)) == 2
+    assert "choosing among 2 checkpoints by the valid simulations" in table and "| tiny | 1 |" in table
+    assert {path.name for path in (run / "evaluation").iterdir()} == {
+        "evaluation.md", "evaluation.tsv", "errors.png", "states.png"
+    }  # fmt: skip
+    fields = cluster.end_of(cluster.submit("--ntasks=1", "slurm/sol.sh", "correct", cwd=place))
+    assert fields["ExitCode"] == "2:0" and "expected simulate, train or evaluate" in output(fields)

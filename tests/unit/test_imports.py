@@ -20,11 +20,11 @@ classifier
 tasks.sol.phiflow tasks.sol.reference
 tasks.sol.projected
 tasks.sol.simulators tasks.sol.correction
-tasks.sol.unrolled tasks.sol.rollout
-forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.figures tasks.sol
-tasks
-trainer campaign certificates
-certification
+tasks.sol.unrolled tasks.sol.rollout tasks.sol.solvers
+forecast tasks.classification tasks.objective tasks.defense tasks.sol.task tasks.sol.evaluation tasks.sol
+tasks tasks.sol.results
+trainer campaign certificates tasks.sol.figures
+certification simulation
 report fetch prune info bench
 train certify simulate evaluate
 """

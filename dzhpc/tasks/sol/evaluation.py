@@ -15,7 +15,6 @@ import torch
 from dzhpc import config as configuration
 from dzhpc import models, store
 from dzhpc.config import Config
-from dzhpc.data import root_of
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.runfolder import RunFolder
 from dzhpc.tasks.sol import reference
@@ -112,10 +111,7 @@ class Experiment:
     """Reference and coarse solver. Raises InputError where there is no reference file, or where they do not fit each other."""
 
     def __init__(self, config: Config, device: torch.device):
-        path = root_of(config.data) / f"{config.data.name}.h5"
-        if not path.exists():
-            raise InputError(f"{path}: no such file; make it with `python -m dzhpc.simulate INPUT -o {path}`")
-        self.config, self.reference = config, reference.load(path).to(device)
+        self.config, self.reference = config, reference.find(config.data).to(device)
         self.simulator = make_simulator(config.task, self.reference, device)
         self._where, self._device = self.reference.where(), device
         self._networks: dict[str, tuple[torch.nn.Module, Correction]] = {}

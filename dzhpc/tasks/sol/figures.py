@@ -52,8 +52,8 @@ class Scene:
     def simulation(self, parameter: float) -> str:
         """Which one it is, as a title."""
         if self._wake is None:
-            return f"parameter {parameter:g}"
-        return f"re = {parameter:g}, U D / ν = {SPEED * 2 * self._wake.radius / viscosity(parameter):g}"
+            return f"parameter {parameter:.10g}"
+        return f"re = {parameter:.10g}, U D / ν = {SPEED * 2 * self._wake.radius / viscosity(parameter):g}"
 
     def values(self, states: Tensor) -> np.ndarray:
         """What is drawn of states [K, ...]: images [K, rows, columns], or lines [K, X]."""
@@ -106,7 +106,7 @@ def colors(names: list[str]) -> dict[str, str]:
 def errors(methods: list[Method], scene: Scene, path: Path) -> None:
     """Error against time: mean over simulations and seeds, shaded from the smallest to the largest of them.
 
-    A simulation that diverges is drawn alone, up to there, and is in neither mean nor shade.
+    A simulation that diverges is drawn alone, up to a cross on the frame, and is in neither mean nor shade.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -124,7 +124,7 @@ def errors(methods: list[Method], scene: Scene, path: Path) -> None:
         for k, curve in enumerate(curves[lost]):
             end = int(np.isinf(curve).argmax())
             axes.plot(time[:end], curve[:end], lw=0.8, label=label if lost.all() and k == 0 else None, **style)
-            axes.plot(time[max(end - 1, 0)], curve[max(end - 1, 0)] if end else 0, "x", color=style["color"], clip_on=False)
+            axes.plot(time[end], 1, "x", color=style["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xlabel(scene.time_label)
     axes.set_ylabel(scene.error_label)
     axes.set_xlim(left=0)
@@ -181,7 +181,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
         axes.legend(fontsize=8, loc="upper right")
         update = lambda artist, these: artist.set_ydata(these)  # noqa: E731
     else:
-        columns, (height, width) = min(3, len(rows)), _size(values[REFERENCE])
+        columns, (height, width) = len(rows) if len(rows) <= 3 else math.ceil(len(rows) / 2), _size(values[REFERENCE])
         size = (columns * width, math.ceil(len(rows) / columns) * (height + 0.25) + 0.3)
         figure, grid = plt.subplots(math.ceil(len(rows) / columns), columns, figsize=size, squeeze=False, layout="constrained")
         drawn = {}

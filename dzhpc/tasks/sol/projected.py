@@ -33,13 +33,13 @@ class Projected:
     name, differentiable = "projected", True
 
     def __init__(self, wake: Wake, device: torch.device, dtype: torch.dtype = torch.float32):
-        (nx, ny), self._dx, self.queries = wake.cells, wake.dx, 0
+        (nx, ny), self.queries = wake.cells, 0
         active, joined, solid = masks(wake)
         if active.all():
             raise InputError(f"task.radius = {wake.radius:g}: the rod covers no cell of {nx} x {ny}; raise radius or resolution")
         put = lambda array: torch.tensor(array, dtype=dtype, device=device)  # noqa: E731
         self._pressure = Pressure(wake, active, joined, put)
-        self._active, self._by_dx, self._joined = put(active > 0), put(active / wake.dx), put(-joined / wake.dx)
+        self._by_dx, self._joined = put(active / wake.dx), put(-joined / wake.dx)
         inside = np.ones(wake.shape)
         inside[0, [0, -1]] = inside[1, :, [0, -1]] = 0  # PhiFlow's Laplacian is 0 on the outermost normal faces
         self._inside = put(inside * DT / wake.dx**2)
@@ -94,20 +94,19 @@ class Projected:
     def project(self, states: Tensor) -> Tensor:
         """The nearest states without divergence, and without flow through the rod's faces."""
         states = states * self._open
-        p = F.pad(self._pressure.solve(self._divergence(states) * self._by_dx), (1, 1, 1, 1))
+        p = F.pad(self._pressure.solve(self.divergences(states)), (1, 1, 1, 1))
         here = p[:, 1:, 1:]
         gradient = torch.stack((here - p[:, :-1, 1:], here - p[:, 1:, :-1]), 1)
         return torch.addcmul(states, gradient, self._joined)
 
+    def divergences(self, states: Tensor) -> Tensor:
+        """div v of the cells outside the rod, 0 in it [N, nx, ny]."""
+        u, v = unpack(states)
+        return ((u[:, 1:] - u[:, :-1]) + (v[..., 1:] - v[..., :-1])) * self._by_dx
+
     def divergence(self, states: Tensor) -> Tensor:
         """The largest |div v| over the cells outside the rod [N]."""
-        return (self._divergence(states) * self._by_dx).flatten(1).abs().amax(1)
-
-    @staticmethod
-    def _divergence(states: Tensor) -> Tensor:
-        """Times dx [N, nx, ny]."""
-        u, v = unpack(states)
-        return (u[:, 1:] - u[:, :-1]) + (v[..., 1:] - v[..., :-1])
+        return self.divergences(states).flatten(1).abs().amax(1)
 
 
 class Pressure:

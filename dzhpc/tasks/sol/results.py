@@ -95,7 +95,7 @@ def summary(methods: list[Method], at: list[int]) -> str:
 
 
 def _by_simulation(methods: list[Method], parameters: list[float], steps: int, symbol: str) -> str:
-    columns = ["method", "seed", "checkpoint", *(f"{symbol} {p:g}" for p in parameters), "mean"]
+    columns = ["method", "seed", "checkpoint", *(f"{symbol} {p:.10g}" for p in parameters), "mean"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in methods:
         for run, values, done in zip(method.runs, method.mae(steps), method.rollouts, strict=True):
