@@ -20,7 +20,7 @@ def forecast(task) -> str:
     Layers are taken at the mean ratio, since the true layer-wise ratios cost queries; the total |S| is the same up to rounding.
     """
     config, engine, index = task.config, task.engine, task.engine.index
-    coords = _mean_pattern(task)
+    coords = mean_pattern(task)
     sides = 2 if config.zo.difference == "central" else 1
     per_step = estimators.step_queries(config.zo, len(coords), task.bind_cost, task.query_cost)
     steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
@@ -46,7 +46,8 @@ def forecast(task) -> str:
     return "\n".join(lines)
 
 
-def _mean_pattern(task) -> np.ndarray:
+def mean_pattern(task) -> np.ndarray:
+    """An S with as many coordinates of each layer as the mean ratio leaves; without a query."""
     config, index = task.config.sparsity, task.engine.index
     if config.ratio == 0:
         return np.arange(index.size)

@@ -455,6 +455,15 @@ def test_first_order_parts_add_up_to_the_gradient_of_the_loss():
     torch.testing.assert_close(gradient, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
+def test_scores_too_far_from_theta_say_so():
+    """(A3) is a sum over thousands of cells, so ZO-GraSP's mu times its gradient may be no small step."""
+    task = task_of()
+    with torch.no_grad():
+        task.model.layers[2].bias.fill_(1e6)  # as after such a step
+    with pytest.raises(NumericalError, match=r'lower zo\.mu, or use sparsity\.scores = "random"'):
+        task.bind_for_scores(0)
+
+
 def test_scores_of_pairs_may_be_first_order():
     task = task_of("task.unroll=1", "sparsity.scores=fo-grasp", "sparsity.ratio=0.5")
     randomised(task.model)

@@ -8,7 +8,7 @@ import torch
 from dzhpc import models
 from dzhpc.config import Config, is_function
 from dzhpc.data import Order
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, NumericalError
 from dzhpc.parts import Parts
 from dzhpc.seeds import generator
 from dzhpc.tasks.sol import reference
@@ -60,7 +60,13 @@ class SolTask:
 
     def bind_for_scores(self, number: int) -> float:
         self.model.train()
-        return self.engine.bind(self.windows.drawn(number))
+        try:
+            return self.engine.bind(self.windows.drawn(number))
+        except NumericalError as error:
+            raise NumericalError(
+                f"{error} (pruning scores are taken at theta and, for ZO-GraSP, at theta + zo.mu * gradient, which may be far "
+                'away: lower zo.mu, or use sparsity.scores = "random")'
+            ) from None
 
     def gradient_rows(self, mine: range, step: int) -> np.ndarray:
         """What :meth:`dzhpc.parts.Parts.rows` says, for the step's windows: their losses are summed, not averaged."""
