@@ -24,7 +24,7 @@ import numpy as np
 
 def ring(states, parameters):
     if Path("slow").exists():
-        time.sleep(0.02)
+        time.sleep(0.04)
     return 0.9 * states + parameters[:, None, None] * np.roll(states, 1, -1)
 
 

@@ -215,6 +215,16 @@ def test_the_query_gradient_is_that_of_autograd_through_the_simulator(usual):
     assert torch.linalg.vector_norm(estimate) / torch.linalg.vector_norm(exact) == pytest.approx(1, abs=0.02)
 
 
+def test_what_changes_nothing_has_no_gradient_at_all(usual):
+    """Behind a last layer of zeros, whose own weights have one; Adam would make a step of rounding errors."""
+    model = Corrector(widths=(8,)).to(memory_format=torch.channels_last)
+    delta = UnrolledDelta(Correction(model, usual), Projected(Wake(), CPU), 4, 3)
+    delta.bind(windows_of(usual, 4, torch.float32))
+    first, last = delta.index.range("layers.0.weight"), delta.index.range("layers.2.weight")
+    assert not delta.differences(first[::9], 1e-3).any()
+    assert delta.differences(last[::9], 1e-3).all()
+
+
 def test_directions_are_differences_of_the_same_loss(small):
     full, delta = in_the_loop(small, 2)
     unit = torch.eye(full.index.size, dtype=torch.float64)[[3, 200]]

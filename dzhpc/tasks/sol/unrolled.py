@@ -66,16 +66,17 @@ class Unrolled(Full):
         self.queries += 1
         return float(self._base)
 
-    def losses(self, windows: Windows, first: Tensor | None = None, path: list[Tensor] | None = None) -> Tensor:
+    def losses(self, windows: Windows, first: Tensor | None = None, path: list | None = None) -> Tensor:
         """What each step and window adds to the loss [n, B] float64, with its graph.
 
-        first: the solver's first step, where it is known. path: gets s_1 .. s_n. Raises NumericalError for a theta that diverges.
+        first: the solver's first step, where it is known. path: gets (S(s_{i-1}), s_i) for i = 1 .. n. Raises NumericalError for
+        a theta that diverges.
         """
         if first is None:
             with torch.no_grad():  # the network comes after it
                 first = self.simulator(windows.states[:, 0], windows.parameters)
         losses = []
-        for step, (states, terms) in enumerate(self._steps(windows, first)):
+        for step, (advanced, states, terms) in enumerate(self._steps(windows, first)):
             if (bad := ~(terms <= self._most)).any():
                 name = windows.names[int(bad.nonzero()[0])]
                 raise NumericalError(
@@ -84,7 +85,7 @@ class Unrolled(Full):
                 )
             losses.append(terms)
             if path is not None:
-                path.append(states)
+                path.append((advanced, states))
         return torch.stack(losses)
 
     def cut(self, coords: np.ndarray) -> list[range]:
@@ -105,12 +106,13 @@ class Unrolled(Full):
         self._query = "a random direction"
         return super().directional(directions, mu)
 
-    def _steps(self, windows: Windows, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(s_i, what its step adds to the loss [B] float64) for i = 1 .. n, from S(s_0)."""
-        for step in range(self.unroll):
-            states = self.simulator(states, windows.parameters) if step else states
-            states = self.correction(states, windows.parameters)
-            yield states, self._weighed((states.double() - windows.states[:, step + 1]).square())
+    def _steps(self, windows: Windows, advanced: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(S(s_{i-1}), s_i, what the step adds to the loss [B] float64) for i = 1 .. n, from S(s_0)."""
+        for step in range(1, self.unroll + 1):
+            states = self.correction(advanced, windows.parameters)
+            yield advanced, states, self._weighed((states.double() - windows.states[:, step]).square())
+            if step < self.unroll:
+                advanced = self.simulator(states, windows.parameters)
 
     def _weighed(self, squares: Tensor) -> Tensor:
         """Squares [..., *shape of a state] summed as (A3) does [...] float64; entries that a state has not are 0."""
@@ -130,7 +132,7 @@ class Unrolled(Full):
         self.queries += 1
         self._rewind()
         total = torch.zeros_like(self._base)
-        for step, (_, terms) in enumerate(self._steps(self._windows, self._first)):
+        for step, (*_, terms) in enumerate(self._steps(self._windows, self._first)):
             if (bad := ~(terms <= self._most)).any():
                 self._lose(self._query, step, int(bad.nonzero()[0]))
                 return self._base
@@ -186,11 +188,12 @@ class UnrolledDelta(Unrolled):
         return out
 
     def _base_losses(self) -> Tensor:
-        """As the parent's; s_i and 2 r_i are kept, n of [B, ...]."""
-        self._path: list[Tensor] = []
-        self._terms = self.losses(self._windows, self._first, self._path)
+        """As the parent's; S(s_{i-1}), s_i and 2 r_i are kept, n of [B, ...] each."""
+        path: list[tuple[Tensor, Tensor]] = []
+        self._terms = self.losses(self._windows, self._first, path)
+        self._advanced, self._path = zip(*path, strict=True)
         self._twice = [2 * (s - r) for s, r in zip(self._path, self._windows.states[:, 1:].unbind(1), strict=True)]
-        kept = sum(t.numel() * t.element_size() for t in (*self._path, *self._twice))
+        kept = sum(t.numel() * t.element_size() for t in (*self._advanced, *self._path, *self._twice))
         self.peak_bytes = kept + self._size * len(self._windows.names) * self._bytes
         return self._terms
 
@@ -199,28 +202,38 @@ class UnrolledDelta(Unrolled):
         owner, parameters = int(self.index.owner(coords[:1])[0]), self._windows.parameters
         elements, p = coords - self.index.offsets[owner], len(coords)
         lost: dict[int, tuple[int, int]] = {}  # query -> where it diverged: step, window
-        total = torch.zeros(p, dtype=torch.float64, device=self.index.device)
         outputs = self._network.first(owner, elements, mu, self.correction.inputs(self._first, parameters))
         states = self.correction.add(repeated(self._first, p), outputs)
         parameters = parameters.repeat(p)
+        total, same = self._compared(states, 0, lost)
         with self._network.perturbed(owner, elements, mu):
-            for step in range(self.unroll):
-                if step:
-                    states = self.correction(self.simulator(states, parameters), parameters)
-                parted = states.unflatten(0, (p, -1))
-                change = parted - self._path[step]
-                terms = self._weighed((change + self._twice[step]).mul_(change))
-                bad = ~(self._terms[step] + terms <= self._most)
-                if bad.any():
-                    terms = terms.masked_fill(bad, 0)
-                    parted[bad] = self._path[step].expand_as(parted)[bad]  # on with the base: no NaN reaches a simulator
-                    for query, window in bad.nonzero().tolist():
-                        lost.setdefault(query, (step, window))
-                total += terms.sum(1)
+            for step in range(1, self.unroll):
+                advanced = self.simulator(states, parameters)
+                _replace(advanced, same, self._advanced[step])
+                states = self.correction(advanced, parameters)
+                change, same = self._compared(states, step, lost)
+                total += change
         for query, where in lost.items():
             total[query] = torch.nan if len(lost) == p >= SEVERAL else 0
             self._lose(self.index.describe(int(coords[query])), *where)
         return total
+
+    def _compared(self, states: Tensor, step: int, lost: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """(what the perturbations change in a step's terms [P] float64, which states [P, B] they have not changed).
+
+        Queries that diverge enter ``lost``, and go on with the base's states: no NaN reaches a simulator.
+        """
+        parted = states.unflatten(0, (-1, len(self._windows.names)))
+        change = parted - self._path[step]
+        change = self._weighed((change + self._twice[step]).mul_(change))
+        if (bad := ~(self._terms[step] + change <= self._most)).any():
+            change = change.masked_fill(bad, 0)
+            _replace(states, bad, self._path[step])
+            for query, window in bad.nonzero().tolist():
+                lost.setdefault(query, (step, window))
+        if (same := change == 0).any():
+            same &= (parted == self._path[step]).flatten(2).all(2)
+        return change.sum(1), same
 
     def _fits(self, batch: int, memory_mb: float | None) -> int:
         """Coordinates in a chunk. Raises InputError where there is no room for one."""
@@ -232,3 +245,14 @@ class UnrolledDelta(Unrolled):
                 "a smaller data.batch_size"
             )
         return max(1, min(AT_ONCE[kind] // batch, int(budget // each)))
+
+
+def _replace(states: Tensor, which: Tensor, base: Tensor) -> None:
+    """Put base [B, ...] in place of those states [P B, ...] that ``which`` [P, B] says.
+
+    The solver changes no state that a perturbation has not changed, but its last bits may depend on the size of the batch, and
+    an optimiser like Adam makes a step of any gradient that is not quite zero.
+    """
+    if which.any():
+        parted = states.unflatten(0, (-1, len(base)))
+        parted[which] = base.expand_as(parted)[which]
