@@ -134,14 +134,19 @@ class Model(BaseModel):
 class Data(Section):
     """The data set. Root: this key, else $DZHPC_DATA, else data/."""
 
-    name: str = Field("cifar10", description='digits, cifar10, imagefolder, packed, or "package.module:function"')
+    name: str = Field(
+        "cifar10",
+        description='digits, cifar10, imagefolder, packed, or "package.module:function"; sol: NAME.h5, made by `simulate`',
+    )
     root: str | None = Field(None, description="the folder that holds <name>.h5 or <name>/; free on restart")
     path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
     image_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="imagefolder: resize and centre-crop to this many pixels"
     )
-    batch_size: Count = Field(512, description="images per step; every rank sees the same batch")
-    train_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="train on a random subset of this many images")
+    batch_size: Count = Field(512, description="images (sol: windows) per step; every rank sees the same batch")
+    train_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="train on a random subset of this many images (sol: windows)"
+    )
     test_limit: Annotated[int, Field(ge=1)] | None = Field(
         None, description="evaluate on this many images, evenly spaced over the test set"
     )
