@@ -3,8 +3,9 @@
     mpirun -n 2 python benchmarks/defense_certified.py runs/given.toml runs/zo runs/autograd -o out --images 200 --n 1000
 
 Takes the options of ``python -m dzhpc.certify`` (but --label) and gives the same counts: same noise, same calls. Where only the
-last layer of a DnCNN was tuned, all but 0.1 % of a pass is shared, and five defences cost little more than one. An image is done
-for all defences before the next; OUT holds their records, as that verb writes them, and those of each rank until all are done.
+last layer of a DnCNN was tuned the body's pass is shared, and each further defence costs about a tenth of the first. An image
+is done for all defences before the next; OUT holds their records, as that verb writes them, and until all are done
+those of each rank.
 """
 
 import hashlib
