@@ -22,7 +22,7 @@ OUT_OF_PLACE = {
 
 
 class Network:
-    """A module as a graph of operations. ``run`` is the base pass; ``tail`` re-runs what depends on one parameter.
+    """A module as a graph of operations. ``run`` is the base pass; ``tail`` re-runs what depends on one parameter, or on any.
 
     engine: who asks, for the errors. Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way
     that cannot be undone.
@@ -36,12 +36,13 @@ class Network:
         _take_by_position(self.module)
         self._order = {node: k for k, node in enumerate(self.module.graph.nodes)}
         self._users = [self._nodes_using(p) for p in parameters]
+        self._all_users = tuple(sorted({node for users in self._users for node in users}, key=self._order.get))
         self._tails: dict[tuple[fx.Node, ...], tuple[fx.GraphModule, list[fx.Node]] | None] = {}
-        for users in self._users:
+        for users in [*self._users, self._all_users]:
             if users not in self._tails:
                 self._tails[users] = self._cut_tail(users)
         self._wanted = {node for tail in self._tails.values() if tail for node in tail[1]}
-        changing = _closure([node for users in self._users for node in users], lambda node: node.users)
+        changing = _closure(self._all_users, lambda node: node.users)
         self._near = changing | {a for node in changing for a in node.all_input_nodes}
         self._kept: dict[fx.Node, object] = {}
         self._keep_all = keep_all
@@ -83,9 +84,9 @@ class Network:
             is_buffer = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._state
             self._kept[node] = value.clone() if is_buffer else value
 
-    def tail(self, parameter: int) -> Tensor | None:
-        """The output after a change of parameter number ``parameter``; None where the output does not depend on it."""
-        tail = self._tails[self._users[parameter]]
+    def tail(self, parameter: int | None) -> Tensor | None:
+        """The output after a change of parameter number ``parameter``, of any if None; None where it does not depend on it."""
+        tail = self._tails[self._all_users if parameter is None else self._users[parameter]]
         if tail is None:
             return None
         module, inputs = tail

@@ -1,6 +1,7 @@
 """Engine ``reuse``: the paper's feature reuse for any traceable network.
 
-Base features are kept once per batch; a query re-runs only the operations downstream of the perturbed parameter.
+Base features are kept once per batch; a query re-runs only the operations downstream of the perturbed parameter, or,
+for a direction over all parameters, of the first of them.
 """
 
 from collections.abc import Callable
@@ -53,8 +54,6 @@ class Reuse(Full):
         return self._network.run(self._inputs)
 
     def _run_perturbed(self, owner: int | None) -> Tensor:
-        if owner is None:
-            return self.model(self._inputs)
         outputs = self._network.tail(owner)
         return self._outputs if outputs is None else outputs
 

@@ -66,6 +66,20 @@ def test_reuse_takes_directions_to_the_bits_of_full(name):
     assert (full != 0).all()
 
 
+def test_a_direction_runs_nothing_before_the_first_trained_layer():
+    model, batch = tanh_net(4, 5, 5, 4), vectors()
+    model[:3].requires_grad_(False)
+    passes = []
+    model[0].register_forward_hook(lambda *_: passes.append("frozen"))
+    model[4].register_forward_hook(lambda *_: passes.append("trained"))
+    engines = [bound(kind, model, batch) for kind in KINDS]
+    directions = torch.randn(3, engines[0].index.size, dtype=torch.float64)
+    passes.clear()
+    reuse = engines[1].directional(directions, 0.01)
+    assert passes == ["trained"] * 3
+    assert torch.equal(engines[0].directional(directions, 0.01), reuse)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unused_parameter_has_difference_exactly_zero(kind):
     engine = bound(kind, Unused().double(), vectors())
