@@ -79,6 +79,7 @@ class Programs:
             "realize_reads_threshold": 64,  # memory between operations is what costs, not a few of them done twice
             "realize_acc_reads_threshold": 64,
             "realize_opcount_threshold": 256,
+            "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
             "assert_indirect_indexing": False,  # channels come from coordinates, which were checked
         }
         if _in_halves(tensors):

@@ -477,14 +477,18 @@ def _pair(value) -> tuple:
 def batch_norm(op: Operation) -> Change:
     """Batch statistics in train mode, an affine map per channel in eval mode; a one-channel change stays one-channel."""
     m, x, change = op.module, op.x, _along_channels(op)
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    gamma = m.weight.reshape(shape) if m.weight is not None else x.new_ones([1, x.shape[1], *shape[2:]])
     if not uses_batch_statistics(m):
-        factor = gamma / (m.running_var.reshape(shape) + m.eps).sqrt()
+        factor = _gamma(op) / (m.running_var.reshape([1, -1, *[1] * (x.ndim - 2)]) + m.eps).sqrt()
         return change.like(change.data * change.of(factor))
     mean_d, scale, shrink = op.cache.get("coefficients") or batch_coefficients(op)
     centred, _ = batch_statistics(op)
-    return change.like(((change.data - mean_d) * scale - change.of(centred) * shrink) * change.of(gamma))
+    return change.like((change.data - mean_d) * scale - change.of(centred) * shrink)
+
+
+def _gamma(op: Operation) -> Tensor:
+    """A BatchNorm layer's factors, [1, C, 1, ...]."""
+    weight, ones = op.module.weight, [1] * (op.x.ndim - 2)
+    return op.x.new_ones([1, op.x.shape[1], *ones]) if weight is None else weight.reshape([1, -1, *ones])
 
 
 def uses_batch_statistics(m: nn.Module) -> bool:
@@ -498,10 +502,12 @@ def batch_statistics(op: Operation) -> tuple[Tensor, Tensor]:
 
 
 def batch_coefficients(op: Operation) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`coefficients` of a BatchNorm layer: a pass of its own, which is faster than one that also applies them."""
+    """:func:`coefficients` of a BatchNorm layer, the last two times its factor: in a pass of its own, which is faster."""
     change, (centred, s) = _along_channels(op), batch_statistics(op)
     dims = [1, *range(3, op.x.ndim + 1)] if change.channel is None else list(range(1, change.data.ndim))
-    return coefficients(change.data, change.of(centred), change.of(s), dims)
+    mean_d, scale, shrink = coefficients(change.data, change.of(centred), change.of(s), dims)
+    gamma = change.of(_gamma(op))
+    return mean_d, scale * gamma, shrink * gamma
 
 
 def _along_channels(op: Operation) -> Change:
