@@ -88,17 +88,8 @@ class Certification:
             self._before, self._start = self._samples, time.monotonic()
             todo = [row for k in self._numbers if not (row := self._rows.get(k) or self._new(k)).done]
             self._announce(len(todo))
-            with self.world.together():
-                try:
-                    self._work(todo[self.world.rank :: self.world.size])
-                except BaseException:
-                    self.world.call_off()
-                    raise
-                finally:
-                    self.world.wait_for_all(self._look_around)
-                    self._save()
-            self._hear(self.world.heard_all())
-            self.world.settle()
+            mine = todo[self.world.rank :: self.world.size]
+            self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear, leave=self._save)
             left = self.world.on_root(self._close)
             return Reason(self.world.maximum(int(self._requests.reason()))) if left else Reason.NONE
         finally:

@@ -60,16 +60,8 @@ class Simulations:
             todo = [p for p in self._parameters if found.get(p, 0) < self._total]
             done = f", {len(self._parameters) - len(todo)} done already" if len(todo) < len(self._parameters) else ""
             log.info("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
-            with self.world.together():
-                try:
-                    self._work(todo[self.world.rank :: self.world.size])
-                except BaseException:
-                    self.world.call_off()
-                    raise
-                finally:
-                    self.world.wait_for_all(self._look_around)
-            self._hear(self.world.heard_all())
-            self.world.settle()
+            mine = todo[self.world.rank :: self.world.size]
+            self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear)
             if self.world.on_root(self._close):
                 return Reason.NONE
             return Reason(self.world.maximum(int(self._requests.reason())))

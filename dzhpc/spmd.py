@@ -138,14 +138,34 @@ class World:
         self._heard_count += len(values)
         return values
 
-    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+    def work_apart(
+        self, work: Callable[[], None], look_around: Callable[[], object], hear: Callable[[list], None], leave=lambda: None
+    ) -> None:
+        """``work()``, each rank by itself until it is done or until some rank fails or calls off. Collective.
+
+        ``look_around()`` is called while a rank waits for the others, ``leave()`` when all are there, after a failure too;
+        ``hear`` gets the last of what the root was told.
+        """
+        with self.together():
+            try:
+                work()
+            except BaseException:
+                self.call_off()
+                raise
+            finally:
+                self._wait_for_all(look_around)
+                leave()
+        hear(self._heard_all())
+        self.settle()
+
+    def _wait_for_all(self, meanwhile: Callable[[], object]) -> None:
         """Wait until every rank has come here, calling ``meanwhile`` now and then. Collective."""
         barrier = self._side.Ibarrier()
         while not barrier.Test():
             meanwhile()
             time.sleep(0.02)
 
-    def heard_all(self) -> list:
+    def _heard_all(self) -> list:
         """All that was told and not yet heard, on the root; [] on others. Collective, once nobody tells any more."""
         values, counts = [], self.gather(self._told_count)
         if self.is_root:
