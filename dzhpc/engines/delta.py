@@ -19,7 +19,7 @@ from dzhpc.coordinates import cut
 from dzhpc.engines import rules
 from dzhpc.engines.changes import Change, Seed, flat
 from dzhpc.engines.differences import cross_entropy_difference, mse_difference
-from dzhpc.engines.full import LOSSES, checked
+from dzhpc.engines.full import LOSSES
 from dzhpc.engines.programs import Programs
 from dzhpc.engines.propagation import Propagation, Run, name_of
 from dzhpc.engines.reuse import Reuse
@@ -76,21 +76,17 @@ class Delta(Reuse):
     @torch.no_grad()
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        self._need_base()
-        coords = np.array(checked(coords), np.int64)
-        order = np.argsort(coords, kind="stable")
-        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
-        with self._unchanged():  # an operation without a rule runs as it is, its bookkeeping included
-            for chunk in self.cut(coords[order]):
-                where = order[chunk.start : chunk.stop]
-                owner = int(self.index.owner(coords[where[:1]])[0])
-                if self._plans[owner].refusal or not self._plans[owner].nodes:
-                    out[torch.from_numpy(where).to(out.device)] = self._one_by_one(owner, coords[where], mu)
-                    continue
-                padded = np.pad(coords[where], (0, self._size(owner) - len(where)), mode="edge")  # one shape, one program
-                out[torch.from_numpy(where).to(out.device)] = self._chunk(owner, padded, mu, len(where))
-                self.queries += len(where)
-        return out
+        return self._by_chunks(coords, lambda chunk: self._evaluate_chunk(chunk, mu))
+
+    def _evaluate_chunk(self, coords: np.ndarray, mu: float) -> Tensor:
+        """Differences of some coordinates [n] of one parameter -> [n]."""
+        owner = int(self.index.owner(coords[:1])[0])
+        if self._plans[owner].refusal or not self._plans[owner].nodes:
+            return self._one_by_one(owner, coords, mu)
+        padded = np.pad(coords, (0, self._size(owner) - len(coords)), mode="edge")  # one shape, one program
+        found = self._chunk(owner, padded, mu, len(coords))
+        self.queries += len(coords)
+        return found
 
     @property
     def compiling(self) -> bool:

@@ -115,6 +115,18 @@ class Full:
                         p.copy_(value)
         return self._stack(values)
 
+    def _by_chunks(self, coords, evaluate: Callable[[np.ndarray], Tensor]) -> Tensor:
+        """``evaluate(chunk)`` [len(chunk)] for all chunks of the sorted coordinates -> [n], in the order of ``coords``."""
+        self._need_base()
+        coords = np.array(checked(coords), np.int64)
+        order = np.argsort(coords, kind="stable")
+        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
+        with self._unchanged():  # an operation without a rule runs as it is, its bookkeeping included
+            for chunk in self.cut(coords[order]):
+                where = order[chunk.start : chunk.stop]
+                out[torch.from_numpy(where).to(out.device)] = evaluate(coords[where]).to(out.dtype)
+        return out
+
     def gradient(self) -> list[Tensor]:
         """Autograd's gradient g of the bound loss, one tensor per parameter: the first-order baseline, no query."""
         with self._unchanged(), torch.enable_grad():

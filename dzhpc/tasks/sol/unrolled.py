@@ -176,16 +176,7 @@ class UnrolledDelta(Unrolled):
     @torch.no_grad()
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        self._need_base()
-        coords = np.array(checked(coords), np.int64)
-        order = np.argsort(coords, kind="stable")
-        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
-        with self._unchanged():
-            for chunk in self.cut(coords[order]):
-                where = order[chunk.start : chunk.stop]
-                out[torch.from_numpy(where).to(out.device)] = self._chunk(coords[where], mu).to(out.dtype)
-                self.queries += len(where)
-        return out
+        return self._by_chunks(coords, lambda chunk: self._chunk(chunk, mu))
 
     def _base_losses(self) -> Tensor:
         """As the parent's; S(s_{i-1}), s_i and 2 r_i are kept, n of [B, ...] each."""
@@ -216,6 +207,7 @@ class UnrolledDelta(Unrolled):
         for query, where in lost.items():
             total[query] = torch.nan if len(lost) == p >= SEVERAL else 0
             self._lose(self.index.describe(int(coords[query])), *where)
+        self.queries += p
         return total
 
     def _compared(self, states: Tensor, step: int, lost: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
