@@ -10,8 +10,8 @@ run: venv
 
 test: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit
-	$(VENV)/bin/python -m pytest -q tests/mpi tests/slurm
+	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile tests/slurm tests/unit # a third: Slurm's jobs wait more than they compute
+	$(VENV)/bin/python -m pytest -q tests/mpi
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix
