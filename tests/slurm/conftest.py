@@ -22,6 +22,7 @@ def cluster():
             "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1",  # Slurm believes in more cores than there are
             "OMPI_MCA_btl": "self,sm", "OMPI_MCA_pml": "ob1",
         }  # fmt: skip
+        running.env.pop("DZHPC_DATA", None)  # what jobs write into data/ stays in the clone
         yield running
 
 
