@@ -112,8 +112,12 @@ def run(
 
 
 def mpirun(ranks: int, verb: str, *args: object, cwd: Path, **options) -> Result:
-    """``mpirun -n RANKS python -m dzhpc.VERB ARGS...``; once more where mpirun failed before it started anything."""
-    command = [MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args]
+    """``mpirun -n RANKS python -m dzhpc.VERB ARGS...``"""
+    return launched([MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args], cwd, **options)
+
+
+def launched(command: Sequence[object], cwd: Path, **options) -> Result:
+    """:func:`run` for a command with mpirun in it: once more where mpirun failed before it started anything."""
     result = run(command, cwd, **options)
     return run(command, cwd, **options) if NO_LISTENER in result.err else result
 
@@ -129,7 +133,7 @@ def batch(ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 240) ->
     command = [MPIRUN, "-n", ranks, sys.executable, Path(__file__).with_name("several.py"), files / "job.json"]
     code, noise = ABORTED, ""
     try:
-        noise = run(command, cwd, timeout).err
+        noise = launched(command, cwd, timeout=timeout).err
     except AssertionError:
         code = HUNG
     finished = [c.name for c in cases if len(list(files.glob(f"{c.name}.code.*"))) == ranks]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, run, sets
+from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, launched, sets
 
 from dzhpc import certificates, store
 
@@ -99,7 +99,7 @@ def disturbed(place):
 
         command = [MPIRUN, "-n", 3, sys.executable, "-c", QUICK, "defense.toml", *PLAN, "-o", name]
         env = os.environ | {"ASKED": name, "SLOW": "1"}
-        return run(command, place, env=env, meanwhile=meanwhile), rows()
+        return launched(command, place, env=env, meanwhile=meanwhile), rows()
 
     return {"stopped": disturb("stopped", min, signal.SIGUSR1), "killed": disturb("killed", max, signal.SIGKILL)}
 

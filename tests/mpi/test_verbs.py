@@ -9,7 +9,22 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from mpi_launch import MPIRUN, Case, Result, assert_same, batch, bits, checkpoints, column, contents, mpirun, run, sets, tensor
+from mpi_launch import (
+    MPIRUN,
+    Case,
+    Result,
+    assert_same,
+    batch,
+    bits,
+    checkpoints,
+    column,
+    contents,
+    launched,
+    mpirun,
+    run,
+    sets,
+    tensor,
+)
 from PIL import Image
 
 SCORES = {
@@ -226,7 +241,7 @@ def test_the_resolved_input_is_an_input(place, done):
 def test_nothing_in_the_environment(place):
     """More ranks than cores, root or not, with an empty environment."""
     command = ["env", "-i", "PATH=/usr/bin:/bin", MPIRUN, "-n", 5, sys.executable, "-m", "dzhpc.info"]
-    result = run(command, place).succeeded()
+    result = launched(command, place).succeeded()
     assert len(re.findall(r"^rank \d: ", result.out, re.MULTILINE)) == 5
 
 
@@ -240,6 +255,6 @@ def test_a_plain_user(place):
     if readable.code != 0:
         pytest.skip("the virtual environment lies in a folder that other users may not enter")
     as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "-i", "PATH=/usr/bin:/bin", "TMPDIR=/tmp"]
-    result = run([*as_user, MPIRUN, "-n", 2, sys.executable, "-m", "dzhpc.info"], place)
+    result = launched([*as_user, MPIRUN, "-n", 2, sys.executable, "-m", "dzhpc.info"], place)
     assert (result.code, result.err) == (0, "")
     assert len(re.findall(r"^rank \d: ", result.out, re.MULTILINE)) == 2
