@@ -6,18 +6,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dzhpc.engines.winograd import Winograd
+
 
 @dataclass
 class Change:
     """The change of one value for a chunk of P coordinates.
 
     channel None: data [P, *x.shape]. Else each coordinate changes one channel only: data [P, *x.shape without axis], and
-    channel [P] says which one along ``axis`` of x.
+    channel [P] says which one along ``axis`` of x. means: mean(D) and mean(D (2 x_c + D)) over batch and pixels [2, P, C], x_c
+    the centred x, where whoever made the change knows them.
     """
 
     data: Tensor
     channel: Tensor | None = None
     axis: int = 1
+    means: Tensor | None = None
 
     def dense(self, x: Tensor) -> Tensor:
         """[P, *x.shape]."""
@@ -34,7 +38,7 @@ class Change:
         return x if self.channel is None else x.movedim(self.axis, 0)[self.channel]
 
     def like(self, data: Tensor) -> "Change":
-        """Other data on the same channels."""
+        """Other data on the same channels, with no means yet."""
         return Change(data, self.channel, self.axis)
 
     def to(self, dense: torch.dtype, one_channel: torch.dtype) -> "Change":
@@ -69,6 +73,8 @@ class Operation:
     module: nn.Module | None = None
     cache: dict = field(default_factory=dict)  # of this operation and batch: what only depends on base values
     compiled: Callable | None = None  # (function, *tensors) -> a compiled function's result; None: there is no compiler
+    winograd: Winograd | None = None  # None: there is none here, or it is not worth it
+    centred: Callable[[], Tensor] | None = None  # of the base output, where a BatchNorm behind wants means
 
     def cached(self, name: object, make: Callable):
         """``make()``, computed once a batch."""

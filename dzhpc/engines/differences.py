@@ -80,10 +80,14 @@ def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
 def coefficients(d: Tensor, centred: Tensor, s: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(mean D, 1/s', (s' - s)/(s s')) over ``dims``: all that a normalised change needs beside D itself.
 
-    Two sums in one pass: dv = mean(D (2 x_c + D)) - (mean D)^2, since x_c has mean zero.
+    Two sums in one pass, of which :func:`coefficients_of_means` makes the rest.
     """
-    mean_d = _mean(d, dims)
-    dv = _mean(d * (centred + centred + d), dims) - mean_d * mean_d
+    return coefficients_of_means(_mean(d, dims), _mean(d * (centred + centred + d), dims), s)
+
+
+def coefficients_of_means(mean_d: Tensor, crossed: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`coefficients`, from mean(D) and mean(D (2 x_c + D)); dv is the latter less (mean D)^2: x_c has mean zero."""
+    dv = crossed - mean_d * mean_d
     s2 = (s * s + dv).sqrt()
     return mean_d, 1 / s2, dv / ((s2 + s) * s * s2)
 

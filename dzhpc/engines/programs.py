@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dzhpc.engines import winograd
+
 SMALL = 2**17  # elements: less work than this is not worth a compiler's second
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
@@ -39,6 +41,8 @@ class Programs:
         self._reason = _obstacle(device, dtype)
         self._shared: dict[tuple, Callable] = {}
         self._called: dict[tuple, Program] = {}
+        self._winograd: winograd.Winograd | None = None
+        self._can_convolve = device.type == "cpu" and winograd.is_possible()
 
     @property
     def compiling(self) -> bool:
@@ -46,6 +50,17 @@ class Programs:
         if self._reason:
             self._say(f"not compiled: {self._reason}")
         return not self._reason
+
+    @property
+    def winograd(self) -> winograd.Winograd | None:
+        """The compiled convolution, where there can be one; says once why it failed."""
+        if self._winograd is None and self._can_convolve and self.compiling:
+            try:
+                self._winograd = winograd.Winograd(next(filter(shutil.which, COMPILERS)))
+            except OSError as error:
+                self._can_convolve = False
+                self._say(f"3 x 3 convolutions are torch's: {error}")
+        return self._winograd
 
     def is_worth_it(self, elements: int) -> bool:
         """Whether a function whose largest tensor has so many elements should be compiled."""

@@ -5,7 +5,7 @@ engine's precision, changes of single channels (which are small) in the paramete
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -92,7 +92,18 @@ class Propagation:
             self._say(f"{name_of(node)} has no rule: evaluated one coordinate at a time")
         if rule not in rules.NATIVE:
             incoming = _each(incoming, lambda c: c.to(self._dtype, self._dtype))
-        return _each(rule(self._operation(node, incoming)), self._travelling)
+        operation = self._operation(node, incoming)
+        if rule is not rules.convolution:
+            return _each(rule(operation), self._travelling)
+        if operation.compiled:
+            operation = replace(operation, winograd=self._programs.winograd, centred=self._centred_behind(node))
+        change = rule(operation)
+        return replace(self._travelling(change), means=change.means)
+
+    def _centred_behind(self, node: fx.Node) -> Callable[[], Tensor] | None:
+        """The centred value of a node that a BatchNorm reads, as it lies beside the changes of that."""
+        norm = next((user for user in node.users if self._has_statistics(user) and self._rule(user) is rules.batch_norm), None)
+        return None if norm is None else self._statistic(norm, 0, False, self._travel != self._dtype)
 
     def runs(self, nodes: list[fx.Node], changes: dict[fx.Node, Change | list[Change]]) -> list[Run]:
         """The nodes in order, grouped; a BatchNorm begins a run. ``changes`` says what kind of change each one gets."""
@@ -132,7 +143,8 @@ class Propagation:
         out = passes.rest(lambda k: coefficients[k - after] if k >= after else tensor(k))
         channels = [c.channel for c in given.values()]  # padding moves channels, so that two changes may differ in theirs
         for (node, whose, axis), data in zip(passes.leaving, out, strict=True):
-            changes[node] = Change(data, None if whose is None else channels[whose], axis)
+            channel = None if whose is None else channels[whose]
+            changes[node] = Change(data if channel is None else self._for_readers(node, data), channel, axis)
 
     def _compile(self, run: Run, given: dict[fx.Node, Change], moving: list[Tensor]) -> _Passes:
         """Trace the rules of a run over tensors: incoming changes, base values, statistics."""
@@ -150,7 +162,8 @@ class Propagation:
             for a, c in given.items():
                 own = [rest.pop(0) for _ in _tensors(c)]
                 channel = None if c.channel is None else own.pop()
-                changes[a] = Change((c.make(*own) if isinstance(c, Seed) else own[0]).to(self._dtype), channel, c.axis)
+                means = None if isinstance(c, Seed) or c.means is None else own.pop()
+                changes[a] = Change((c.make(*own) if isinstance(c, Seed) else own[0]).to(self._dtype), channel, c.axis, means)
             known = {a: rest.pop(0).to(self.network.value(a).dtype) for a in base}
             caches = {node: {"statistics": (rest.pop(0).to(self._dtype), rest.pop(0))} for node in normed}
             return changes, known, caches, rest
@@ -169,8 +182,7 @@ class Propagation:
                 incoming = self._incoming(node, changes)
                 changes[node] = self._rule(node, incoming)(self._operation(node, incoming, known, caches.get(node, {})))
             leaving[:] = [(node, whose.get(id(changes[node].channel)), changes[node].axis) for node in wanted]
-            out = [self._travelling(changes[node]) for node in wanted]
-            return [self._for_readers(node, c) for node, c in zip(wanted, out, strict=True)]
+            return [self._travelling(changes[node]).data for node in wanted]
 
         wanted = run.leaving
         leaving: list[tuple[fx.Node, int | None, int]] = []
@@ -190,12 +202,10 @@ class Propagation:
             return change
         return change.like(self._programs.call(channels_apart, change.data))
 
-    def _for_readers(self, node: fx.Node, change: Change) -> Tensor:
-        """The data of a change that leaves a run, as the operations behind it read it best."""
-        if change.channel is None:
-            return change.data
+    def _for_readers(self, node: fx.Node, data: Tensor) -> Tensor:
+        """A one-channel change that leaves a run, as convolutions read it best; a compiled pass that did this, too, is slow."""
         convolutions = [m for m in map(self._module, node.users) if isinstance(m, nn.Conv2d)]
-        return change.data if any(not fills_vectors(m.out_channels) for m in convolutions) else change.data.contiguous()
+        return data if any(not fills_vectors(m.out_channels) for m in convolutions) else data.contiguous()
 
     def _source(self, node: fx.Node, run: Run, apart: bool, rounded: bool) -> Callable[[], Tensor]:
         """A base value, laid out as the changes beside it; rounded beside dense ones that are rounded too."""
@@ -273,8 +283,10 @@ class Propagation:
 
 
 def _tensors(change: Change | Seed) -> list[Tensor]:
-    """All that a change, made or not, consists of; its channel is last."""
+    """All that a change, made or not, consists of; its channel is last, its means before."""
     data = change.tensors if isinstance(change, Seed) else [change.data]
+    if isinstance(change, Change) and change.means is not None:
+        data = [*data, change.means]
     return data if change.channel is None else [*data, change.channel]
 
 

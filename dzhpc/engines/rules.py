@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dzhpc.engines import winograd
 from dzhpc.engines.changes import Change, Operation, channels_apart, channels_last, fills_vectors, flat, is_apart, shifted
 from dzhpc.engines.differences import (
     clamp_difference,
     coefficients,
+    coefficients_of_means,
     exp_difference,
     gelu_difference,
     gelu_tanh_difference,
@@ -261,6 +263,10 @@ def convolution(op: Operation) -> Change:
     data = op.d.dense(op.x)
     if op.compiled and is_apart(data):
         data = op.compiled(channels_last, data)
+    if op.winograd and winograd.fits(conv, data):
+        kernels = op.cached(("transformed", data.dtype), lambda: winograd.transformed(conv.weight, data.dtype))
+        out, means = op.winograd(data, kernels, border, op.centred and op.centred())
+        return Change(out, means=means)
     weight = op.cached(("weight", data.dtype), lambda: conv.weight.to(data.dtype))
     merged = data.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     if conv.padding_mode == "zeros" and border[0] == border[1] and border[2] == border[3]:
@@ -505,7 +511,10 @@ def batch_coefficients(op: Operation) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`coefficients` of a BatchNorm layer, the last two times its factor: in a pass of its own, which is faster."""
     change, (centred, s) = _along_channels(op), batch_statistics(op)
     dims = [1, *range(3, op.x.ndim + 1)] if change.channel is None else list(range(1, change.data.ndim))
-    mean_d, scale, shrink = coefficients(change.data, change.of(centred), change.of(s), dims)
+    if change.means is None:
+        mean_d, scale, shrink = coefficients(change.data, change.of(centred), change.of(s), dims)
+    else:
+        mean_d, scale, shrink = coefficients_of_means(*change.means[:, :, None, :, None, None], s)
     gamma = change.of(_gamma(op))
     return mean_d, scale * gamma, shrink * gamma
 

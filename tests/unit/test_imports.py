@@ -8,6 +8,7 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
+engines.winograd
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
 config coordinates device graph lock smoothing spmd models.cnn models.vit models.corrector baselines baselines.ae_ds
 engines.rules tasks.sol.wake
@@ -44,6 +45,7 @@ NUMERICAL = {
     "engines.differences",
     "engines.programs",
     "engines.propagation",
+    "engines.winograd",
     "estimators",
     "pruning",
     "parts",
