@@ -13,7 +13,6 @@ import torch
 from dzhpc.errors import LaunchError
 
 log = logging.getLogger("dzhpc")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GPUS_ASKED_FOR = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK")
 
 
@@ -30,21 +29,12 @@ def choose(local_rank: int, threads: int) -> torch.device:
 def cpu(threads: int) -> torch.device:
     """The CPU; sets threads and the switches that make results reproducible on any device."""
     torch.set_num_threads(threads)
-    _keep_freed_memory()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with a fixed workspace
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False  # autotuning would pick kernels by chance
     torch.backends.cudnn.deterministic = True
     return torch.device("cpu")
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a gradient takes the same blocks thousands of times, and a new page costs like a pass."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it accepts
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -113,6 +103,9 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self._device)
         else:
             gc.collect()
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "malloc_trim"):
+                libc.malloc_trim(0)  # what was freed before and is used again counts, too
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present
             self._before = _resident("VmRSS")

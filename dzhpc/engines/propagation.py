@@ -200,7 +200,7 @@ class Propagation:
         fits = change.data.device.type != "cpu" or fills_vectors(change.data.shape[2]) or is_apart(change.data)
         if fits or not self._programs.is_worth_it(change.data.numel()):
             return change
-        return change.like(self._programs.call(channels_apart, change.data))
+        return replace(change, data=self._programs.call(channels_apart, change.data))
 
     def _for_readers(self, node: fx.Node, data: Tensor) -> Tensor:
         """A one-channel change that leaves a run, as convolutions read it best; a compiled pass that did this, too, is slow."""
@@ -248,13 +248,7 @@ class Propagation:
 
     def _incoming(self, node: fx.Node, changes: dict) -> list:
         """The changes of an operation's arguments, parallel to them."""
-
-        def change_of(a):
-            if isinstance(a, (list, tuple)):
-                return [change_of(x) for x in a] if any(isinstance(x, fx.Node) and x in changes for x in a) else None
-            return changes.get(a) if isinstance(a, fx.Node) else None
-
-        return [change_of(a) for a in node.args]
+        return [_change_of(a, changes) for a in node.args]
 
     def _operation(self, node: fx.Node, incoming: list, known: dict | None = None, cache: dict | None = None) -> Operation:
         """A node with its base values: those of ``known`` (while tracing), else the batch's own."""
@@ -280,6 +274,13 @@ class Propagation:
 
     def _travelling(self, change: Change) -> Change:
         return change.to(self._travel, self._dtype)
+
+
+def _change_of(a, changes: dict):
+    """The change of an argument, which may be a list. No closure: one that calls itself would keep all changes until gc runs."""
+    if isinstance(a, (list, tuple)):
+        return [_change_of(x, changes) for x in a] if any(isinstance(x, fx.Node) and x in changes for x in a) else None
+    return changes.get(a) if isinstance(a, fx.Node) else None
 
 
 def _tensors(change: Change | Seed) -> list[Tensor]:

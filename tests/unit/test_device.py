@@ -55,3 +55,11 @@ def test_the_table_names_rank_host_and_device():
         "rank 1: n2, cpu (1 threads)",
     ]
     assert device.table(ranks(*[("a", "")] * 11))[9:] == ["rank  9: a, cpu (1 threads)", "rank 10: a, cpu (1 threads)"]
+
+
+def test_memory_that_was_freed_before_counts_in_a_peak():
+    for _ in range(3):
+        with device.PeakMemory(device.torch.device("cpu")) as memory:
+            blocks = [device.torch.zeros(2**18) for _ in range(20)]
+        assert 20 * 2**20 <= memory.bytes < 22 * 2**20
+        del blocks
