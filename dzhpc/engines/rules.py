@@ -265,7 +265,7 @@ def convolution(op: Operation) -> Change:
         data = op.compiled(channels_last, data)
     if op.winograd and winograd.fits(conv, data):
         kernels = op.cached(("transformed", data.dtype), lambda: winograd.transformed(conv.weight, data.dtype))
-        out, means = op.winograd(data, kernels, border, op.centred and op.centred())
+        out, means = op.winograd(data, kernels, conv.out_channels, border, op.centred and op.centred())
         return Change(out, means=means)
     weight = op.cached(("weight", data.dtype), lambda: conv.weight.to(data.dtype))
     merged = data.flatten(0, -4).contiguous(memory_format=torch.channels_last)

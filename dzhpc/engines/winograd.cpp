@@ -2,7 +2,8 @@
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016: Y = A' [(G g G') * (B' d B)] A.
 //
 // A block of tiles is transformed, multiplied and transformed back while it is in a core's first cache, and the sums that a
-// BatchNorm behind the convolution needs are made of the outputs while they are in registers. AVX-512; C and O multiples of 16.
+// BatchNorm behind the convolution needs are made of the outputs while they are in registers. AVX-512. Channels are filled up to
+// multiples of 16 by zeros, in the scratch memory only.
 
 #include <immintrin.h>
 
@@ -16,6 +17,9 @@
 namespace {
 
 constexpr int TILES = 16;  // in a block
+constexpr __mmask16 ALL = 0xffff;
+
+inline int filled(int channels) { return (channels + 15) / 16 * 16; }
 
 inline __m512 broadcast(const void* p) {
     float v;
@@ -27,8 +31,8 @@ inline __m512 broadcast(const void* p) {
 struct Float {
     using Element = float;
     static constexpr int STEP = 1;  // channels that one instruction multiplies and sums
-    static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-    static void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+    static __m512 load(const float* p, __mmask16 mask = ALL) { return _mm512_maskz_loadu_ps(mask, p); }
+    static void store(float* p, __m512 v, __mmask16 mask = ALL) { _mm512_mask_storeu_ps(p, mask, v); }
     static __m512 multiply_add(__m512 sum, const float* a, __m512 b) { return _mm512_fmadd_ps(broadcast(a), b, sum); }
 };
 
@@ -36,10 +40,12 @@ struct Float {
 struct BFloat16 {
     using Element = uint16_t;
     static constexpr int STEP = 2;
-    static __m512 load(const uint16_t* p) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    static __m512 load(const uint16_t* p, __mmask16 mask = ALL) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
     }
-    static void store(uint16_t* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+    static void store(uint16_t* p, __m512 v, __mmask16 mask = ALL) {
+        _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
+    }
     static __m512 multiply_add(__m512 sum, const uint16_t* a, __m512 b) {
         return _mm512_dpbf16_ps(sum, (__m512bh)broadcast(a), (__m512bh)b);
     }
@@ -148,10 +154,10 @@ inline void multiply(const typename Type::Element* a, const typename Type::Eleme
         for (int v = 0; v < VECTORS; ++v) _mm512_store_ps(out + (t * VECTORS + v) * 16, sum[t][v]);
 }
 
-// A' m A of 16 outputs of `count` tiles into an image; with `centred` (x_c) adds sum D and sum D (2 x_c + D) to `sums`.
+// A' m A of up to 16 outputs of `count` tiles into an image; with `centred` (x_c) adds sum D and sum D (2 x_c + D) to `sums`.
 template <class Type>
-void transform_outputs(const float* products, int width, const Shape& s, int first, int count, typename Type::Element* image,
-                       const typename Type::Element* centred, float* sums) {
+inline void transform_outputs(const float* products, int width, const Shape& s, int first, int count, __mmask16 mask,
+                              typename Type::Element* image, const typename Type::Element* centred, float* sums) {
     __m512 plain = _mm512_setzero_ps(), crossed = plain, squared = plain;
     const long step = static_cast<long>(TILES) * width;
     Walk at(first, s.wide());
@@ -173,18 +179,19 @@ void transform_outputs(const float* products, int width, const Shape& s, int fir
             for (int j = 0; j < 2; ++j) {
                 if (2 * at.y + i >= s.rows || 2 * at.x + j >= s.columns) continue;
                 const long k = (static_cast<long>(2 * at.y + i) * s.columns + 2 * at.x + j) * s.outputs;
-                Type::store(image + k, pair[j]);
+                Type::store(image + k, pair[j], mask);
                 if (!centred) continue;
                 plain = _mm512_add_ps(plain, pair[j]);
-                crossed = _mm512_fmadd_ps(pair[j], Type::load(centred + k), crossed);
+                crossed = _mm512_fmadd_ps(pair[j], Type::load(centred + k, mask), crossed);
                 squared = _mm512_fmadd_ps(pair[j], pair[j], squared);
             }
         }
     }
     if (!centred) return;
-    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), plain));
+    Float::store(sums, _mm512_add_ps(Float::load(sums, mask), plain), mask);
+    sums += s.outputs;
     const __m512 both = _mm512_add_ps(_mm512_add_ps(crossed, crossed), squared);
-    _mm512_storeu_ps(sums + s.outputs, _mm512_add_ps(_mm512_loadu_ps(sums + s.outputs), both));
+    Float::store(sums, _mm512_add_ps(Float::load(sums, mask), both), mask);
 }
 
 template <class T>
@@ -203,9 +210,10 @@ template <class Type>
 void convolve(const typename Type::Element* x, const typename Type::Element* kernels, typename Type::Element* y,
               const typename Type::Element* centred, float* sums, const Shape& s, int begin, int end) {
     using Element = typename Type::Element;
-    const long row = (2L * s.wide() + 2) * s.channels, pixels = static_cast<long>(s.height) * s.width;
+    const int channels = filled(s.channels), outputs = filled(s.outputs);
+    const long row = (2L * s.wide() + 2) * channels, pixels = static_cast<long>(s.height) * s.width;
     const int tiles = s.tall() * s.wide(), tall = 2 * s.tall() + 2;
-    Scratch<Element> padded(row * tall), transformed(16L * TILES * s.channels);
+    Scratch<Element> padded(row * tall), transformed(16L * TILES * channels);
     Scratch<float> products(16L * TILES * 32);
     for (int n = begin; n < end; ++n) {
         for (int p = 0; p < s.coords; ++p) {
@@ -213,9 +221,12 @@ void convolve(const typename Type::Element* x, const typename Type::Element* ker
             const Element* in = x + image * pixels * s.channels;
             const bool more = p + 1 < s.coords || n + 1 < end;
             const Element* next = x + (p + 1 < s.coords ? image + s.batch : n + 1) * pixels * s.channels;
-            for (int h = 0; h < s.height; ++h)
-                std::memcpy(padded.data + (h + s.top) * row + static_cast<long>(s.left) * s.channels,
-                            in + static_cast<long>(h) * s.width * s.channels, sizeof(Element) * s.width * s.channels);
+            for (int h = 0; h < s.height; ++h) {
+                Element* to = padded.data + (h + s.top) * row + static_cast<long>(s.left) * channels;
+                const Element* from = in + static_cast<long>(h) * s.width * s.channels;
+                const int pieces = channels == s.channels ? 1 : s.width, piece = s.width / pieces * s.channels;
+                for (int k = 0; k < pieces; ++k, to += channels, from += piece) std::memcpy(to, from, sizeof(Element) * piece);
+            }
             Element* out = y + image * s.rows * s.columns * s.outputs;
             const Element* beside = centred ? centred + static_cast<long>(n) * s.rows * s.columns * s.outputs : nullptr;
             float* own = sums ? sums + image * 2 * s.outputs : nullptr;
@@ -224,33 +235,40 @@ void convolve(const typename Type::Element* x, const typename Type::Element* ker
                 const int count = std::min(TILES, tiles - first);
 #ifdef __AVX512BF16__
                 if constexpr (sizeof(Element) == 2) {
-                    if (s.channels % 32 == 0)
-                        transform_inputs<EvenOdd>(padded.data, row, s.channels, s.wide(), first, count, transformed.data);
+                    if (channels % 32 == 0)
+                        transform_inputs<EvenOdd>(padded.data, row, channels, s.wide(), first, count, transformed.data);
                     else
-                        transform_inputs<Vector<Type>>(padded.data, row, s.channels, s.wide(), first, count, transformed.data);
+                        transform_inputs<Vector<Type>>(padded.data, row, channels, s.wide(), first, count, transformed.data);
                 } else
 #endif
-                    transform_inputs<Vector<Type>>(padded.data, row, s.channels, s.wide(), first, count, transformed.data);
+                    transform_inputs<Vector<Type>>(padded.data, row, channels, s.wide(), first, count, transformed.data);
                 if (more) {  // the next image is on its way while this one is worked on
                     const long size = pixels * s.channels, from = size * first / tiles, to = size * (first + count) / tiles;
                     for (long k = from; k < to; k += 64 / sizeof(Element)) _mm_prefetch((const char*)(next + k), _MM_HINT_T1);
                 }
-                for (int o = 0; o < s.outputs; o += 32) {
-                    const int width = std::min(32, s.outputs - o);
+                for (int o = 0; o < outputs; o += 32) {
+                    const int width = std::min(32, outputs - o);
                     for (int k = 0; k < 16; ++k) {
-                        const Element* a = transformed.data + static_cast<long>(k) * TILES * s.channels;
-                        const Element* b = kernels + static_cast<long>(k) * s.channels * s.outputs + Type::STEP * o;
+                        const Element* a = transformed.data + static_cast<long>(k) * TILES * channels;
+                        const Element* b = kernels + static_cast<long>(k) * channels * outputs + Type::STEP * o;
                         float* m = products.data + k * TILES * width;
                         if (width == 16) {
-                            multiply<Type, 1, TILES>(a, b, s.channels, s.outputs, m);
+                            multiply<Type, 1, TILES>(a, b, channels, outputs, m);
                         } else {
-                            multiply<Type, 2, TILES / 2>(a, b, s.channels, s.outputs, m);
-                            multiply<Type, 2, TILES / 2>(a + TILES / 2 * s.channels, b, s.channels, s.outputs, m + TILES / 2 * 32);
+                            multiply<Type, 2, TILES / 2>(a, b, channels, outputs, m);
+                            multiply<Type, 2, TILES / 2>(a + TILES / 2 * channels, b, channels, outputs, m + TILES / 2 * 32);
                         }
                     }
-                    for (int w = 0; w < width; w += 16)
-                        transform_outputs<Type>(products.data + w, width, s, first, count, out + o + w,
-                                                beside ? beside + o + w : nullptr, own ? own + o + w : nullptr);
+                    for (int w = 0; w < width; w += 16) {
+                        Element* to = out + o + w;
+                        const Element* x_c = beside ? beside + o + w : nullptr;
+                        float* sum = own ? own + o + w : nullptr;
+                        const int left = s.outputs - o - w;
+                        if (left >= 16)
+                            transform_outputs<Type>(products.data + w, width, s, first, count, ALL, to, x_c, sum);
+                        else
+                            transform_outputs<Type>(products.data + w, width, s, first, count, (1 << left) - 1, to, x_c, sum);
+                    }
                 }
             }
         }
@@ -275,7 +293,7 @@ void run(const void* x, const void* kernels, void* y, const void* centred, float
 
 }  // namespace
 
-// x [P, B, H, W, C], kernels [16, C / STEP, O, STEP], y [P, B, H', W', O]; centred [B, H', W', O] and sums [P, B, 2, O], or null.
+// x [P, B, H, W, C], kernels [16, C / STEP, O, STEP] (C and O filled up), y [P, B, H', W', O]; centred [B, H', W', O] and sums [P, B, 2, O], or null.
 // shape: P, B, H, W, C, zeros above, zeros on the left, H', W', O. Sums of an image do not depend on threads or other images.
 extern "C" int winograd(const void* x, const void* kernels, void* y, const void* centred, float* sums, const int32_t* shape,
                         int bfloat16, int threads) {

@@ -8,17 +8,21 @@ Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PATIENCE = 120  # seconds for the compiler, which needs two
 BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+# where torch's own convolution is faster: vectors mostly filled up by zeros, kernels beyond a core's cache, blocks half empty
+NARROW, LARGEST, TILES, FULL = 12, 2**23, 16, 0.7
 TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
 
 
@@ -33,16 +37,17 @@ class Winograd:
         self._function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 2
 
     def __call__(
-        self, images: Tensor, kernels: Tensor, border: tuple[int, int, int, int], centred: Tensor | None = None
+        self, images: Tensor, kernels: Tensor, outputs: int, border: tuple[int, int, int, int], centred: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Changes D [P, B, C, H, W] -> those of the outputs [P, B, O, H', W'], channels last, and with ``centred`` two means.
 
-        kernels: from :func:`transformed`. border: zeros on the left, right, top and bottom. centred: the base outputs less
-        their mean over batch and pixels, x_c [B, O, H', W']; then mean(D) and mean(D (2 x_c + D)) [2, P, O] in float32.
+        kernels: of O = ``outputs`` channels, from :func:`transformed`. border: zeros on the left, right, top and bottom.
+        centred: the base outputs less their mean over batch and pixels, x_c [B, O, H', W']; then mean(D) and
+        mean(D (2 x_c + D)) [2, P, O] in float32.
         """
         coords, batch, channels, height, width = images.shape
         left, right, top, bottom = border
-        outputs, rows, columns = kernels.shape[2], height + top + bottom - 2, width + left + right - 2
+        rows, columns = height + top + bottom - 2, width + left + right - 2
         merged = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         out = merged.new_empty((coords * batch, rows, columns, outputs))
         beside, sums = None, None
@@ -62,17 +67,25 @@ def is_possible() -> bool:
 
 
 def fits(conv: nn.Conv2d, data: Tensor) -> bool:
-    """Whether changes [P, B, C, H, W] pass through this layer so: 3 x 3, dense, and channels that fill vectors."""
+    """Whether changes [P, B, C, H, W] pass through this layer so, and faster than by torch."""
     plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
     halves = _processor().get("avx512_bf16") and not _processor().get("amx_bf16")  # torch's own are faster with AMX
     known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and halves)
-    full = conv.in_channels % 16 == 0 and conv.out_channels % 16 == 0
-    return plain and full and known and conv.padding_mode == "zeros" and data.ndim == 5
+    if not (plain and known and conv.padding_mode == "zeros" and data.ndim == 5):
+        return False
+    wide = min(conv.in_channels, conv.out_channels) >= NARROW
+    small = 16 * conv.in_channels * conv.out_channels * data.element_size() <= LARGEST
+    tiles = math.ceil(data.shape[-2] / 2) * math.ceil(data.shape[-1] / 2)
+    return wide and small and tiles >= FULL * TILES * math.ceil(tiles / TILES)
 
 
 def transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """G g G' of a layer's weights [O, C, 3, 3], as the kernel reads them: [16, C / s, O, s], s channels an instruction."""
+    """G g G' of a layer's weights [O, C, 3, 3], as the kernel reads them: [16, C / s, O, s], s channels an instruction.
+
+    Zeros fill O and C up to multiples of 16.
+    """
     g = torch.tensor(TRANSFORM, dtype=torch.float64)
+    weight = F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % 16, 0, -weight.shape[0] % 16))
     outputs, channels = weight.shape[:2]
     kernels = (g @ weight.double() @ g.T).permute(2, 3, 1, 0).reshape(16, channels, outputs)
     step = 2 if dtype == torch.bfloat16 else 1
