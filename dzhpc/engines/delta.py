@@ -38,6 +38,7 @@ class _Plan:
     refusal: str  # why no chunk can be propagated
     widest: int = 0  # bytes of the largest change that one coordinate makes
     runs: list[Run] | None = None  # the operations between
+    last_read: list[list[fx.Node]] | None = None  # by each run: what no later one reads
 
 
 class Delta(Reuse):
@@ -183,8 +184,9 @@ class Delta(Reuse):
                 changes = {a: c for a, c in changes.items() if any(a in run.leaving for run in runs) or a is first}
             if self._propagation.waits(first, runs):
                 changes.pop(first)
-            learned[kind] = (max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values()))), runs)
-        plan.widest, plan.runs = learned[kind]
+            widest = max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values())))
+            learned[kind] = (widest, runs, _last_read(runs, plan.nodes[-1].args[0]))
+        plan.widest, plan.runs, plan.last_read = learned[kind]
 
     def _size(self, owner: int) -> int:
         """How many coordinates of a parameter fit into the budget. Raises InputError if not one does."""
@@ -214,8 +216,10 @@ class Delta(Reuse):
         seed = self._propagation.seed(first, parameter, coords - self.index.offsets[owner], mu)
         waits = self._propagation.waits(first, plan.runs)
         changes: dict[fx.Node, Change | Seed | list[Change]] = {first: seed if waits else seed.now()}
-        for run in plan.runs:
+        for run, done in zip(plan.runs, plan.last_read, strict=True):
             self._propagation.advance(run, changes)
+            for node in done:
+                changes.pop(node, None)
         return self._loss_difference(changes[output].dense(self._network.value(output)), count)
 
     def _prepare_loss(self, outputs: Tensor) -> Tensor | None:
@@ -247,3 +251,14 @@ class Delta(Reuse):
         if text not in self._said:
             self._said.add(text)
             log.info("engine delta: %s", text)
+
+
+def _last_read(runs: list[Run], output: fx.Node) -> list[list[fx.Node]]:
+    """For each run the operations whose changes it is the last to read; a chunk's memory is bounded by letting go of them."""
+    found: list[list[fx.Node]] = []
+    later = {output}
+    for run in reversed(runs):
+        read = {a for node in run.nodes for a in node.all_input_nodes}
+        found.append([a for a in read if a not in later])
+        later |= read
+    return found[::-1]

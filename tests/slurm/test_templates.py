@@ -78,7 +78,7 @@ def manifest(folder: Path, number: int = -1) -> dict:
     return json.loads(sorted((folder / "launches").glob("*.json"))[number].read_text())
 
 
-def reached(place: Path, step: int, timeout: float = 60) -> None:
+def reached(place: Path, step: int, timeout: float = 150) -> None:
     """Wait until the loss is at a step."""
     end = time.monotonic() + timeout
     while not ((place / "at").exists() and (place / "at").read_text() not in [str(k) for k in ["", *range(step)]]):

@@ -15,6 +15,9 @@ from nets import HARD
 from torch import nn
 
 import dzhpc
+from dzhpc.engines.changes import Change
+from dzhpc.engines.delta import COPIES
+from dzhpc.engines.propagation import Propagation
 from dzhpc.errors import InputError
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
@@ -248,6 +251,24 @@ with PeakMemory(engine.index.device) as memory:  # what was derived from base va
     engine.differences(coords, 1e-3)
 print(memory.bytes)
 """
+
+
+def test_a_chunk_holds_only_changes_that_are_read_again(monkeypatch):
+    held, advance = [], Propagation.advance
+
+    def noted(self, run, changes):
+        advance(self, run, changes)
+        held.append(sum(c.data.numel() * c.data.element_size() for c in changes.values() if isinstance(c, Change)))
+
+    monkeypatch.setattr(Propagation, "advance", noted)
+    model = resnet20()
+    inputs, labels, coords = problem(model)
+    engine = dzhpc.make_engine("delta", model, "cross_entropy")
+    engine.bind(inputs, labels)
+    for owner in np.unique(engine.index.owner(coords))[:-2]:  # the last two, of the output's own layer, need no run
+        held.clear()
+        engine.differences(engine.index.offsets[owner : owner + 1], 1e-3)
+        assert 0 < max(held) <= COPIES * engine._size(owner) * engine._plans[owner].widest
 
 
 def test_changes_are_freed_at_once_and_not_when_cycles_are_collected():
