@@ -63,6 +63,11 @@ struct Vector {
     Vector operator-(Vector b) const { return {_mm512_sub_ps(v, b.v)}; }
 };
 
+template <class Type>
+struct WidestOf {
+    using Result = Vector<Type>;
+};
+
 #ifdef __AVX512BF16__
 struct EvenOdd {
     static constexpr int CHANNELS = 32;
@@ -75,6 +80,11 @@ struct EvenOdd {
     void store(uint16_t* p) const { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
     EvenOdd operator+(EvenOdd b) const { return {_mm512_add_ps(even, b.even), _mm512_add_ps(odd, b.odd)}; }
     EvenOdd operator-(EvenOdd b) const { return {_mm512_sub_ps(even, b.even), _mm512_sub_ps(odd, b.odd)}; }
+};
+
+template <>
+struct WidestOf<BFloat16> {
+    using Result = EvenOdd;
 };
 #endif
 
@@ -210,6 +220,7 @@ template <class Type>
 void convolve(const typename Type::Element* x, const typename Type::Element* kernels, typename Type::Element* y,
               const typename Type::Element* centred, float* sums, const Shape& s, int begin, int end) {
     using Element = typename Type::Element;
+    using Widest = typename WidestOf<Type>::Result;
     const int channels = filled(s.channels), outputs = filled(s.outputs);
     const long row = (2L * s.wide() + 2) * channels, pixels = static_cast<long>(s.height) * s.width;
     const int tiles = s.tall() * s.wide(), tall = 2 * s.tall() + 2;
@@ -233,14 +244,9 @@ void convolve(const typename Type::Element* x, const typename Type::Element* ker
             if (own) std::memset(own, 0, sizeof(float) * 2 * s.outputs);
             for (int first = 0; first < tiles; first += TILES) {
                 const int count = std::min(TILES, tiles - first);
-#ifdef __AVX512BF16__
-                if constexpr (sizeof(Element) == 2) {
-                    if (channels % 32 == 0)
-                        transform_inputs<EvenOdd>(padded.data, row, channels, s.wide(), first, count, transformed.data);
-                    else
-                        transform_inputs<Vector<Type>>(padded.data, row, channels, s.wide(), first, count, transformed.data);
-                } else
-#endif
+                if (channels % Widest::CHANNELS == 0)
+                    transform_inputs<Widest>(padded.data, row, channels, s.wide(), first, count, transformed.data);
+                else
                     transform_inputs<Vector<Type>>(padded.data, row, channels, s.wide(), first, count, transformed.data);
                 if (more) {  // the next image is on its way while this one is worked on
                     const long size = pixels * s.channels, from = size * first / tiles, to = size * (first + count) / tiles;
@@ -293,7 +299,8 @@ void run(const void* x, const void* kernels, void* y, const void* centred, float
 
 }  // namespace
 
-// x [P, B, H, W, C], kernels [16, C / STEP, O, STEP] (C and O filled up), y [P, B, H', W', O]; centred [B, H', W', O] and sums [P, B, 2, O], or null.
+// x [P, B, H, W, C], kernels [16, C / STEP, O, STEP] (C and O filled up), y [P, B, H', W', O]; centred [B, H', W', O] and
+// sums [P, B, 2, O], or null. Returns 1, with nothing done, where it was compiled without bfloat16 products and they are asked for.
 // shape: P, B, H, W, C, zeros above, zeros on the left, H', W', O. Sums of an image do not depend on threads or other images.
 extern "C" int winograd(const void* x, const void* kernels, void* y, const void* centred, float* sums, const int32_t* shape,
                         int bfloat16, int threads) {

@@ -56,7 +56,8 @@ class Winograd:
             sums = torch.empty(coords, batch, 2, outputs)
         shape = (ctypes.c_int32 * 10)(coords, batch, height, width, channels, top, left, rows, columns, outputs)
         pointers = [None if t is None else t.data_ptr() for t in (merged, kernels, out, beside, sums)]
-        self._function(*pointers, shape, images.dtype == torch.bfloat16, torch.get_num_threads())
+        if self._function(*pointers, shape, images.dtype == torch.bfloat16, torch.get_num_threads()):
+            raise RuntimeError("this processor has no bfloat16 products (avx512_bf16): ask `fits` first")
         means = None if sums is None else sums.double().sum(1).div(batch * rows * columns).float().movedim(1, 0)
         return out.permute(0, 3, 1, 2).unflatten(0, (coords, batch)), means
 
@@ -116,7 +117,8 @@ def _library(compiler: str) -> ctypes.CDLL:
             command = [compiler, *flags, str(SOURCE), "-o", name]
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
             if done.returncode:
-                raise OSError(next(iter(done.stderr.splitlines()), "no message"))
+                lines = done.stderr.splitlines()
+                raise OSError(next((line for line in lines if "error" in line), lines[0] if lines else "no message"))
             os.replace(name, home)
         except subprocess.TimeoutExpired:
             raise OSError(f"{compiler} did not end within {PATIENCE} s") from None
