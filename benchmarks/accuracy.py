@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dzhpc
-from dzhpc import config, data, models
+from dzhpc import config, data
 from dzhpc.engines.full import Full
 from dzhpc.errors import InputError
+from dzhpc.models import zoo as models
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20
 from dzhpc.models.vit import ViT

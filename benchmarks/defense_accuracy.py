@@ -12,9 +12,9 @@ import argparse
 import numpy as np
 import torch
 
-from dzhpc import device as devices
-from dzhpc.spmd import World, run_verb
-from dzhpc.tasks.defense import evaluation_noise, load_defense
+from dzhpc.job import device as devices
+from dzhpc.job.world import World, run_verb
+from dzhpc.tasks.defense.task import evaluation_noise, load_defense
 
 PART = 500  # images between two ranks' turns
 

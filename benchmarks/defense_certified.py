@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dzhpc import certificates, certify, store
-from dzhpc import device as devices
-from dzhpc.certification import Certification, spread
-from dzhpc.smoothing import Certificate, Plan, Smoothed
-from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import Requests
-from dzhpc.tasks.defense import load_defense
+from dzhpc import certify
+from dzhpc.job import device as devices
+from dzhpc.job.stopping import Requests
+from dzhpc.job.world import World, run_verb
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.certification import Certification, spread
+from dzhpc.tasks.defense.smoothing import Certificate, Plan, Smoothed
+from dzhpc.tasks.defense.task import load_defense
 
 
 class Features:
@@ -89,7 +90,7 @@ class Method:
             pass
         row.seconds = time.perf_counter() - start
         self.rows.append(row)
-        store.save_certificates(self.own, self.rows, self.job.about)
+        certificates.save(self.own, self.rows, self.job.about)
 
 
 def main(world: World, args) -> int:
@@ -108,7 +109,7 @@ def main(world: World, args) -> int:
     if world.is_root:
         for i, method in enumerate(methods):
             path = method.job.path
-            store.save_certificates(path, sorted((r for own in rows for r in own[i]), key=lambda r: r.idx), method.job.about)
+            certificates.save(path, sorted((r for own in rows for r in own[i]), key=lambda r: r.idx), method.job.about)
             certificates.write_tsv(certificates.read(path), path.with_suffix(".tsv"))
         print(certificates.write([method.job.path for method in methods], args.out))
     for method in methods:

@@ -13,8 +13,8 @@ import torch
 
 from dzhpc import bench
 from dzhpc.engines import make_engine
-from dzhpc.engines.changes import Change
-from dzhpc.engines.propagation import Propagation
+from dzhpc.engines.delta.change import Change
+from dzhpc.engines.delta.propagation import Propagation
 
 
 def parser() -> argparse.ArgumentParser:

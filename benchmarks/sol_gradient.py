@@ -22,10 +22,10 @@ from torch import nn
 
 import dzhpc
 from dzhpc import config as configuration
-from dzhpc import device as devices
-from dzhpc import forecast
+from dzhpc.job import device as devices
 from dzhpc.tasks import make_task
 from dzhpc.tasks.sol.task import SolTask
+from dzhpc.training import forecast
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dzhpc.device import PeakMemory
+from dzhpc.job.device import PeakMemory
 from dzhpc.tasks.sol.simulators import make_wake
 from dzhpc.tasks.sol.wake import Wake, pack
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dzhpc import device
-from dzhpc.engines import winograd
+from dzhpc.engines.kernels import winograd
+from dzhpc.job import device
 
 SHAPES = "8:8:16:8 12:12:16:4 18:18:8:2 16:16:32:1 32:32:16:2 64:64:8:4 128:128:8:2 256:256:8:1 512:512:4:1 512:512:8:1"
 

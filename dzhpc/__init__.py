@@ -5,7 +5,10 @@ Importing the package starts neither MPI nor CUDA.
 
 import importlib
 
-_HOMES = {"make_engine": "engines", "autograd": "estimators", "cge": "estimators", "rge": "estimators", "load_model": "models"}
+_HOMES = {
+    "make_engine": "engines", "autograd": "method.estimators", "cge": "method.estimators", "rge": "method.estimators",
+    "load_model": "models.zoo",
+}  # fmt: skip
 __all__ = ["autograd", "cge", "load_model", "make_engine", "rge"]
 __version__ = "0.1.0"
 

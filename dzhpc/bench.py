@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from dzhpc import device as devices
-from dzhpc import models, pruning, store
 from dzhpc.config import Model
 from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
-from dzhpc.seeds import generator
-from dzhpc.spmd import World, run_verb
+from dzhpc.files import store
+from dzhpc.job import device as devices
+from dzhpc.job.world import World, run_verb
+from dzhpc.method import scores as pruning
+from dzhpc.method.seeds import generator
+from dzhpc.models import zoo as models
 
 LIMIT_S = 3600  # for one training run of ``scaling``
 

@@ -1,7 +1,7 @@
 """Verb: certified accuracy by randomized smoothing. ``mpirun -n 4 python -m dzhpc.certify runs/defense --images 200 --n 1000``"""
 
 if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher, or be warned, in that time
-    from dzhpc import process, stopping
+    from dzhpc.job import process, stopping
 
     process.die_with_launcher()
     stopping.listen()
@@ -12,13 +12,14 @@ import socket
 import sys
 from pathlib import Path
 
-from dzhpc import certificates, metrics
-from dzhpc import device as devices
-from dzhpc.certification import Certification
 from dzhpc.errors import InputError
-from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import Reason, Requests, listen, tell_job_script
-from dzhpc.tasks.defense import load_defense
+from dzhpc.job import device as devices
+from dzhpc.job import log as metrics
+from dzhpc.job.stopping import Reason, Requests, listen, tell_job_script
+from dzhpc.job.world import World, run_verb
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.certification import Certification
+from dzhpc.tasks.defense.task import load_defense
 
 log = logging.getLogger("dzhpc")
 

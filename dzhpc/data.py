@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dzhpc import config as configuration
-from dzhpc import store
 from dzhpc.errors import InputError
-from dzhpc.seeds import generator
+from dzhpc.files import store
+from dzhpc.method.seeds import generator
 
 PAD = 4  # pixels of zero padding before the random crop
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -6,10 +6,10 @@ import socket
 import sys
 from pathlib import Path
 
-from dzhpc import device as devices
-from dzhpc import metrics
 from dzhpc.errors import InputError
-from dzhpc.spmd import World, run_verb
+from dzhpc.job import device as devices
+from dzhpc.job import log as metrics
+from dzhpc.job.world import World, run_verb
 from dzhpc.tasks.sol import evaluation, figures, results
 from dzhpc.tasks.sol.evaluation import Experiment, Run
 from dzhpc.tasks.sol.results import Method

@@ -10,9 +10,10 @@ import zlib
 from pathlib import Path
 from urllib.error import URLError
 
-from dzhpc import data, store
+from dzhpc import data
 from dzhpc.errors import InputError
-from dzhpc.spmd import World, run_verb
+from dzhpc.files import store
+from dzhpc.job.world import World, run_verb
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 

@@ -9,9 +9,9 @@ import socket
 import torch
 
 from dzhpc import config as configuration
-from dzhpc import device as devices
-from dzhpc import store
-from dzhpc.spmd import World, run_verb
+from dzhpc.files import store
+from dzhpc.job import device as devices
+from dzhpc.job.world import World, run_verb
 
 LIBRARIES = ("dzhpc", "torch", "torchvision", "numpy", "mpi4py", "h5py", "pydantic")
 

@@ -1,7 +1,7 @@
 """Verb: pruning scores -> layer-wise pruning ratios. ``mpirun -n 8 python -m dzhpc.prune inputs/resnet20.toml -o lpr.h5``"""
 
 if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher in that time
-    from dzhpc import process
+    from dzhpc.job import process
 
     process.die_with_launcher()
 
@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 from dzhpc import config as configuration
-from dzhpc import device as devices
-from dzhpc import metrics, store
 from dzhpc.errors import InputError
-from dzhpc.sparsity import Pattern
-from dzhpc.spmd import World, run_verb
+from dzhpc.files import store
+from dzhpc.job import device as devices
+from dzhpc.job import log as metrics
+from dzhpc.job.world import World, run_verb
 from dzhpc.tasks import make_task
+from dzhpc.training.active_set import Pattern
 
 log = logging.getLogger("dzhpc")
 

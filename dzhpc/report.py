@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dzhpc import campaign, certificates, store
 from dzhpc.errors import InputError
-from dzhpc.metrics import duration
-from dzhpc.spmd import World, run_verb
+from dzhpc.files import campaign, store
+from dzhpc.job.log import duration
+from dzhpc.job.world import World, run_verb
+from dzhpc.tasks.defense import certificates
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Verb: reference trajectories for the solver in the loop. ``mpirun -n 2 python -m dzhpc.simulate inputs/sol.toml -o wake.h5``"""
 
 if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher, or be warned, in that time
-    from dzhpc import process, stopping
+    from dzhpc.job import process, stopping
 
     process.die_with_launcher()
     stopping.listen()
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from dzhpc import config as configuration
-from dzhpc import device as devices
-from dzhpc import metrics
 from dzhpc.errors import InputError
-from dzhpc.simulation import Simulations
-from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import Reason, listen, tell_job_script
+from dzhpc.job import device as devices
+from dzhpc.job import log as metrics
+from dzhpc.job.stopping import Reason, listen, tell_job_script
+from dzhpc.job.world import World, run_verb
+from dzhpc.tasks.sol.simulation import Simulations
 from dzhpc.tasks.sol.solvers import make_solver
 
 log = logging.getLogger("dzhpc")

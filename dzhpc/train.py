@@ -1,7 +1,7 @@
 """Verb: run or restart a campaign. ``mpirun -n 8 python -m dzhpc.train inputs/resnet20.toml``"""
 
 if __name__ == "__main__":  # before torch loads, which takes seconds: a rank may lose its launcher, or be warned, in that time
-    from dzhpc import process, stopping
+    from dzhpc.job import process, stopping
 
     process.die_with_launcher()
     stopping.listen()
@@ -17,17 +17,19 @@ import sys
 from pathlib import Path
 
 from dzhpc import config as configuration
-from dzhpc import device as devices
-from dzhpc import metrics, report, store
+from dzhpc import report
 from dzhpc.errors import DzhpcError
-from dzhpc.forecast import forecast
-from dzhpc.lock import Lock
-from dzhpc.runfolder import RunFolder
-from dzhpc.sparsity import read_lpr
-from dzhpc.spmd import World, run_verb
-from dzhpc.stopping import Reason, listen, tell_job_script
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
+from dzhpc.job import device as devices
+from dzhpc.job import log as metrics
+from dzhpc.job.lock import Lock
+from dzhpc.job.stopping import Reason, listen, tell_job_script
+from dzhpc.job.world import World, run_verb
 from dzhpc.tasks import Task, make_task
-from dzhpc.trainer import Trainer, check_restart
+from dzhpc.training.active_set import read_lpr
+from dzhpc.training.forecast import forecast
+from dzhpc.training.trainer import Trainer, check_restart
 
 log = logging.getLogger("dzhpc")
 LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from dzhpc.engines.delta import Delta
+from dzhpc.engines.delta.engine import Delta
 from dzhpc.engines.full import Full
 from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dzhpc.coordinates import ParameterIndex, cut
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex, cut
 
 CHUNK = 4  # coordinates between two looks at the clock; they are evaluated one at a time all the same
 

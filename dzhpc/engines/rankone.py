@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dzhpc.coordinates import ParameterIndex
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex
 
 TRIED = 0.5  # the perturbation of a trial: large enough to show in any precision
 ADVICE = 'use zo.engine = "full"'

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dzhpc.engines.full import Full
+from dzhpc.engines.traced import Network
 from dzhpc.errors import InputError
-from dzhpc.graph import Network
 
 
 class Reuse(Full):

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from dzhpc.config import Config
-from dzhpc.parts import Parts
+from dzhpc.method.first_order import Parts
 from dzhpc.tasks.classification import Classification
-from dzhpc.tasks.defense import DefenseTask
+from dzhpc.tasks.defense.task import DefenseTask
 from dzhpc.tasks.objective import ObjectiveTask
 from dzhpc.tasks.sol.task import SolTask
 

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dzhpc import data, models
+from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
 from dzhpc.errors import DzhpcError, InputError
+from dzhpc.models import zoo as models
 
 log = logging.getLogger("dzhpc")
 

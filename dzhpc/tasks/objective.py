@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.config import Config, import_object
-from dzhpc.coordinates import ParameterIndex
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.full import checked
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex
 
 
 class Blocks(nn.Module):

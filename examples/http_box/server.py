@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dzhpc import config, data
-from dzhpc.classifier import load_network
+from dzhpc.tasks.defense.classifier import load_network
 
 INPUT = Path(__file__).with_name("defense.toml")
 

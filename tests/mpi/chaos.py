@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mpi_launch import SHARED_MEMORY, assert_same, bits, checkpoints, mpirun
 
-from dzhpc import store
+from dzhpc.files import store
 
 INPUT = """
 [model]

@@ -11,8 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from dzhpc import certificates, report
-from dzhpc.spmd import run_verb
+from dzhpc import report
+from dzhpc.job.world import run_verb
+from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.sol import figures
 
 draw, draw_certified = report.plot, certificates.plot

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mpi_launch import Case, Result, attributes, batch, checkpoints, mpirun, run, sets, tensor
 
-from dzhpc import store
+from dzhpc.files import store
 
 CIFAR = "cifar-10-batches-py"
 # name: (input file, further arguments, exit code, what the line must hold)

@@ -8,8 +8,9 @@ import torch
 from mpi_launch import Case, batch, mpirun
 from PIL import Image
 
-from dzhpc import config, store
-from dzhpc.runfolder import RunFolder
+from dzhpc import config
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
 
 MODULE = """
 import torch

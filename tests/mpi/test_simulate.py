@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, run, sets
 
-from dzhpc import store
+from dzhpc.files import store
 
 WAKE = """
 [task]
@@ -57,7 +57,7 @@ def trajectory(parameter):
 '''
 LONG = sets(task__warm_up=300, task__frames=100)
 QUICK = (
-    "from dzhpc import simulation, simulate; from dzhpc.spmd import run_verb; simulation.SAVE_EVERY = 0.1; "
+    "from dzhpc import simulation, simulate; from dzhpc.job.world import run_verb; simulation.SAVE_EVERY = 0.1; "
     "run_verb(simulate.parser(), simulate.main)"
 )
 

@@ -11,7 +11,7 @@ import torch
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, mpirun, sets
 
 import dzhpc
-from dzhpc import store
+from dzhpc.files import store
 from dzhpc.tasks.sol.projected import Projected
 from dzhpc.tasks.sol.wake import Wake
 

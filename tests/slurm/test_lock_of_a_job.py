@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dzhpc import lock, process
 from dzhpc.errors import LaunchError
+from dzhpc.job import lock, process
 
 
 def test_only_a_running_job_keeps_its_run_folder(cluster, tmp_path, monkeypatch):

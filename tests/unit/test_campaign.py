@@ -7,8 +7,10 @@ import sys
 import pytest
 from PIL import Image
 
-from dzhpc import campaign, process, report, store
+from dzhpc import report
 from dzhpc.errors import InputError
+from dzhpc.files import campaign, store
+from dzhpc.job import process
 
 GPU = {"rank": 0, "host": "a", "uuid": "GPU-1"}
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dzhpc import certificates, report, store
+from dzhpc import report
 from dzhpc.errors import CheckpointError
-from dzhpc.smoothing import Certificate, certified_radius, confidence_interval
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.smoothing import Certificate, certified_radius, confidence_interval
 
 ABOUT = {"name": "zo", "sigma": 0.25, "n": 1000, "alpha": 0.001, "adaptive": False, "grid": 0.25}
 
@@ -28,13 +29,13 @@ def record(tmp_path):
     n_as = [1000, 990, 985, 980, 900, 880, 870, 860, 600, 580, 510, 1000]
     certs = [*rows(n_as, {11: 4}), Certificate(500, 3, 3, 40, 50, None, 0.1)]
     path = tmp_path / "zo.h5"
-    store.save_certificates(path, certs[::-1], ABOUT)
+    certificates.save(path, certs[::-1], ABOUT)
     return path, certs
 
 
 def test_a_record_comes_back_to_the_bit(record):
     path, certs = record
-    found, about = store.load_certificates(path)
+    found, about = certificates.load(path)
     assert found == certs[::-1]
     assert about == ABOUT
     assert certificates.read(path).rows == certs[:-1]  # what is not done is not counted
@@ -82,7 +83,7 @@ def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):
     from matplotlib import pyplot
 
     other = tmp_path / "bare.h5"
-    store.save_certificates(other, rows([400, 520, 1000]), ABOUT | {"name": "bare", "adaptive": True})
+    certificates.save(other, rows([400, 520, 1000]), ABOUT | {"name": "bare", "adaptive": True})
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
     text = certificates.write([record[0], other], tmp_path / "out")
@@ -99,7 +100,7 @@ def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):
 
 
 def test_a_record_without_finished_images_gets_an_empty_row(tmp_path):
-    store.save_certificates(tmp_path / "new.h5", [Certificate(0, 1)], ABOUT | {"name": "new"})
+    certificates.save(tmp_path / "new.h5", [Certificate(0, 1)], ABOUT | {"name": "new"})
     text = certificates.write([tmp_path / "new.h5"], tmp_path)
     assert "| new | 0.25 | 0 | 1,000 |  |  |" in text
     assert not (tmp_path / "certified.png").exists()

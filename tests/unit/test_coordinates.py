@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from nets import Tied, frozen
 from torch import nn
 
-from dzhpc.coordinates import ParameterIndex, balance, cut
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex, balance, cut
 
 
 def test_parameters_follow_in_their_order_tied_ones_once_and_frozen_ones_never():

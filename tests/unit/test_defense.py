@@ -7,17 +7,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import dzhpc
-from dzhpc import config, data, models, runfolder, store
-from dzhpc.classifier import Answers, ClassifierLoss, load_network
+from dzhpc import config, data
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import runfolder, store
+from dzhpc.method.first_order import PARTS
+from dzhpc.models import zoo as models
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.frozen import Frozen
 from dzhpc.models.resnet import resnet20
-from dzhpc.parts import PARTS
 from dzhpc.tasks import make_task
-from dzhpc.tasks.defense import Defense, evaluation_noise, load_defense
+from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_network
+from dzhpc.tasks.defense.task import Defense, evaluation_noise, load_defense
 
 MODULE = '''
 import numpy as np
@@ -313,7 +315,7 @@ def test_answers_of_another_number_of_classes_are_refused():
 
 def test_float_images_must_be_pixels():
     one = data.Split(torch.full((4, 3, 2, 2), 1.5), torch.zeros(4).long())
-    from dzhpc.tasks.defense import as_pixels
+    from dzhpc.tasks.defense.task import as_pixels
 
     with pytest.raises(InputError, match=r"images from 1.5 to 1.5; a defence needs them in \[0, 1\]"):
         as_pixels(data.DataSet(one, one, torch.zeros(3), torch.ones(3), ["a"]))

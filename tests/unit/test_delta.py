@@ -15,9 +15,9 @@ from nets import HARD
 from torch import nn
 
 import dzhpc
-from dzhpc.engines.changes import Change
-from dzhpc.engines.delta import COPIES
-from dzhpc.engines.propagation import Propagation
+from dzhpc.engines.delta.change import Change
+from dzhpc.engines.delta.engine import COPIES
+from dzhpc.engines.delta.propagation import Propagation
 from dzhpc.errors import InputError
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
@@ -235,7 +235,7 @@ def test_a_budget_too_small_for_one_coordinate_is_refused_by_its_key():
 MEMORY = """
 import sys, torch
 import dzhpc
-from dzhpc.device import PeakMemory
+from dzhpc.job.device import PeakMemory
 from dzhpc.models.cnn import SimpleCNN
 torch.set_num_threads(1)
 batch, limit = int(sys.argv[1]), float(sys.argv[2])

@@ -11,7 +11,7 @@ from delta_nets import VGG, DnCNN, Normed, TinyTransformer, relative
 from torch import nn
 
 import dzhpc
-from dzhpc.engines import programs
+from dzhpc.engines.kernels import compiled as programs
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT

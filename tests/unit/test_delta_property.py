@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dzhpc
-from dzhpc.engines import rules, seeds
+from dzhpc.engines.delta import origins as seeds
+from dzhpc.engines.delta import rules
 
 EXAMPLES = int(os.environ.get("DZHPC_EXAMPLES", "120"))
 MUS = (5e-3, 1e-4)

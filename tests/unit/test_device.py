@@ -2,8 +2,8 @@
 
 import pytest
 
-from dzhpc import device
 from dzhpc.errors import LaunchError
+from dzhpc.job import device
 
 
 @pytest.fixture(autouse=True)

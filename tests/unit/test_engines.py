@@ -27,8 +27,8 @@ from nets import (
 from torch import nn
 
 import dzhpc
-from dzhpc import pruning
 from dzhpc.errors import InputError
+from dzhpc.method import scores as pruning
 from dzhpc.models.cnn import SimpleCNN
 
 KINDS = ("full", "reuse")

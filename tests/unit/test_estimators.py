@@ -8,7 +8,7 @@ from nets import Quadratic, tanh_net, vectors
 
 import dzhpc
 from dzhpc.engines.full import LOSSES
-from dzhpc.estimators import direction, rge_slopes, rge_sum
+from dzhpc.method.estimators import direction, rge_slopes, rge_sum
 from dzhpc.models.resnet import resnet20
 
 

@@ -6,9 +6,9 @@ from nets import InPlace, Unused, vectors
 from torch import nn
 
 import dzhpc
-from dzhpc.coordinates import ParameterIndex
+from dzhpc.engines.traced import Network
 from dzhpc.errors import InputError
-from dzhpc.graph import Network
+from dzhpc.method.coordinates import ParameterIndex
 
 
 class Branches(nn.Module):

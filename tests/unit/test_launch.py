@@ -4,9 +4,9 @@ import pytest
 
 from dzhpc import errors
 from dzhpc.errors import exit_code_of, message_of
-from dzhpc.process import SIZE_VARIABLES
-from dzhpc.spmd import check_launch
-from dzhpc.stopping import Reason
+from dzhpc.job.process import SIZE_VARIABLES
+from dzhpc.job.stopping import Reason
+from dzhpc.job.world import check_launch
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,12 @@ import time
 
 import pytest
 
-from dzhpc import lock, process
 from dzhpc.errors import InputError, LaunchError
+from dzhpc.job import lock, process
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from dzhpc.lock import Lock; Lock(Path(sys.argv[1])).acquire(); time.sleep(60)"
+    "import sys, time; from pathlib import Path; from dzhpc.job.lock import Lock; "
+    "Lock(Path(sys.argv[1])).acquire(); time.sleep(60)"
 )
 
 

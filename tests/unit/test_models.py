@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import dzhpc
-from dzhpc import config, data, models, store
+from dzhpc import config, data
 from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import store
+from dzhpc.models import zoo as models
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 

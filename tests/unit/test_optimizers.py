@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dzhpc import optimizers
 from dzhpc.config import Optim
+from dzhpc.method import optimizers
 
 
 def parameters():

@@ -9,16 +9,18 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
 import dzhpc
-from dzhpc import config, pruning, store
-from dzhpc.coordinates import ParameterIndex
+from dzhpc import config
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.estimators import rge_slopes, rge_sum
+from dzhpc.files import store
+from dzhpc.method import scores as pruning
+from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.method.estimators import rge_slopes, rge_sum
+from dzhpc.method.scores import LPR
+from dzhpc.method.seeds import derive
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
-from dzhpc.pruning import LPR
-from dzhpc.seeds import derive
-from dzhpc.sparsity import Pattern
 from dzhpc.tasks import make_task
+from dzhpc.training.active_set import Pattern
 
 
 def split_over(ranks):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dzhpc.coordinates import ParameterIndex
 from dzhpc.engines.rankone import repeated, try_out
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex
 
 B, MU = 3, 0.3
 

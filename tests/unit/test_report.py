@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dzhpc import report, store
+from dzhpc import report
 from dzhpc.errors import InputError
+from dzhpc.files import store
 
 
 def make_run(folder, steps, accuracy, loss=lambda step: 2 / step):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.runfolder import RunFolder
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
 
 
 def state(step):

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from dzhpc.errors import InputError
-from dzhpc.smoothing import (
+from dzhpc.tasks.defense.smoothing import (
     ABSTAIN,
     Certificate,
     Plan,

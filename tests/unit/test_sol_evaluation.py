@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from dzhpc import config as configuration
-from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.runfolder import RunFolder
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
 from dzhpc.tasks.sol import evaluation, figures, results, wake
 from dzhpc.tasks.sol.reference import Trajectories
 from dzhpc.tasks.sol.rollout import DIVERGED, Rollout, rollout

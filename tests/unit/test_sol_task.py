@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import dzhpc
-from dzhpc import config, store
-from dzhpc.coordinates import ParameterIndex
+from dzhpc import config
 from dzhpc.errors import InputError, NumericalError
+from dzhpc.files import store
+from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.method.first_order import PARTS
 from dzhpc.models.corrector import Corrector, NarrowConv2d
-from dzhpc.parts import PARTS
 from dzhpc.tasks import make_task
 from dzhpc.tasks.sol import task as sol
 from dzhpc.tasks.sol.correction import Correction

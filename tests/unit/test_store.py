@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dzhpc import store
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.estimators import Partial
-from dzhpc.pruning import LPR
+from dzhpc.files import store
+from dzhpc.method.estimators import Partial
+from dzhpc.method.scores import LPR
 
 
 def some_lpr(scores=None):
@@ -137,7 +137,7 @@ def test_a_version_from_the_future_is_refused_by_both_numbers(tmp_path, monkeypa
 WRITE_AT_LIMIT = """
 import resource, sys, torch, numpy as np
 from pathlib import Path
-from dzhpc import store
+from dzhpc.files import store
 from dzhpc.errors import DzhpcError
 folder = Path(sys.argv[1])
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dzhpc
-from dzhpc.engines import programs, winograd
+from dzhpc.engines.kernels import compiled as programs
+from dzhpc.engines.kernels import winograd
 
 CAN = winograd.is_possible() and any(map(shutil.which, programs.COMPILERS))
 needs_it = pytest.mark.skipif(not CAN, reason="needs AVX-512 and a C++ compiler")

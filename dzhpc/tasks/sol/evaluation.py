@@ -1,7 +1,7 @@
 """Which checkpoint of a run, and how well it does: rollouts over the valid, then over the test simulations.
 
-Ranks share them by ``split`` (:meth:`dzhpc.spmd.World.split`). Every rollout is of one simulation by itself, so its bits depend
-neither on the others nor on the number of ranks.
+Ranks share them by ``split`` (:meth:`dzhpc.job.world.World.split`). Every rollout is of one simulation by itself, so its bits
+depend neither on the others nor on the number of ranks.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from dzhpc import config as configuration
-from dzhpc import models, store
 from dzhpc.config import Config
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.runfolder import RunFolder
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
+from dzhpc.models import zoo as models
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Trajectories

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dzhpc import store
 from dzhpc.config import Data
 from dzhpc.data import root_of
 from dzhpc.errors import InputError
+from dzhpc.files import store
 
 SPLITS = ("train", "valid", "test")
 

@@ -5,12 +5,12 @@ import logging
 import numpy as np
 import torch
 
-from dzhpc import models
 from dzhpc.config import Config, is_function
 from dzhpc.data import Order
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.parts import Parts
-from dzhpc.seeds import generator
+from dzhpc.method.first_order import Parts
+from dzhpc.method.seeds import generator
+from dzhpc.models import zoo as models
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Reference, Trajectories
@@ -69,7 +69,7 @@ class SolTask:
             ) from None
 
     def gradient_rows(self, mine: range, step: int) -> np.ndarray:
-        """What :meth:`dzhpc.parts.Parts.rows` says, for the step's windows: their losses are summed, not averaged."""
+        """See :meth:`dzhpc.method.first_order.Parts.rows`; for the step's windows, whose losses are summed, not averaged."""
         self.model.train()
         windows = self.windows.batch(step)
         count = len(windows.names)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dzhpc.coordinates import cut
 from dzhpc.engines.full import Full, checked
 from dzhpc.engines.rankone import repeated, try_out
 from dzhpc.errors import InputError, NumericalError
+from dzhpc.method.coordinates import cut
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.simulators import Simulator
 

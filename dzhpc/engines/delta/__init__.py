@@ -1,0 +1,1 @@
+"""Engine ``delta``: the change that each coordinate causes travels through the network."""

@@ -1,0 +1,131 @@
+"""The change that a parameter's own operation makes when one coordinate moves: where every chunk begins.
+
+| parameter | change of the operation's output for mu e_j |
+|---|---|
+| convolution weight (o, i, kh, kw) | mu x_i shifted by (kh, kw), strided and padded as the convolution, on channel o |
+| linear weight (o, i) | mu x_i on feature o |
+| weight c of a normalisation | mu times the normalised x_c, on channel c |
+| bias c | mu on channel c |
+| a parameter used by itself | mu at its place |
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dzhpc.engines.delta import rules
+from dzhpc.engines.delta.change import Operation, Seed, channels_apart
+
+
+def seed(op: Operation, name: str, local: np.ndarray, mu: float) -> Seed | None:
+    """What mu e_j on parameter ``name`` of ``op.module`` does to the output, j in ``local`` [P]; None where no rule is known."""
+    hooked = op.module._forward_hooks or op.module._forward_pre_hooks  # what they do is not known
+    rule = None if hooked else SEEDS.get((type(op.module), name))
+    place = np.unravel_index(local, op.module.get_parameter(name).shape)
+    found = rule(op, [_tensor(k, op.value) for k in place], op.value.new_tensor(mu)) if rule else None
+    return found and replace(found, name=name)
+
+
+def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Seed:
+    """What mu e_j does to a parameter that the network reads by itself."""
+
+    def make(place: Tensor, mu: Tensor) -> Tensor:
+        ones = place[:, None] == torch.arange(parameter.numel(), device=place.device)
+        return (ones * mu).reshape(-1, *parameter.shape)
+
+    return Seed(make, [_tensor(local, parameter), parameter.new_tensor(mu)], None)
+
+
+def _tensor(places: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(places)).to(like.device)
+
+
+def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Seed | None:
+    conv = op.module
+    if op.x.ndim != 4:  # one image without a batch axis
+        return None
+    out_channel, in_channel, kh, kw = place
+    in_channel = in_channel + out_channel // (conv.out_channels // conv.groups) * (conv.in_channels // conv.groups)
+    padded = op.cached("padded", lambda: _apart(rules.padded(op.x, rules.borders(conv), conv.padding_mode)))
+    size, window = op.value.shape[-2:], rules.window_of(conv)
+
+    def make(padded: Tensor, i: Tensor, kh: Tensor, kw: Tensor, mu: Tensor) -> Tensor:
+        channels, batch, rows, columns = padded.stride()
+        (sh, sw), (dh, dw) = window.stride, window.dilation
+        seen = padded.as_strided(  # [C, kernel, B, H', W']: what each kernel position sees, nothing copied
+            (padded.shape[0], *window.kernel, padded.shape[1], *size),
+            (channels, dh * rows, dw * columns, batch, sh * rows, sw * columns),
+        )
+        return seen[i, kh, kw] * mu
+
+    return Seed(make, [padded, in_channel, kh, kw, mu], out_channel)
+
+
+def _linear_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+    features = op.cached("features", lambda: op.x.movedim(-1, 0).contiguous())
+    return Seed(lambda features, i, mu: features[i] * mu, [features, place[1], mu], place[0], op.value.ndim - 1)
+
+
+def _bias(axis: int) -> Callable:
+    """mu on one channel, or at one place of a LayerNorm over several axes."""
+
+    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+        if len(place) > 1:
+            shape, inner = op.value.shape, op.module.bias.shape
+            return Seed(lambda mu, *place: (_at(place, inner, len(shape)) * mu).expand(-1, *shape), [mu, *place], None)
+        k = axis % op.value.ndim
+        shape = [len(place[0]), *(n for i, n in enumerate(op.value.shape) if i != k)]
+        return Seed(lambda mu: mu.expand(shape), [mu], place[0], k)
+
+    return rule
+
+
+def _scale(axis: int) -> Callable:
+    """mu times the normalised input on one channel, or at one place of a LayerNorm over several axes."""
+
+    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+        if len(place) > 1:
+            x, inner = op.cached("normalised", lambda: _without_affine(op.module, op.x)), op.module.weight.shape
+            return Seed(lambda x, mu, *place: _at(place, inner, x.ndim) * x * mu, [x, mu, *place], None)
+        k = axis % op.value.ndim
+        normalised = op.cached("normalised", lambda: _apart(_without_affine(op.module, op.x), k))
+        return Seed(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k)
+
+    return rule
+
+
+def _at(place: tuple[Tensor, ...], shape: torch.Size, ndim: int) -> Tensor:
+    """Where each place [P] of the last axes is: [P, 1, ..., *shape], true at one place."""
+    here = torch.ones([len(place[0]), *[1] * ndim], dtype=torch.bool, device=place[0].device)
+    for k, (index, n) in enumerate(zip(place, shape, strict=True)):
+        axis = [1] * ndim
+        axis[ndim - len(shape) + k] = n
+        here = here & (index.reshape(-1, *[1] * ndim) == torch.arange(n, device=index.device).reshape(axis))
+    return here
+
+
+def _apart(x: Tensor, axis: int = 1) -> Tensor:
+    """x with its channels first."""
+    return channels_apart(x).movedim(1, 0) if x.ndim == 4 and axis == 1 else x.movedim(axis, 0).contiguous()
+
+
+def _without_affine(m: nn.Module, x: Tensor) -> Tensor:
+    """x normalised as the layer does it, before weight and bias; no running statistic moves."""
+    if isinstance(m, nn.LayerNorm):
+        return F.layer_norm(x, m.normalized_shape, eps=m.eps)
+    if isinstance(m, nn.GroupNorm):
+        return F.group_norm(x, m.num_groups, eps=m.eps)
+    if m.training or m.running_var is None:
+        return F.batch_norm(x, None, None, training=True, eps=m.eps)
+    return F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
+
+
+SEEDS: dict[tuple[type, str], Callable] = {(nn.Conv2d, "weight"): _conv_weight, (nn.Linear, "weight"): _linear_weight}
+for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm):
+    SEEDS[_kind, "weight"], SEEDS[_kind, "bias"] = _scale(1), _bias(1)
+SEEDS[nn.LayerNorm, "weight"], SEEDS[nn.LayerNorm, "bias"] = _scale(-1), _bias(-1)
+SEEDS[nn.Conv2d, "bias"], SEEDS[nn.Linear, "bias"] = _bias(-3), _bias(-1)

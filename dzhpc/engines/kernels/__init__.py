@@ -1,0 +1,1 @@
+"""Compiled passes and convolutions of our own."""

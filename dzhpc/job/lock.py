@@ -1,0 +1,120 @@
+"""The lock of a run folder: two jobs that write the same checkpoints would lose both runs."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from dzhpc.errors import InputError, LaunchError
+from dzhpc.job import process
+
+KNOWN_BUT_IDLE = ("", "PENDING")  # what squeue says of a job that is over, or requeued and not running
+
+
+class Lock:
+    """``lock.json`` in a run folder, or another ``file`` for what can be worked on by itself: who is at work there.
+
+    A lock is stale, and taken over, if its process has ended (same host) or Slurm no longer runs its job (any host). The lock
+    of another host without Slurm cannot be judged from here: the user deletes the file.
+    """
+
+    def __init__(self, folder: Path, file: str = "lock.json", option: str = "--run-dir"):
+        self.path, self._option = folder / file, option  # the option of the command line by which the user chooses the folder
+        self._held = False
+
+    def acquire(self) -> str:
+        """Take the lock; whose stale lock was taken over, else "". Raises LaunchError if another job holds it."""
+        stale = ""
+        while not self._held:
+            try:
+                self._create()
+            except FileExistsError:
+                found = read(self.path)
+                if found is not None and not is_stale(found):
+                    raise LaunchError(
+                        f"{self.path.parent}: in use by {name(found)}; wait for it, or choose another folder with "
+                        f"{self._option}. If that job is dead, delete {self.path}"
+                    ) from None
+                stale = name(found) if found else stale
+                self._remove(found)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path.parent}: the run folder cannot be written ({error.strerror}); choose another with {self._option}"
+                ) from None
+        return stale
+
+    def release(self) -> None:
+        """Give the folder free, if this process holds it."""
+        if self._held:
+            self._held = False
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> None:
+        with open(self.path, "x") as file:
+            self._held = True
+            try:
+                file.write(json.dumps(process.identity()))
+                file.flush()
+            except OSError:
+                self.release()
+                raise
+
+    def _remove(self, judged: dict | None) -> None:
+        """Remove a stale lock, unless somebody else was faster: what was moved must be what was judged."""
+        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        if read(aside) != judged and not self.path.exists():
+            aside.rename(self.path)
+        else:
+            aside.unlink()
+
+
+def read(path: Path) -> dict | None:
+    """The owner that a lock names, or None if there is no lock; one without content (a machine that crashed) is nobody's."""
+    for _ in range(20):
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            time.sleep(0.05)  # being written just now
+    return None
+
+
+def holder(folder: Path) -> dict | None:
+    """Who is at work in a run folder, or None."""
+    found = read(folder / "lock.json")
+    return found if found is not None and not is_stale(found) else None
+
+
+def name(owner: dict) -> str:
+    """``process 4711 on host node7 (Slurm job 12)``."""
+    job = f" (Slurm job {owner['job_id']})" if owner.get("job_id") else ""
+    return f"process {owner['pid']} on host {owner['host']}{job}"
+
+
+def is_stale(owner: dict) -> bool:
+    """Whether the owner of a lock is known to have ended."""
+    gone, job = process.is_gone(owner), owner.get("job_id")
+    if gone is not None:
+        return gone
+    if job is None:
+        return False
+    if job == os.environ.get("SLURM_JOB_ID"):  # requeued to another node: a job runs once at a time
+        return owner["restart_count"] != os.environ.get("SLURM_RESTART_COUNT", "0")
+    return not _runs(job)
+
+
+def _runs(job: str) -> bool:
+    """Whether Slurm runs a job; True where Slurm cannot be asked."""
+    try:
+        done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    if done.returncode != 0:
+        return "Invalid job id" not in done.stderr
+    return done.stdout.strip() not in KNOWN_BUT_IDLE

@@ -1,0 +1,1 @@
+"""The mathematics: no files, no MPI, no tasks."""

@@ -1,0 +1,1 @@
+"""A denoiser before a classifier that may only be asked, and its certification."""

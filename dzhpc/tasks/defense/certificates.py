@@ -1,0 +1,169 @@
+"""Certificates read back: the usual TSV, the table of certified accuracy at several radii, the plot of all methods overlaid."""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+from pathlib import Path
+
+import numpy as np
+
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import store
+from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, confidence_interval
+
+STORED = {
+    "idx": np.int64, "label": np.int64, "selected": np.int64, "predict": np.int64, "n_a": np.int64, "n": np.int64,
+    "radius": np.float64, "correct": np.bool_, "seconds": np.float64, "done": np.bool_,
+}  # fmt: skip
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+
+
+def save(path: Path, rows: list[Certificate], about: Mapping[str, object]) -> None:
+    """Write certificates, a row an image: raw counts, radii in full precision (NaN: abstained, or not done yet), and ``about`` as
+    attributes. Raises CheckpointError if they cannot be written; then the old file, if any, is whole."""
+
+    def fill(file) -> None:
+        file.create_group("about").attrs.update(about)
+        group = file.create_group("images")
+        for name, kind in STORED.items():
+            values = [getattr(row, name) for row in rows]
+            group[name] = np.array([np.nan if v is None else v for v in values], kind)
+
+    store.write(path, "dzhpc-certificates", fill, CheckpointError)
+
+
+def load(path: str | Path) -> tuple[list[Certificate], dict[str, object]]:
+    """(rows, about), as given to :func:`save`. Raises CheckpointError if the file is missing or damaged."""
+    with store.opened(Path(path), "dzhpc-certificates", CheckpointError) as file:
+        about = store.about_of(file)
+        columns = [file["images"][name][()].tolist() for name in STORED]
+        rows = [dict(zip(STORED, row, strict=True)) for row in zip(*columns, strict=True)]
+        for row in rows:
+            del row["predict"], row["correct"]  # they follow from the others
+            row["radius"] = None if np.isnan(row["radius"]) else row["radius"]
+        return [Certificate(**row) for row in rows], about
+
+
+@dataclass
+class Record:
+    """The certificates of one method: finished images only, by their index."""
+
+    name: str
+    rows: list[Certificate]
+    about: dict[str, object]
+
+    def certified(self, radius: float) -> int:
+        """How many images are certified to get the right class within an l2 radius."""
+        return sum(row.correct and row.radius >= radius for row in self.rows)
+
+    @property
+    def abstained(self) -> float:
+        """The fraction of images for which no class could be certified."""
+        return sum(row.predict == ABSTAIN for row in self.rows) / max(1, len(self.rows))
+
+    @property
+    def samples(self) -> float:
+        """Noisy copies an image, on average, beside those that choose the class."""
+        return sum(row.n for row in self.rows) / max(1, len(self.rows))
+
+
+def read(path: str | Path) -> Record:
+    """The record in a file. Raises CheckpointError if it is missing or damaged."""
+    rows, about = load(path)
+    return Record(str(about["name"]), sorted((row for row in rows if row.done), key=lambda row: row.idx), about)
+
+
+def rounded_down(radius: float, digits: int = 6) -> str:
+    """A radius as text that is never larger than it: ``0.249589``."""
+    return str(Decimal(radius).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
+
+
+def tsv(record: Record) -> str:
+    """A line an image: idx, label, predict (-1: abstained), radius (0.0 then), correct, time."""
+    lines = ["\t".join(COLUMNS)]
+    for row in record.rows:
+        radius = "0.0" if row.radius is None else rounded_down(row.radius)
+        time = datetime.timedelta(seconds=row.seconds)
+        lines.append("\t".join(map(str, (row.idx, row.label, row.predict, radius, int(row.correct), time))))
+    return "\n".join(lines) + "\n"
+
+
+def radii(records: list[Record]) -> list[float]:
+    """0, grid, 2 grid, ..., as far as any image is certified."""
+    grid = min(float(record.about["grid"]) for record in records)
+    last = max((row.radius for record in records for row in record.rows if row.correct), default=0.0)
+    return [k * grid for k in range(int(last / grid) + 1)]
+
+
+def table(records: list[Record]) -> str:
+    """Certified accuracy in % at each radius with its Clopper-Pearson interval, abstention rate, samples used; Markdown."""
+    at = radii(records)
+    columns = ["method", "sigma", "images", "samples an image", "abstained", *(f"r = {radius:.2f}" for radius in at)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for record in records:
+        total = len(record.rows)
+        of = int(record.about["n"])
+        used = f"{record.samples:,.0f} of {of:,} ({100 * record.samples / of:.0f} %)" if record.about["adaptive"] else f"{of:,}"
+        cells = [record.name, f"{record.about['sigma']:g}", str(total), used]
+        if total:
+            cells += [f"{100 * record.abstained:.1f} %", *(_with_interval(record.certified(radius), total) for radius in at)]
+        lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
+    levels = sorted({f"{record.about['alpha']:g}" for record in records})
+    return "\n".join([*lines, "", f"Certified accuracy in % (95 % confidence interval); alpha = {', '.join(levels)} an image."])
+
+
+def _with_interval(k: int, n: int) -> str:
+    low, high = confidence_interval(k, n)
+    return f"{100 * k / n:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Certified accuracy against the radius, a curve a method, with its confidence band where there are few."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for k, record in enumerate(records):
+        total, steps = len(record.rows), sorted({0.0} | {row.radius for row in record.rows if row.correct})
+        counts = [record.certified(radius) for radius in steps]
+        steps, counts = [*steps, steps[-1]], [*counts, 0]
+        bands = np.array([confidence_interval(count, total) for count in counts])
+        style = dict(color=f"C{k % 10}", linestyle=("-", "--", ":")[k // 10 % 3])
+        name = f"{record.name} (adaptive)" if record.about["adaptive"] else record.name
+        axes.step(steps, 100 * np.array(counts) / total, where="pre", label=name, lw=1.6, **style)
+        if len(records) <= 3:  # more of them hide each other; the table has all intervals
+            axes.fill_between(steps[:-1], *(100 * bands[:-1].T), step="pre", color=style["color"], alpha=0.1, lw=0)
+    axes.set_xlabel("l2 radius, for pixels in [0, 1]")
+    axes.set_ylabel("certified accuracy in %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(files: list[Path], out: Path) -> str:
+    """Write ``certified.md`` and ``certified.png`` of several records; the table. Raises CheckpointError or InputError."""
+    records = [read(file) for file in files]
+    text = table(records)
+    drawn = [record for record in records if record.rows]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "certified.md").write_text(f"# Certified accuracy\n\n{text}\n\n![certified accuracy](certified.png)\n")
+        if drawn:
+            plot(drawn, out / "certified.png")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+    return text
+
+
+def write_tsv(record: Record, path: Path) -> None:
+    """Write :func:`tsv`. Raises InputError."""
+    try:
+        path.write_text(tsv(record))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,203 @@
+"""Certification on all ranks: who certifies which image, the record, its going on after a stop or a kill."""
+
+import argparse
+import dataclasses
+import hashlib
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import store
+from dzhpc.job.lock import Lock
+from dzhpc.job.log import Line, duration
+from dzhpc.job.stopping import Reason, Requests
+from dzhpc.job.world import World
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
+from dzhpc.tasks.defense.task import Defense
+
+log = logging.getLogger("dzhpc")
+SAVE_EVERY = 10.0  # seconds of work that a kill may cost
+BITS = ("threads", "device", "torch")  # what counts may depend on beside the parameters; a change is a warning
+
+
+def spread(images: int | None, total: int) -> list[int]:
+    """So many indices of ``total``, evenly spaced from 0; all without a number. Raises InputError if there are not so many."""
+    if images is None:
+        return list(range(total))
+    if images > total:
+        raise InputError(f"--images {images}: the test set has {total}")
+    return [k * total // images for k in range(images)]
+
+
+def classifier_of(defense: Defense) -> str:
+    """What tells one classifier from another: its name; of a file also its content."""
+    name = defense.config.task.classifier
+    if not Path(name).is_file():
+        return name
+    with open(name, "rb") as file:
+        return f"{name} (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
+
+
+def fingerprint(model: torch.nn.Module | None) -> str:
+    """What tells one denoiser from another: a hash of its parameters and buffers; "" without denoiser."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())} if model is not None else {}
+    return store.tensors_sha256(tensors, content=True) if tensors else ""
+
+
+class Certification:
+    """Certifies images of one defence, shared out to the ranks; the root keeps the record.
+
+    A rank tells the root of every image that is done, and now and then of the counts so far of the one at hand, without waiting;
+    the root looks between its own batches. So there is one file, one writer, and a kill costs some seconds.
+    """
+
+    def __init__(self, world: World, defense: Defense, args: argparse.Namespace, source: str, path: Path, requests: Requests):
+        self.world, self._data, self._requests = world, defense.data, requests
+        self.path, self._name = path, path.stem
+        self._lock = Lock(path.parent, f"{path.stem}.lock.json", "-o")
+        sigma = args.sigma or defense.config.task.sigma
+        make = Plan.adaptive if args.adaptive else Plan.fixed
+        self._plan = make(sigma, args.n0, args.n, args.alpha, *([args.grid] if args.adaptive else []))
+        self._smoothed = Smoothed(defense.classify, len(defense.classes), sigma, defense.seed, args.batch)
+        self._numbers = spread(args.images, len(self._data.test))
+        self.about = {
+            "name": self._name, "source": str(Path(source).resolve()), "sigma": sigma, "n0": args.n0, "n": args.n,
+            "alpha": args.alpha, "adaptive": args.adaptive, "grid": args.grid, "seed": defense.seed, "batch": args.batch,
+            "precision": args.precision, "data": defense.config.data.name, "classifier": classifier_of(defense),
+            "denoiser": fingerprint(defense.model), "threads": torch.get_num_threads(),
+            "device": self._data.test.images.device.type, "torch": str(torch.__version__),
+        }  # fmt: skip
+        self._rows: dict[int, Certificate] = {}  # on the root all that is known, on others what was known before
+        self._line = Line(args.quiet or not world.is_root)
+        self._asked = 0  # samples, of this rank in this launch
+        self._saved_at = self._told_at = time.monotonic()
+        self._changed = False
+
+    @property
+    def progressed(self) -> bool:
+        """Whether this launch has asked for anything. Collective."""
+        return self.world.maximum(self._asked) > 0
+
+    def run(self) -> Reason:
+        """Certify what is not certified yet; why that ended, NONE when all is done. Collective."""
+        try:
+            self._rows = self.world.on_root(self._open)
+            self._before, self._start = self._samples, time.monotonic()
+            todo = [row for k in self._numbers if not (row := self._rows.get(k) or self._new(k)).done]
+            self._announce(len(todo))
+            mine = todo[self.world.rank :: self.world.size]
+            self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear, leave=self._save)
+            left = self.world.on_root(self._close)
+            return Reason(self.world.maximum(int(self._requests.reason()))) if left else Reason.NONE
+        finally:
+            self._line.close()
+            self._lock.release()
+
+    def _new(self, k: int) -> Certificate:
+        return Certificate(k, int(self._data.test.labels[k]))
+
+    def _open(self) -> dict[int, Certificate]:
+        """What the record holds already. Raises LaunchError, InputError or CheckpointError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path.parent}: cannot be made ({error.strerror}); choose another folder with -o") from None
+        if stale := self._lock.acquire():
+            log.info("took over %s from %s, which has ended", self.path, stale)
+        if not self.path.exists():
+            return {}
+        rows, about = certificates.load(self.path)
+        for key, new in self.about.items():
+            if (old := about.get(key)) == new or key in ("name", "source"):
+                continue
+            if key not in BITS:
+                raise CheckpointError(
+                    f"{self.path} was written with {key} = {old!r}, now {new!r}: certificates in one file share all parameters; "
+                    f"choose another --label or -o, or delete the file"
+                )
+            log.warning("%s was %s, now %s: counts may differ from an undisturbed run", key, old, new)
+        return {row.idx: row for row in rows}
+
+    def _announce(self, images: int) -> None:
+        samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
+        done = f", {len(self._numbers) - images} done already" if images < len(self._numbers) else ""
+        log.info("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+
+    def _work(self, mine: list[Certificate]) -> None:
+        """Certify this rank's images until all are done or some rank has called off."""
+        for row in mine:
+            image = self._data.normalise(self._data.test.images[row.idx : row.idx + 1])[0]
+            start = time.perf_counter()
+            for asked in self._smoothed.certify(image, row, self._plan):
+                now = time.perf_counter()
+                row.seconds, start, self._asked = row.seconds + now - start, now, self._asked + asked
+                if self._look_around():
+                    self._tell(row)
+                    return
+                if time.monotonic() - self._told_at > SAVE_EVERY:
+                    self._tell(row)
+            self._tell(row)
+
+    def _tell(self, row: Certificate) -> None:
+        self._told_at = time.monotonic()
+        if self.world.is_root:
+            self._hear([dataclasses.replace(row)])
+        else:
+            self.world.tell_root(row)
+
+    def _hear(self, rows: list[Certificate]) -> None:
+        self._rows |= {row.idx: row for row in rows}
+        self._changed |= bool(rows)
+
+    def _look_around(self) -> bool:
+        """Between two batches: whether to leave; on the root also the news, the record, the line."""
+        if self._requests.reason():
+            self.world.call_off()
+        if self.world.is_root:
+            self._hear(self.world.heard())
+            if time.monotonic() - self._saved_at > SAVE_EVERY:
+                self._save()
+            if self._changed:
+                self._line.say(self._progress)
+        return self.world.called_off()
+
+    def _save(self) -> None:
+        """Write what is new; the root does. Raises CheckpointError if that cannot be done."""
+        if self._changed and self.world.is_root:
+            certificates.save(self.path, sorted(self._rows.values(), key=lambda row: row.idx), self.about)
+            self._changed = False
+        self._saved_at = time.monotonic()
+
+    def _close(self) -> bool:
+        """The last of the record, and its TSV; whether images are left."""
+        self._save()
+        certificates.write_tsv(certificates.read(self.path), self.path.with_suffix(".tsv"))
+        log.info("%s", self._progress())
+        return not all(k in self._rows and self._rows[k].done for k in self._numbers)
+
+    def _cost(self, row: Certificate) -> int:
+        return row.n + (self._plan.n0 if row.selected != ABSTAIN else 0)
+
+    @property
+    def _samples(self) -> int:
+        """Asked for so far, in all launches, as far as this rank knows."""
+        return sum(self._cost(row) for row in self._rows.values())
+
+    def _progress(self) -> str:
+        """``defense: image 52/200, 45.1 % certified at radius 0, 12,000 samples (54 % of the fixed plan), 98/s, ETA 0:12:10``."""
+        rows = [self._rows.get(k) or self._new(k) for k in self._numbers]
+        done = [row for row in rows if row.done]
+        samples, seconds = self._samples, time.monotonic() - self._start
+        rate, full = (samples - self._before) / max(seconds, 1e-9), self._plan.n0 + self._plan.looks[-1]
+        mean = sum(map(self._cost, done)) / len(done) if done else full
+        left = sum(max(0, mean - self._cost(row)) for row in rows if not row.done)
+        parts = [f"{self._name}: image {len(done)}/{len(rows)}"]
+        if done:
+            parts.append(f"{100 * sum(row.correct for row in done) / len(done):.1f} % certified at radius 0")
+        share = f" ({100 * mean / full:.0f} % of the fixed plan)" if self.about["adaptive"] and done else ""
+        parts += [f"{samples:,} samples{share}", f"{rate:,.0f}/s"]
+        return ", ".join([*parts, f"ETA {duration(left / rate)}" if rate and left else duration(seconds)])

@@ -1,0 +1,117 @@
+"""The classifier that a defence stands in front of: how it is loaded, asked, and how its answers are compared (A2)."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dzhpc import data
+from dzhpc.config import Config, Model, import_object, is_function
+from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
+from dzhpc.errors import InputError
+from dzhpc.files.runfolder import load_state
+from dzhpc.models import zoo as models
+from dzhpc.models.frozen import Frozen
+
+log = logging.getLogger("dzhpc")
+SMALLEST = 1e-12  # a probability that a quantised classifier calls 0
+
+
+def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> BlackBox:
+    """``task.classifier`` as a function that can only be asked: images [N, C, H, W] in [0, 1] -> answers [N, K].
+
+    Raises InputError for a function or a file that cannot be used.
+    """
+    task = config.task
+    if is_function(task.classifier):
+        function = import_object(task.classifier, "task.classifier")
+        if not callable(function):
+            raise InputError(f"task.classifier = {task.classifier}: is no function of images [N, C, H, W]")
+        return BlackBox(function, task.batch_limit, True, task.retries, f"task.classifier = {task.classifier}")
+    return BlackBox(load_network(config, data_set, device), task.batch_limit)
+
+
+def load_network(config: Config, data_set: data.DataSet, device: torch.device) -> Frozen:
+    """The network of ``task.classifier``, a file, normalisation included. Raises InputError for what does not fit."""
+    task, path = config.task, config.task.classifier
+    mean, std = data_set.mean, data_set.std
+    if _is_ours(path):
+        file, state = load_state(path)
+        own, model = models.config_of(state, file), models.load_model(file)
+        mean, std = own.data.mean or mean, own.data.std or std
+    else:
+        if not task.classifier_model:
+            raise InputError(f"task.classifier = {path}: a torch file knows no network; name it in task.classifier_model")
+        section = Model(name=task.classifier_model, weights=path)
+        try:
+            models.fill_in(section, classes=len(data_set.classes), in_channels=data_set.train.images.shape[1])
+            model = models.build(section, 0)
+        except InputError as error:
+            text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
+            raise InputError(text) from None
+    mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in (task.classifier_mean or mean, task.classifier_std or std))
+    channels = data_set.train.images.shape[1]
+    if len(mean) != channels or len(std) != channels:
+        raise InputError(f"task.classifier_mean, classifier_std: expected {channels} numbers each, one a channel")
+    return Frozen(model, mean.cpu(), std.cpu()).to(device)
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return models.is_ours(path)
+    except OSError as error:
+        raise InputError(f"task.classifier = {path}: cannot be read ({error.strerror or error})") from None
+
+
+class Answers:
+    """Makes probabilities of a classifier's answers [N, K]; the first ones show whether they are that already, or logits.
+
+    A quantised classifier's probabilities add up to 1 only roughly, so they are divided by their sum.
+    Raises InputError for answers that are not [N, classes].
+    """
+
+    def __init__(self, name: str, classes: int):
+        self._name, self._classes = name, classes
+        self._logits: bool | None = None
+
+    def log_probabilities(self, answers: Tensor) -> Tensor:
+        """log p [N, K] in float64."""
+        if answers.ndim != 2 or answers.shape[1] != self._classes:
+            raise InputError(
+                f"task.classifier = {self._name}: gave {list(answers.shape)} for {len(answers)} images; "
+                f"expected [{len(answers)}, {self._classes}], a logit or probability for each class of the data set"
+            )
+        answers = answers.double()
+        if self._logits is None:
+            self._logits = bool((answers < 0).any()) or bool(((answers.sum(1) - 1).abs() > 0.1).any())
+            log.info("task.classifier gives %s", "logits" if self._logits else "probabilities")
+        if self._logits:
+            return F.log_softmax(answers, 1)
+        p = answers.clamp_min(SMALLEST)
+        return (p / p.sum(1, keepdim=True)).log()
+
+    def probabilities(self, answers: Tensor) -> Tensor:
+        """p [N, K] in float64."""
+        return self.log_probabilities(answers).exp()
+
+    def cross_entropy(self, answers: Tensor, targets: Tensor) -> Tensor:
+        """-sum_k t_k log p_k of answers [N, K] and probabilities t [N, K] -> [N] float64."""
+        return -(targets * self.log_probabilities(answers)).sum(1)
+
+
+class ClassifierLoss(BlackBoxLoss):
+    """mean CE(f(clamp(outputs)), targets): the last factor of (A2); images leave [0, 1] no further than the denoiser.
+
+    Under autograd the network itself is differentiated, if there is one (``network``); otherwise ``box`` is asked.
+    """
+
+    def __init__(self, box: BlackBox, answers: Answers, network: Frozen | None = None):
+        super().__init__(lambda images: box(images.clamp(0, 1)), answers.cross_entropy)
+        self._answers, self._network = answers, network
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of outputs [B, C, H, W] against probabilities [B, K] -> scalar float64."""
+        if self._network is not None and torch.is_grad_enabled():
+            return self._answers.cross_entropy(self._network(outputs.clamp(0, 1)), targets).mean()
+        return super().__call__(outputs, targets)

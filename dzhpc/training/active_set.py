@@ -1,0 +1,133 @@
+"""The active coordinate set S over a run: scored once or again, drawn, kept or redrawn (Algorithms 1 and 2)."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dzhpc.errors import InputError
+from dzhpc.files import store
+from dzhpc.method import scores as pruning
+from dzhpc.method.scores import LPR, Split
+from dzhpc.method.seeds import derive
+
+log = logging.getLogger("dzhpc")
+
+
+class Pattern:
+    """Which coordinates are active at which step.
+
+    dynamic: S is redrawn by the LPR at every interval (ours); static: S stays what the scores keep (M2); regrasp: scored anew at
+    every interval (M1). All of it is a function of (seed, step) and theta, so every rank count gives the same S.
+    attempt: calls what each rank does by itself before it takes part in ``split``, where that may fail on some ranks only.
+    """
+
+    def __init__(self, task, split: Split, attempt: Callable[[Callable], float] = lambda ask: ask()):
+        self._task, self._split, self._attempt = task, split, attempt
+        self._config, self._seed = task.config.sparsity, task.config.run.seed
+        self._mu = task.config.zo.mu
+        self._interval = self._config.redraw_steps or self._config.redraw_epochs * task.steps_per_epoch
+        self.lpr: LPR | None = None
+        self.coords: np.ndarray | None = None
+        self.queries = 0  # spent on scores
+
+    def restore(self, lpr: LPR | None, coords: np.ndarray) -> None:
+        """Continue with a checkpoint's ratios and set."""
+        self.lpr, self.coords = lpr, coords
+
+    def due(self, step: int) -> bool:
+        """Whether a new S belongs to this step."""
+        if self.coords is None:
+            return True
+        return self._config.ratio > 0 and self._config.pattern != "static" and step % self._interval == 0
+
+    def ahead(self, step: int) -> tuple[int, int]:
+        """What the scores of this step will ask, and how many coordinates its S has at most."""
+        index, ratio = self._task.engine.index, self._config.ratio
+        if self.coords is not None and not (self.due(step) and self._scores_anew):
+            return 0, len(self.coords)
+        if ratio == 0:
+            return 0, index.size
+        layers = self._layers()
+        prunable = sum(len(index.range(name)) for name in layers)
+        most = index.size - prunable + round((1 - ratio) * prunable) + len(layers)  # at least one is kept in each
+        return 0 if self._config.lpr else self.score_queries, min(most, index.size)
+
+    @property
+    def score_queries(self) -> int:
+        """What scoring once asks; both RGEs bind."""
+        bind, query = self._task.bind_cost, self._task.query_cost
+        return {"zo-grasp": 2 * (bind + self._config.q * query), "fo-grasp": bind, "random": 0}[self._config.scores]
+
+    @property
+    def _scores_anew(self) -> bool:
+        """Whether a redraw needs ratios first."""
+        return self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp")
+
+    def _layers(self) -> list[str]:
+        task = self._task
+        if task.config.task.kind == "objective":
+            return list(task.engine.index.names)
+        return pruning.prunable_layers(task.model, task.engine.index, self._config.prune)
+
+    def redraw(self, step: int) -> None:
+        """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
+        index, number = self._task.engine.index, step // self._interval
+        if self._scores_anew:
+            self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
+        if self.lpr is not None and self._config.pattern != "dynamic":
+            self.coords = pruning.best(self.lpr, index)
+        else:
+            self.coords = pruning.draw(self.lpr, index, self._seed, number)
+        if self._config.target == "weights":
+            self._prune_weights()
+
+    def score(self, number: int = 0) -> LPR:
+        """Scores, and the ratios that they give, at the present theta; BatchNorm's running statistics stay as they are."""
+        config, task = self._config, self._task
+        index, seed = task.engine.index, derive(self._seed, "scores", number)
+        buffers = [b.clone() for b in task.model.buffers()]
+        if config.scores == "zo-grasp":
+            log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
+            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
+            scores = pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+        elif config.scores == "fo-grasp":
+            scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+        else:
+            scores = pruning.random_scores(index, seed)
+        self.queries += self.score_queries
+        for buffer, value in zip(task.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
+        return pruning.lpr_from_scores(
+            scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs
+        )
+
+    def _prune_weights(self) -> None:
+        index = self._task.engine.index
+        mask = torch.zeros(index.size, dtype=torch.bool)
+        mask[torch.from_numpy(self.coords)] = True
+        with torch.no_grad():
+            for p, keep in zip(index.parameters, index.split(mask).values(), strict=True):
+                p.mul_(keep.to(p.device))
+
+
+def read_lpr(task) -> LPR:
+    """``sparsity.lpr``. Raises InputError for a file of another model or ratio, or without the scores that it needs."""
+    config, index = task.config.sparsity, task.engine.index
+    lpr, scores = store.load_lpr(config.lpr)
+    if lpr.model_sha256 != store.model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
+        raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
+    if lpr.attrs["sparsity"] != config.ratio:
+        raise InputError(
+            f"sparsity.lpr = {config.lpr}: made for sparsity {lpr.attrs['sparsity']}, now sparsity.ratio = {config.ratio}"
+        )
+    if scores:
+        parameters = zip(index.names, index.parameters, strict=True)
+        lpr.scores = index.flatten(scores.get(name, torch.zeros(p.shape)).to(p) for name, p in parameters)
+    elif config.pattern == "static":
+        raise InputError(
+            f'sparsity.lpr = {config.lpr}: holds no scores, which pattern = "static" needs; use `python -m dzhpc.prune`'
+        )
+    return lpr

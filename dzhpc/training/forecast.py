@@ -1,0 +1,89 @@
+"""What a run would cost: queries, hours on 1, 2, 4, ... ranks, and memory, from a few timed chunks."""
+
+import time
+
+import numpy as np
+import torch
+
+from dzhpc.job import device as devices
+from dzhpc.job.log import duration
+from dzhpc.method import estimators
+from dzhpc.method import scores as pruning
+from dzhpc.method.coordinates import balance
+from dzhpc.training.active_set import Pattern
+
+CHUNKS = 12  # timed, spread evenly over the network
+
+
+def forecast(task) -> str:
+    """The resolved input and the forecast, as text. Nothing is written and no state is kept.
+
+    Layers are taken at the mean ratio, since the true layer-wise ratios cost queries; the total |S| is the same up to rounding.
+    """
+    config, engine, index = task.config, task.engine, task.engine.index
+    coords = mean_pattern(task)
+    sides = 2 if config.zo.difference == "central" else 1
+    per_step = estimators.step_queries(config.zo, len(coords), task.bind_cost, task.query_cost)
+    steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
+    scores = Pattern(task, None).ahead(0)[0]
+    interval = config.eval.every_epochs * task.steps_per_epoch
+    evaluations = -(-steps // interval) * task.evaluation_queries
+    total = per_step * steps + scores + evaluations
+    base_s, cost = _timed(task, coords)
+    lines = [
+        config.to_toml(),
+        f"coordinates {index.size:,}, active |S| {len(coords):,}, steps {steps:,} of {task.steps_per_epoch} an epoch",
+        f"queries: {per_step:,} a step, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
+        f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
+        f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
+        f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",
+    ]
+    if config.zo.estimator == "cge":
+        for ranks in (1, 2, 4, 8, 16, 32, 64):
+            slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
+            seconds = (base_s + slowest * sides) * steps
+            lines.append(f"{ranks:3d} ranks: {duration(seconds):>11}, {base_s + slowest * sides:8.2f} s a step")
+    lines.append("without scores, evaluation and communication; true ratios often keep more of the early, dearer layers")
+    return "\n".join(lines)
+
+
+def mean_pattern(task) -> np.ndarray:
+    """An S with as many coordinates of each layer as the mean ratio leaves; without a query."""
+    config, index = task.config.sparsity, task.engine.index
+    if config.ratio == 0:
+        return np.arange(index.size)
+    layers = index.names if task.config.task.kind == "objective" else pruning.prunable_layers(task.model, index, config.prune)
+    lpr = pruning.lpr_from_scores(pruning.random_scores(index, 0), index, layers, config.ratio, "signed", "")
+    return pruning.draw(lpr, index, task.config.run.seed, 0)
+
+
+def _timed(task, coords: np.ndarray) -> tuple[float, np.ndarray]:
+    """(seconds of a base pass, estimated seconds of each chunk)."""
+    engine = task.engine
+    buffers = [b.clone() for b in task.model.buffers()]
+    task.bind(0)  # warm-up: tracing, caches
+    start = time.perf_counter()
+    task.bind(0)
+    base_s = time.perf_counter() - start
+    chunks = engine.cut(coords)
+    picked = sorted({int(k) for k in np.linspace(0, len(chunks) - 1, CHUNKS)})
+    per_coordinate = []
+    for k in picked:
+        part = coords[chunks[k].start : chunks[k].stop]
+        engine.differences(part[:1], task.config.zo.mu)  # compiles what has to be compiled
+        devices.synchronize(engine.index.device)
+        start = time.perf_counter()
+        engine.differences(part, task.config.zo.mu)
+        devices.synchronize(engine.index.device)
+        per_coordinate.append((time.perf_counter() - start) / len(part))
+    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
+        with torch.no_grad():
+            buffer.copy_(value)
+    cost = np.interp(range(len(chunks)), picked, per_coordinate) * [len(chunk) for chunk in chunks]
+    return base_s, cost
+
+
+def _resident_mib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
