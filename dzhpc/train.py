@@ -28,8 +28,9 @@ from dzhpc.job.stopping import Reason, listen, tell_job_script
 from dzhpc.job.world import World, run_verb
 from dzhpc.tasks import Task, make_task
 from dzhpc.training.active_set import read_lpr
+from dzhpc.training.checks import check_restart
 from dzhpc.training.forecast import forecast
-from dzhpc.training.trainer import Trainer, check_restart
+from dzhpc.training.trainer import Trainer
 
 log = logging.getLogger("dzhpc")
 LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")
@@ -140,7 +141,10 @@ def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source
         log.info("took over the run folder from %s, which has ended", stale)
     index = trainer.task.engine.index
     log.info(
-        "%s coordinates, %d steps an epoch, until step %d", f"{index.size:,}", trainer.task.steps_per_epoch, trainer.last_step
+        "%s coordinates, %d steps an epoch, until step %d",
+        f"{index.size:,}",
+        trainer.task.steps_per_epoch,
+        trainer.budget.last_step,
     )
     for line in devices.table(ranks):
         log.info(line)
@@ -151,7 +155,7 @@ def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "hosts": [{"rank": r, "host": h, "device": d, "uuid": u} for r, h, d, u in ranks], "state": "running",
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]},
-        "resumed_from_step": state.step if state else None, "run_uuid": trainer.run_uuid,
+        "resumed_from_step": state.step if state else None, "run_uuid": trainer.state.run_uuid,
     })  # fmt: skip
 
 
@@ -159,7 +163,7 @@ def end(folder: RunFolder, trainer: Trainer, reason: Reason) -> None:
     """What is left to do when all is saved: the manifest, the job script's question, the report; none of it can fail the run."""
     state = "stopped" if reason >= Reason.STOP_FILE else "finished"
     how = {"state": state, "reason": reason.text, "exit_code": reason.exit_code}
-    folder.update_manifest(**how, step=trainer.step, seconds=trainer.seconds)
+    folder.update_manifest(**how, step=trainer.state.step, seconds=trainer.state.seconds)
     if reason in (Reason.DEADLINE, Reason.WALLTIME) and not trainer.progressed:
         log.warning("no time for a single step before %s: give the job more, or lower run.deadline_margin", reason.text)
     else:

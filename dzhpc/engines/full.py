@@ -42,6 +42,10 @@ class Full:
     BatchNorm's running statistics, once. Every query sees the buffers and the random numbers that the base pass saw.
     """
 
+    at_once = 16  # directions that ranks share out in one piece
+    compile_s = 0.0  # seconds that this engine has spent compiling
+    environment = {"compiled": "False"}  # what bits may depend on beside the input
+
     def __init__(self, model: Callable, loss: str | Callable, parameters: Mapping[str, Tensor] | None = None):
         if isinstance(loss, str) and loss not in LOSSES:
             raise InputError(f'loss = "{loss}": expected "cross_entropy", "mse" or a callable (outputs, targets) -> scalar')

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,33 +85,3 @@ class Line:
         """Leave the terminal clean."""
         if self._bar is not None:
             self._bar.close()
-
-
-class Progress:
-    """``step 1200/9750 epoch 6.2 loss 1.834 |ghat| 0.41 lr 0.098 31,000 queries/s comm 2% ETA 1:27:10``."""
-
-    def __init__(self, last: int, quiet: bool):
-        self._last, self._line = last, Line(quiet)
-        self._times: deque[tuple[float, float, int]] = deque(
-            maxlen=50
-        )  # (seconds, of them in collectives, queries) of late steps
-
-    def show(
-        self, step: int, epoch: float, loss: float, grad_norm: float, lr: float, queries: int, step_s: float, comm_s: float
-    ) -> None:
-        """Take note of a step and print when it is time."""
-        self._times.append((step_s, comm_s, queries))
-
-        def text() -> str:
-            seconds, comm, count = (sum(column) for column in zip(*self._times, strict=True))
-            eta = (self._last - step) * seconds / len(self._times)
-            return (
-                f"step {step}/{self._last} epoch {epoch:.1f} loss {loss:.4g} |ghat| {grad_norm:.3g} lr {lr:.3g} "
-                f"{count / max(seconds, 1e-9):,.0f} queries/s comm {100 * comm / max(seconds, 1e-9):.0f}% ETA {duration(eta)}"
-            )
-
-        self._line.say(text)
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        self._line.close()

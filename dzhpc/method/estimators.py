@@ -1,11 +1,12 @@
-"""Gradient estimators: pure functions over an engine with a bound batch. No MPI here.
+"""Gradient estimators: pure functions over an engine with a bound batch, and classes by which the training loop knows them.
 
 CGE: g_j = [l(theta + mu e_j) - l(theta)] / mu for each coordinate j                                (eq. 1)
 RGE: g = 1/q sum_i [l(theta + mu u_i) - l(theta)] / mu * u_i,  u_i ~ N(0, I), a function of (seed, i)  (eq. 1)
 
-Chen et al., DeepZero, ICLR 2024 (arXiv 2310.02025).
+Chen et al., DeepZero, ICLR 2024 (arXiv 2310.02025). No MPI here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.config import import_object
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex
-from dzhpc.method.seeds import generator
+from dzhpc.method.seeds import derive, generator
 
 BLOCK = 64  # directions summed in one matrix product; fixed, since it decides the order of the sum
 
@@ -26,13 +28,6 @@ class Partial:
 
     values: np.ndarray
     done: np.ndarray
-
-
-def step_queries(zo, n: int, bind_cost: int = 1, query_cost: int = 1) -> int:
-    """What a step on n coordinates asks, ``zo`` being that section: ``bind_cost`` for the base, ``query_cost`` a perturbation."""
-    sides = 2 if zo.difference == "central" else 1
-    perturbations = {"cge": sides * n, "rge": sides * (zo.q or n)}.get(zo.estimator, 0)
-    return bind_cost + perturbations * query_cost
 
 
 def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:
@@ -88,3 +83,110 @@ def direction(seed: int, i: int, n: int, index: ParameterIndex) -> Tensor:
 def autograd(engine) -> dict[str, Tensor]:
     """The exact gradient of the bound loss by back-propagation (needs a white box): name -> tensor."""
     return dict(zip(engine.index.names, engine.gradient(), strict=True))
+
+
+class Estimator(ABC):
+    """A gradient estimator as the training loop sees it. ``zo.estimator = "package.module:Class"`` names one of the user's own.
+
+    A step's work is so many ``units``; ranks share them out in pieces. ``evaluate`` gives one number a unit, and ``combine``
+    makes the estimate of all numbers, by the same arithmetic on every rank. Both are functions of (theta, batch, step) alone, so
+    that bits depend on no rank; what a unit's number is must not depend on the piece that it comes in.
+
+    zo: the section of the input (mu, q, difference, ...). seed: ``run.seed``.
+    """
+
+    by_coordinate = False  # whether units are the positions of S: the engine cuts them, and measured cost deals them out
+    asks = True  # whether it asks for the loss at perturbed points at all
+
+    def __init__(self, zo, seed: int):
+        self.zo, self.seed = zo, seed
+
+    @abstractmethod
+    def units(self, n: int) -> int:
+        """What ranks share of a step on n coordinates; 0: nothing, ``combine`` does it all on every rank."""
+
+    def perturbations(self, n: int) -> int:
+        """Evaluations of the loss at perturbed points in a step on n coordinates."""
+        return (2 if self.zo.difference == "central" else 1) * self.units(n)
+
+    def evaluate(self, engine, coords: np.ndarray, step: int, piece: range) -> Tensor:
+        """One number for each unit of ``piece``: [len(piece)] in the parameters' dtype. coords: S, sorted int64 [n]."""
+        raise NotImplementedError(f"{type(self).__name__} says that it has units, but not how one is evaluated")
+
+    @abstractmethod
+    def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
+        """The estimate on S [n] from the numbers of all units [units(n)]."""
+
+    def place(self, index: ParameterIndex, coords: np.ndarray, unit: int) -> str:
+        """What an error calls the number of a unit."""
+        return f"number {unit} of the estimate"
+
+
+class CGE(Estimator):
+    """Coordinate-wise: a unit is a position of S."""
+
+    by_coordinate = True
+
+    def units(self, n: int) -> int:
+        return n
+
+    def evaluate(self, engine, coords: np.ndarray, step: int, piece: range) -> Tensor:
+        return cge(engine, coords[piece.start : piece.stop], self.zo.mu, self.zo.difference)
+
+    def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
+        return values
+
+    def place(self, index: ParameterIndex, coords: np.ndarray, unit: int) -> str:
+        return f"the difference at {index.describe(int(coords[unit]))}"
+
+
+class RGE(Estimator):
+    """Random directions restricted to S: a unit is a direction, a function of (seed, step, its number)."""
+
+    def units(self, n: int) -> int:
+        return self.zo.q or n
+
+    def evaluate(self, engine, coords: np.ndarray, step: int, piece: range) -> Tensor:
+        return rge_slopes(engine, piece, self.zo.mu, self._seed(step), coords, self.zo.difference)
+
+    def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
+        return rge_sum(values, self._seed(step), coords, engine.index)
+
+    def place(self, index: ParameterIndex, coords: np.ndarray, unit: int) -> str:
+        return f"the difference along direction {unit}"
+
+    def _seed(self, step: int) -> int:
+        return derive(self.seed, "rge", step)
+
+
+class FirstOrder(Estimator):
+    """Back-propagation, the baseline: no unit, no perturbation."""
+
+    asks = False
+
+    def units(self, n: int) -> int:
+        return 0
+
+    def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
+        flat = engine.index.flatten(autograd(engine).values())
+        return flat[torch.from_numpy(coords).to(flat.device)]
+
+
+class Latent(FirstOrder):
+    """CGE on an autoencoder's code, and the chain rule before it (ZO-AE-DS): its task makes the step, in parts that ranks share.
+
+    The queries of the code are part of the task's cost of a base.
+    """
+
+    asks = True
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {"cge": CGE, "rge": RGE, "autograd": FirstOrder, "latent": Latent}
+
+
+def make_estimator(zo, seed: int) -> Estimator:
+    """The estimator of ``zo.estimator``. Raises InputError for a name that is none."""
+    kind = ESTIMATORS.get(zo.estimator) or import_object(zo.estimator, "zo.estimator")
+    if not (isinstance(kind, type) and issubclass(kind, Estimator)):
+        raise InputError(f"zo.estimator = {zo.estimator}: expected a subclass of dzhpc.method.estimators.Estimator")
+    return kind(zo, seed)

@@ -40,8 +40,8 @@ class ObjectiveEngine:
 
     def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, retries: int, name: str):
         self.index = ParameterIndex.of(model)
-        self.peak_bytes = 0
-        self.batch_limit = batch_limit
+        self.peak_bytes, self.compile_s, self.environment = 0, 0.0, {"compiled": "False"}
+        self.batch_limit = self.at_once = batch_limit
         self._box = Losses(lambda thetas: function(thetas, self._step), batch_limit, numpy, retries, name)
         self.unbind()
 

@@ -8,8 +8,7 @@ import torch
 
 from dzhpc.errors import InputError
 from dzhpc.files import store
-from dzhpc.method import scores as pruning
-from dzhpc.method.scores import LPR, Split
+from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, prunable_layers, random_scores, zo_grasp
 from dzhpc.method.seeds import derive
 
 log = logging.getLogger("dzhpc")
@@ -69,7 +68,7 @@ class Pattern:
         task = self._task
         if task.config.task.kind == "objective":
             return list(task.engine.index.names)
-        return pruning.prunable_layers(task.model, task.engine.index, self._config.prune)
+        return prunable_layers(task.model, task.engine.index, self._config.prune)
 
     def redraw(self, step: int) -> None:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
@@ -77,9 +76,9 @@ class Pattern:
         if self._scores_anew:
             self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
         if self.lpr is not None and self._config.pattern != "dynamic":
-            self.coords = pruning.best(self.lpr, index)
+            self.coords = best(self.lpr, index)
         else:
-            self.coords = pruning.draw(self.lpr, index, self._seed, number)
+            self.coords = draw(self.lpr, index, self._seed, number)
         if self._config.target == "weights":
             self._prune_weights()
 
@@ -91,18 +90,16 @@ class Pattern:
         if config.scores == "zo-grasp":
             log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
             bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
-            scores = pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+            scores = zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
         elif config.scores == "fo-grasp":
-            scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+            scores = fo_grasp(task.engine, lambda: task.bind_for_scores(number))
         else:
-            scores = pruning.random_scores(index, seed)
+            scores = random_scores(index, seed)
         self.queries += self.score_queries
         for buffer, value in zip(task.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
-        return pruning.lpr_from_scores(
-            scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs
-        )
+        return lpr_from_scores(scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index

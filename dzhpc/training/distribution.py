@@ -11,12 +11,10 @@ from torch import Tensor
 from dzhpc.errors import BlackBoxError
 from dzhpc.job import device as devices
 from dzhpc.job.world import World
-from dzhpc.method import estimators
 from dzhpc.method.coordinates import balance
-from dzhpc.method.estimators import Partial
+from dzhpc.method.estimators import Estimator, Partial
 
-PIECES = 128  # directions are shared out in so many pieces at most,
-AT_ONCE = 16  # of at most so many directions for a network, or of as many thetas as a user's loss takes in one call
+PIECES = 128  # directions are shared out in so many pieces at most, of at most ``engine.at_once``
 
 
 class Interrupted(Exception):
@@ -38,11 +36,11 @@ class Distribution:
     """
 
     def __init__(self, world: World, engine, urgent: Callable[[], bool] = lambda: False):
-        self._world, self._engine, self._urgent = world, engine, urgent
+        self._world, self._engine, self._urgent, self.index = world, engine, urgent, engine.index
         self._seconds = np.full(len(engine.index.names), np.inf)
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []
-        self.bad_direction: int | None = None  # the first of the last RGE whose difference was not finite
+        self.bad_unit: int | None = None  # the first of the last estimate whose number was not finite
         self._failure: BlackBoxError | None = None  # of this rank's black box, until all ranks know
 
     def assign(self, coords: np.ndarray | None, partial: Partial | None = None) -> None:
@@ -61,31 +59,32 @@ class Distribution:
         self.coords = world.bcast(coords)
         self.mine = world.scatter(pieces)
 
-    def cge(self, mu: float, difference: str, partial: Partial | None = None) -> Tensor:
-        """The estimate on S [n], in the order of S: each rank's slice, joined exactly. Raises Interrupted."""
-        index = self._engine.index
+    def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> Tensor:
+        """The estimate on S [n], in the order of S: each rank's units, joined exactly, combined on all. Raises Interrupted."""
+        engine, coords, n = self._engine, self.coords, estimator.units(len(self.coords))
 
-        def evaluate(chunk: range) -> np.ndarray:
-            part = self.coords[chunk.start : chunk.stop]
-            start = time.perf_counter()
-            values = estimators.cge(self._engine, part, mu, difference).cpu().numpy()
-            devices.synchronize(index.device)
-            owners = index.owner(part)
-            np.minimum.at(self._seconds, owners, (time.perf_counter() - start) / len(part))
-            return values
+        def evaluate(piece: range) -> np.ndarray:
+            return estimator.evaluate(engine, coords, step, piece).cpu().numpy()
 
-        return torch.from_numpy(self._joined(len(self.coords), self.mine, evaluate, partial)).to(index.device)
+        if n == 0:  # nothing to join
+            return estimator.combine(engine, coords, step, torch.zeros(0, dtype=engine.index.dtype))
+        if estimator.by_coordinate:
+            values = self._joined(n, self.mine, lambda chunk: self._measured(chunk, evaluate), partial)
+        else:
+            values = self.split(n, evaluate, partial)
+        values = torch.from_numpy(values).to(engine.index.device)
+        self.bad_unit = next(iter((~torch.isfinite(values)).nonzero().flatten().tolist()), None)
+        return estimator.combine(engine, coords, step, values)
 
-    def rge(self, q: int, mu: float, seed: int, difference: str, partial: Partial | None = None) -> Tensor:
-        """RGE restricted to S [n]: the ranks share the directions, q scalars travel. Raises Interrupted."""
-        engine = self._engine
-
-        def evaluate(mine: range) -> np.ndarray:
-            return estimators.rge_slopes(engine, mine, mu, seed, self.coords, difference).cpu().numpy()
-
-        slopes = torch.from_numpy(self.split(q, evaluate, partial)).to(engine.index.device)
-        self.bad_direction = next(iter((~torch.isfinite(slopes)).nonzero().flatten().tolist()), None)
-        return estimators.rge_sum(slopes, seed, self.coords, engine.index)
+    def _measured(self, chunk: range, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
+        """``evaluate(chunk)``, and what a coordinate of its parameter costs; a compiler's time is no part of that."""
+        index, compiled_before, start = self._engine.index, self._engine.compile_s, time.perf_counter()
+        values = evaluate(chunk)
+        devices.synchronize(index.device)
+        seconds = time.perf_counter() - start - (self._engine.compile_s - compiled_before)
+        owners = index.owner(self.coords[chunk.start : chunk.stop])
+        np.minimum.at(self._seconds, owners, max(seconds, 1e-9) / len(chunk))
+        return values
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray], partial: Partial | None = None) -> np.ndarray:
         """``evaluate(indices)`` [len(indices)] for all of 0..n-1, shared out and joined on all ranks [n]. Raises Interrupted."""
@@ -107,16 +106,15 @@ class Distribution:
         failure, self._failure = self._failure, None
         return self._world.first_message(failure)
 
-    def owner_of(self, position: int) -> int:
-        """The rank that evaluates a position of S. Collective."""
-        return self._world.maximum(self._world.rank if any(position in chunk for chunk in self.mine) else -1)
-
-    def owner_of_direction(self, direction: int, q: int) -> int:
-        """The rank that evaluates a direction of an RGE that was not interrupted."""
-        return next(k for k, piece in enumerate(self._pieces(q)) if direction in piece) % self._world.size
+    def owner_of(self, unit: int, estimator: Estimator) -> int:
+        """The rank that evaluates a unit of an estimate that was not interrupted. Collective."""
+        if estimator.by_coordinate:
+            return self._world.maximum(self._world.rank if any(unit in chunk for chunk in self.mine) else -1)
+        pieces = self._pieces(estimator.units(len(self.coords)))
+        return next(k for k, piece in enumerate(pieces) if unit in piece) % self._world.size
 
     def _pieces(self, n: int) -> list[range]:
-        size = max(1, min(getattr(self._engine, "batch_limit", AT_ONCE), -(-n // PIECES)))
+        size = max(1, min(self._engine.at_once, -(-n // PIECES)))
         return [range(k, min(k + size, n)) for k in range(0, n, size)]
 
     def _joined(self, n: int, mine: list[range], evaluate: Callable[[range], np.ndarray], partial: Partial | None) -> np.ndarray:

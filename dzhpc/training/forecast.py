@@ -7,10 +7,11 @@ import torch
 
 from dzhpc.job import device as devices
 from dzhpc.job.log import duration
-from dzhpc.method import estimators
-from dzhpc.method import scores as pruning
 from dzhpc.method.coordinates import balance
+from dzhpc.method.estimators import make_estimator
+from dzhpc.method.scores import draw, lpr_from_scores, prunable_layers, random_scores
 from dzhpc.training.active_set import Pattern
+from dzhpc.training.budget import Budget
 
 CHUNKS = 12  # timed, spread evenly over the network
 
@@ -23,9 +24,9 @@ def forecast(task) -> str:
     config, engine, index = task.config, task.engine, task.engine.index
     coords = mean_pattern(task)
     sides = 2 if config.zo.difference == "central" else 1
-    per_step = estimators.step_queries(config.zo, len(coords), task.bind_cost, task.query_cost)
-    steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
-    scores = Pattern(task, None).ahead(0)[0]
+    estimator, pattern = make_estimator(config.zo, config.run.seed), Pattern(task, None)
+    budget = Budget(task, estimator, pattern)
+    per_step, steps, scores = budget.of_step(len(coords)), budget.last_step, pattern.ahead(0)[0]
     interval = config.eval.every_epochs * task.steps_per_epoch
     evaluations = -(-steps // interval) * task.evaluation_queries
     total = per_step * steps + scores + evaluations
@@ -38,7 +39,7 @@ def forecast(task) -> str:
         f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
         f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",
     ]
-    if config.zo.estimator == "cge":
+    if estimator.by_coordinate:
         for ranks in (1, 2, 4, 8, 16, 32, 64):
             slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
             seconds = (base_s + slowest * sides) * steps
@@ -52,9 +53,9 @@ def mean_pattern(task) -> np.ndarray:
     config, index = task.config.sparsity, task.engine.index
     if config.ratio == 0:
         return np.arange(index.size)
-    layers = index.names if task.config.task.kind == "objective" else pruning.prunable_layers(task.model, index, config.prune)
-    lpr = pruning.lpr_from_scores(pruning.random_scores(index, 0), index, layers, config.ratio, "signed", "")
-    return pruning.draw(lpr, index, task.config.run.seed, 0)
+    layers = index.names if task.config.task.kind == "objective" else prunable_layers(task.model, index, config.prune)
+    lpr = lpr_from_scores(random_scores(index, 0), index, layers, config.ratio, "signed", "")
+    return draw(lpr, index, task.config.run.seed, 0)
 
 
 def _timed(task, coords: np.ndarray) -> tuple[float, np.ndarray]:

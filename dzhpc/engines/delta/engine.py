@@ -95,6 +95,16 @@ class Delta(Reuse):
         return self._programs.compiling
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What bits may depend on beside the input."""
+        return {"compiled": str(self.compiling)}
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling."""
+        return self._programs.seconds
+
+    @property
     def cached_bytes(self) -> int:
         """Memory of the batch's base values and of what was derived from them."""
         return self._network.kept_bytes + self._propagation.cached_bytes

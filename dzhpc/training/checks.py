@@ -1,0 +1,64 @@
+"""What must hold for a run's numbers to be trusted; each check raises on all ranks together."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from dzhpc import config as configuration
+from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
+from dzhpc.files import store
+from dzhpc.job.world import World
+from dzhpc.method.estimators import Estimator
+from dzhpc.models import zoo
+from dzhpc.tasks import Task
+from dzhpc.training.distribution import Distribution
+
+
+def check_restart(state: store.State, source: str, task: Task) -> None:
+    """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model."""
+    for key, old, new in configuration.frozen_changes(zoo.config_of(state, source), task.config):
+        raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
+    if state.model_sha256 != store.model_sha256(task.model):
+        raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
+
+
+def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ReplicaError unless all ranks hold the same tensors, bit for bit. Collective."""
+    hashes = world.allgather(store.tensors_sha256(tensors, content=True))
+    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+    if different:
+        raise ReplicaError(
+            f"step {step}: the state of rank {', '.join(map(str, different))} differs from rank 0's; "
+            f"look for differing hardware, libraries or run.threads, and restart from the last checkpoint"
+        )
+
+
+def check_finite(
+    step: int, loss: float, estimate: torch.Tensor, estimator: Estimator, distribution: Distribution, advice: Callable[[], str]
+) -> None:
+    """Raise NumericalError that names rank and coordinate: a NaN in one slice reaches all ranks through the sum. Collective."""
+    bad = (~torch.isfinite(estimate)).nonzero().flatten().tolist()
+    if not bad and math.isfinite(loss):
+        return
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {advice()}"
+        )
+    if (unit := distribution.bad_unit) is not None:
+        rank, what = distribution.owner_of(unit, estimator), estimator.place(distribution.index, distribution.coords, unit)
+    else:
+        rank, what = 0, f"the gradient at {distribution.index.describe(int(distribution.coords[bad[0]]))}"
+    share = f"{len(bad)} of {len(estimate)} coordinates"
+    raise NumericalError(f"step {step}, rank {rank}: {what} is not finite ({share}); {advice()}")
+
+
+def check_changes(step: int, estimate: torch.Tensor, estimator: Estimator, task: Task) -> None:
+    """Raise NumericalError where no perturbation changed what the black box answered."""
+    if not task.box_key or not estimator.asks or not len(estimate) or estimate.any():
+        return
+    n = estimator.perturbations(len(estimate))
+    raise NumericalError(
+        f"step {step}: {task.box_key} answered the same under all {n or ''} perturbations: quantised answers? "
+        f"raise zo.mu (now {estimator.zo.mu:g})".replace("  ", " ")
+    )

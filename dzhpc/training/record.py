@@ -1,0 +1,97 @@
+"""The record of a run: a row a step and an evaluation in ``metrics.h5``, and the line that a person watches."""
+
+import logging
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from dzhpc.files import store
+from dzhpc.job.log import Line, duration
+
+log = logging.getLogger("dzhpc")
+LATE = 50  # steps whose mean is the pace of a run
+
+
+@dataclass
+class Step:
+    """What is known of a step once it is made."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    queries: int  # of the run so far
+    asked: int  # in this step
+    step_s: float  # seconds, all included
+    comm_s: float  # of these in collectives, but for waiting until other ranks had compiled
+    compile_s: float  # of these until the last rank had compiled
+    peak_bytes: int
+
+
+class Record:
+    """Rows are kept in memory and written by :meth:`flush`; the root alone has them.
+
+    ``evaluated_step`` and ``accuracy`` are those of the last evaluation that counts (-1, NaN without one); ``on_record`` is
+    whether an earlier launch ended at its step with an evaluation.
+    """
+
+    def __init__(self, path: Path):
+        self._metrics = store.Metrics(path)
+        self.evaluated_step, self.accuracy, self.on_record = -1, math.nan, False
+
+    def restore(self, step: int, interval: int) -> None:
+        """Go on after ``step``: later rows are dropped, and evaluations that are not due every ``interval`` steps."""
+        self.on_record = self._metrics.restore(step, lambda row: row > 0 and row % interval == 0)
+        if len(self._metrics.eval) and self._metrics.eval[-1, 0] == step:
+            self.evaluated_step, self.accuracy = step, float(self._metrics.eval[-1, 3])
+
+    def add_step(self, s: Step) -> None:
+        """A row of the table ``train``."""
+        self._metrics.add_train(s.step, s.epoch, s.loss, s.lr, s.grad_norm, s.queries, s.step_s, s.comm_s, s.peak_bytes)
+
+    def add_evaluation(self, step: int, epoch: float, loss: float, accuracy: float) -> None:
+        """A row of the table ``eval``."""
+        self.evaluated_step, self.accuracy = step, accuracy
+        self._metrics.add_eval(step, epoch, loss, accuracy)
+
+    def flush(self) -> None:
+        """Write all rows so far. Raises CheckpointError."""
+        self._metrics.flush()
+
+
+class Progress:
+    """``step 1200/9750 epoch 6.2 loss 1.834 |ghat| 0.41 lr 0.098 31,000 queries/s comm 2% ETA 1:27:10``.
+
+    The first line ends in how long it took to get there: ``(set-up 3.1 s, compilation 42.0 s)``. Neither counts in the pace, by
+    which the end is forecast. Evaluations and checkpoints between steps do.
+    """
+
+    def __init__(self, last: int, quiet: bool, set_up_s: float):
+        self._last, self.line, self._set_up_s = last, Line(quiet), set_up_s
+        self._compile_s, self._said, self._since = 0.0, False, time.monotonic()
+        self._late: deque[tuple[float, float, float, int]] = deque(maxlen=LATE)  # seconds since the last, at work, comm, queries
+
+    def show(self, s: Step) -> None:
+        """Take note of a step and print when it is time."""
+        now = time.monotonic()
+        self._late.append((max(now - self._since - s.compile_s, 0.0), s.step_s - s.compile_s, s.comm_s, s.asked))
+        self._since, self._compile_s = now, self._compile_s + s.compile_s
+        self.line.say(lambda: self._text(s))
+
+    def _text(self, s: Step) -> str:
+        whole, work, comm, asked = (sum(column) for column in zip(*self._late, strict=True))
+        work = max(work, 1e-9)
+        first = "" if self._said else f" (set-up {self._set_up_s:.1f} s, compilation {self._compile_s:.1f} s)"
+        self._said = True
+        return (
+            f"step {s.step}/{self._last} epoch {s.epoch:.1f} loss {s.loss:.4g} |ghat| {s.grad_norm:.3g} lr {s.lr:.3g} "
+            f"{asked / work:,.0f} queries/s comm {100 * comm / work:.0f}% "
+            f"ETA {duration((self._last - s.step) * whole / len(self._late))}{first}"
+        )
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self.line.close()

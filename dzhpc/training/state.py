@@ -1,0 +1,96 @@
+"""All that a run is between two steps, declared in one place: what ranks replicate, and what a checkpoint holds."""
+
+import time
+import uuid
+
+import torch
+
+from dzhpc.files import store
+from dzhpc.method import optimizers
+from dzhpc.method.estimators import Partial
+from dzhpc.models import zoo
+from dzhpc.tasks import Task
+from dzhpc.training.active_set import Pattern
+from dzhpc.training.budget import Budget
+
+
+class TrainingState:
+    """A function of the input file alone, not of ranks or restarts, but for ``run_uuid`` and the wall time.
+
+    step: steps done; ``first_step`` of them before this launch. partial: what is known of the next step, if it was left
+    unfinished.
+    """
+
+    def __init__(self, task: Task, pattern: Pattern, budget: Budget):
+        self._task, self.pattern, self.budget = task, pattern, budget
+        self.config, self.index = task.config, task.engine.index
+        self.parameters = dict(zip(self.index.names, self.index.parameters, strict=True))
+        self.optimizer = optimizers.make_optimizer(self.config.optim, self.parameters)
+        self.step, self.first_step = 0, 0
+        self.partial: Partial | None = None
+        self.run_uuid = str(uuid.uuid4())
+        self._history: list[str] = []  # the configs of earlier launches
+        self._wall_before, self._start = 0.0, time.monotonic()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set."""
+        return self.step / self._task.steps_per_epoch
+
+    @property
+    def seconds(self) -> float:
+        """Since this launch began."""
+        return time.monotonic() - self._start
+
+    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate from this step on."""
+        optim, epochs = self.config.optim, self.config.stop.epochs
+        return optimizers.make_schedule(self.optimizer, optim, epochs, self._task.steps_per_epoch, self.step)
+
+    def restore(self, found: store.State) -> None:
+        """Continue from a checkpoint that :func:`dzhpc.training.checks.check_restart` has let pass."""
+        zoo.assign(self._task.model, found.params, found.buffers)
+        optimizers.restore(self.optimizer, self.parameters, found.optimizer)
+        self.pattern.restore(found.lpr, found.coordinates)
+        self.partial, self.budget.queries = found.partial, found.queries
+        self._history = found.history + ([found.config] if found.config != self.config.to_toml() else [])
+        self.run_uuid, self._wall_before = found.run_uuid, found.wall_time_s
+        self.step = self.first_step = found.step
+
+    def replicated(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and optimiser state, by name: equal on all ranks, bit for bit."""
+        tensors = {**dict(self._task.model.named_parameters()), **dict(self._task.model.named_buffers())}
+        for slot, values in optimizers.slots(self.optimizer, self.parameters).items():
+            tensors.update({f"{slot}/{name}": value for name, value in values.items()})
+        return tensors
+
+    def environment(self) -> dict[str, str]:
+        """What bits may depend on beside the input."""
+        return {
+            "run.threads": str(self.config.run.threads),
+            "device": self.index.device.type,
+            "torch": str(torch.__version__),
+            **self._task.engine.environment,
+        }
+
+    def checkpoint(self) -> store.State:
+        """What a checkpoint holds."""
+        model = self._task.model
+        return store.State(
+            config=self.config.to_toml(),
+            history=self._history,
+            step=self.step,
+            epoch=self.epoch,
+            queries=self.budget.queries,
+            wall_time_s=self._wall_before + self.seconds,
+            run_uuid=self.run_uuid,
+            model_sha256=store.model_sha256(model),
+            seed=self.config.run.seed,
+            params=dict(model.named_parameters()),
+            buffers=dict(model.named_buffers()),
+            optimizer=optimizers.slots(self.optimizer, self.parameters),
+            coordinates=self.pattern.coords,
+            lpr=self.pattern.lpr,
+            env=self.environment(),
+            partial=self.partial,
+        )

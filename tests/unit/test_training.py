@@ -1,0 +1,113 @@
+"""What the loop asks of an estimator, what a budget allows, and what the progress line says."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nets import tanh_net, vectors
+
+import dzhpc
+from dzhpc.config import Zo
+from dzhpc.errors import InputError
+from dzhpc.job.stopping import Reason
+from dzhpc.method.estimators import make_estimator
+from dzhpc.training import record
+from dzhpc.training.budget import Budget
+from dzhpc.training.record import Progress, Step
+
+
+def bound():
+    engine = dzhpc.make_engine("reuse", tanh_net(4, 6, 4), "mse")
+    engine.bind(*vectors())
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("zo", "units", "perturbations"),
+    [
+        (Zo(estimator="cge"), 7, 7),
+        (Zo(estimator="cge", difference="central"), 7, 14),
+        (Zo(estimator="rge"), 7, 7),
+        (Zo(estimator="rge", q=3, difference="central"), 3, 6),
+        (Zo(estimator="autograd"), 0, 0),
+        (Zo(estimator="latent"), 0, 0),
+    ],
+)
+def test_units_and_perturbations_of_a_step_on_seven_coordinates(zo, units, perturbations):
+    estimator = make_estimator(zo, 0)
+    assert (estimator.units(7), estimator.perturbations(7)) == (units, perturbations)
+
+
+@pytest.mark.parametrize("kind", ["cge", "rge"])
+def test_numbers_of_units_do_not_depend_on_their_pieces_and_combine_to_the_estimate(kind):
+    engine, coords = bound(), np.array([1, 2, 5, 11, 30])
+    estimator = make_estimator(Zo(estimator=kind, mu=1e-4, q=6 if kind == "rge" else None), 3)
+    n = estimator.units(len(coords))
+    whole = estimator.evaluate(engine, coords, 2, range(n))
+    pieces = torch.cat([estimator.evaluate(engine, coords, 2, piece) for piece in (range(2), range(2, 3), range(3, n))])
+    assert torch.equal(whole, pieces)
+    estimate = estimator.combine(engine, coords, 2, whole)
+    exact = make_estimator(Zo(estimator="autograd"), 3).combine(engine, coords, 2, torch.zeros(0))
+    assert estimate.shape == exact.shape == (5,)
+    if kind == "cge":
+        assert torch.allclose(estimate, exact, rtol=1e-3, atol=1e-4)
+        assert estimator.place(engine.index, coords, 3) == f"the difference at {engine.index.describe(11)}"
+    else:
+        other = estimator.evaluate(engine, coords, 3, range(n))  # a function of the step
+        assert not torch.equal(whole, other)
+
+
+def test_an_estimator_that_is_none_is_named():
+    with pytest.raises(InputError, match=r"zo\.estimator = math:sqrt: expected a subclass of"):
+        make_estimator(SimpleNamespace(estimator="math:sqrt"), 0)
+
+
+def budget(limit=None, **stop):
+    stop = {"epochs": 2.0, "steps": None, "queries": None, "target_accuracy": None} | stop
+    task = SimpleNamespace(
+        config=SimpleNamespace(stop=SimpleNamespace(**stop), task=SimpleNamespace(max_queries=limit)),
+        steps_per_epoch=5, bind_cost=2, query_cost=3, evaluation_queries=4,
+    )  # fmt: skip
+    pattern = SimpleNamespace(coords=range(10), ahead=lambda step: (50, 10))
+    return Budget(task, make_estimator(Zo(estimator="cge"), 0), pattern)
+
+
+def test_a_step_asks_for_its_base_and_for_each_coordinate():
+    assert budget().of_step(10) == 2 + 10 * 3
+
+
+@pytest.mark.parametrize(
+    ("made", "step", "accuracy", "reason"),
+    [
+        (budget(), 9, math.nan, Reason.NONE),
+        (budget(), 10, math.nan, Reason.EPOCHS),
+        (budget(steps=3), 3, math.nan, Reason.STEPS),
+        (budget(target_accuracy=0.9), 3, 0.9, Reason.ACCURACY),
+        (budget(target_accuracy=0.9), 3, math.nan, Reason.NONE),
+        (budget(limit=85), 3, math.nan, Reason.MAX_QUERIES),  # 50 for scores, 32 for the step, 4 for an evaluation
+        (budget(limit=86), 3, math.nan, Reason.NONE),
+    ],
+)
+def test_the_limit_that_ends_a_run(made, step, accuracy, reason):
+    assert made.reason(step, False, accuracy) == reason
+
+
+def test_a_step_that_has_begun_needs_no_scores():
+    assert budget(limit=36).reason(3, True, math.nan) == Reason.NONE
+    assert budget(limit=35).reason(3, True, math.nan) == Reason.MAX_QUERIES
+
+
+def test_the_first_line_tells_set_up_and_compilation_apart_and_neither_is_in_the_pace(monkeypatch):
+    clock = iter([100.0, 143.0, 144.0, 145.0])
+    monkeypatch.setattr(record.time, "monotonic", lambda: next(clock))
+    progress = Progress(100, False, set_up_s=3.14)
+    said = []
+    progress.line = type("Line", (), {"say": lambda self, text: said.append(text())})()
+    step = lambda k, seconds, compiled: Step(k, 0.1, 2.0, 0.1, 1.0, 10 * k, 10, seconds, 0.5, compiled, 0)  # noqa: E731
+    progress.show(step(1, 42.9, 42.0))
+    assert said[0].endswith("11 queries/s comm 56% ETA 0:01:39 (set-up 3.1 s, compilation 42.0 s)")
+    progress.show(step(2, 0.9, 0.0))
+    progress.show(step(3, 0.9, 0.0))
+    assert said[-1].endswith("ETA 0:01:37")
