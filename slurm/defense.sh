@@ -18,30 +18,23 @@ export INPUT=${INPUT:-inputs/defense-cifar10.toml}
 export PRETRAIN=${PRETRAIN:---set optim.lr=1e-3 --set stop.epochs=90}
 export CERTIFY=${CERTIFY:---images 200 --n 1000}
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then # not a job yet: submit the chain
-    submit=${SBATCH:-sbatch}
-    pretrain=$($submit --parsable slurm/defense.sh pretrain "$@") || exit
-    finetune=$($submit --parsable --dependency="afterok:$pretrain" slurm/defense.sh finetune "$@") || exit
-    certify=$($submit --parsable --dependency="afterok:$finetune" slurm/defense.sh certify "$@") || exit
-    echo "jobs $pretrain (pre-training), $finetune (fine-tuning), $certify (certification)"
-    exit
-fi
-
 # slurmd runs a copy of this script in a folder of its own, so files beside it are found through the folder of the sbatch.
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/launch.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
 
+if [ -z "${SLURM_JOB_ID:-}" ]; then # not a job yet
+    chain slurm/defense.sh "pretrain finetune certify" "$@"
+    exit
+fi
+
 stage=${1:-}
 if [ -n "$stage" ]; then shift; fi
-name=$(setting run name "$@")
-name=${name:-$(basename "$INPUT" .toml)}
-folder=$(setting run dir "$@")
-run=${folder:-runs}/$name
+run=$(run_folder "$@") || exit
 
 # The user's arguments come last, so they win; but the pre-training has a run folder of its own.
 case $stage in
     pretrain)
         set -- --set task.loss=mse --set zo.estimator=autograd --set sparsity.ratio=0.0 --set 'model.trainable=["*"]' \
-            --set model.weights= $PRETRAIN "$@" --set "run.name=$name-pretrained"
+            --set model.weights= $PRETRAIN "$@" --set "run.name=$(basename "$run")-pretrained"
         need_input "$@"
         launch train "$INPUT" "$@"
         ;;

@@ -23,9 +23,13 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$node_local/triton}
 # One thread a rank, as run.threads says, before any library starts its own pool: N ranks times N threads would fight for N cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# This job by the name that means no other: one member of a job array bears the id of the whole array.
+job=${SLURM_JOB_ID:-}
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+
 # When Slurm will end the job, in seconds since 1970; new versions say so themselves.
-if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-    SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2> /dev/null) && export SLURM_JOB_END_TIME
+if [ -n "$job" ] && [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$job" -o %e)" +%s 2> /dev/null) && export SLURM_JOB_END_TIME
 fi
 
 warned=""       # USR1 (the time limit is near) or TERM (preempted or cancelled), once the job was warned
@@ -42,42 +46,52 @@ forward() {
 trap 'warned=${warned:-USR1}; if [ -n "$pid" ]; then forward; fi' USR1
 trap 'warned=TERM;            if [ -n "$pid" ]; then forward; fi' TERM
 
-# setting SECTION KEY ARGUMENTS...: the value that a run of $INPUT with these arguments will see, as far as it is written plainly.
-setting() {
-    local section=$1 key=$2 value word
-    shift 2
-    value=$(sed -n "/^\[$section\]/,/^\[/s/^$key *= *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$INPUT" | tail -n 1)
-    for word in "$@"; do
-        case $word in "$section.$key="* | "--set=$section.$key="*) value=${word#*"$key="} ;; esac
-    done
-    value=${value#[\"\']}
-    echo "${value%[\"\']}"
+# settings KEYS ARGUMENTS...: the values that a run of $INPUT with these arguments will see, in the array `values`, "" where unset.
+settings() {
+    local keys=$1 found
+    shift
+    found=$(python -m dzhpc.info setting "$INPUT" "$keys" -- "$@") || exit
+    mapfile -t values <<< "$found"
 }
 
-# need_input ARGUMENTS...: fail in the first second, not in the first hour, where the input file or its data are missing.
+# need_input ARGUMENTS...: fail at once, not after an hour in the queue of the next stage, where the input or its data are missing.
 need_input() {
-    local name root
+    local root
     if [ ! -f "$INPUT" ]; then
         echo "$INPUT: no such input file in $PWD; submit from the folder that holds inputs/ and slurm/, or set INPUT" >&2
         exit 2
     fi
-    name=$(setting data name "$@")
-    root=$(setting data root "$@")
-    root=${root:-${DZHPC_DATA:-data}}
-    if [ "$name" = cifar10 ] && [ ! -e "$root/cifar10.h5" ] && [ ! -d "$root/cifar10/cifar-10-batches-py" ]; then
+    settings data.name,data.root,model.weights,task.classifier "$@"
+    root=${values[1]:-${DZHPC_DATA:-data}}
+    if [ "${values[0]}" = cifar10 ] && [ ! -e "$root/cifar10.h5" ] && [ ! -d "$root/cifar10/cifar-10-batches-py" ]; then
         echo "$root: no CIFAR-10 there (cifar10.h5); get it on a node with network access: python -m dzhpc.fetch cifar10 --root $root" >&2
         exit 2
     fi
-    name=$(setting model weights "$@")
-    if [ -n "$name" ] && [ ! -e "$name" ]; then
-        echo "$name: no such file, but model.weights names it; give a checkpoint of an earlier run: --set model.weights=FILE" >&2
+    if [ -n "${values[2]}" ] && [ ! -e "${values[2]}" ]; then
+        echo "${values[2]}: no such file, but model.weights names it; give a checkpoint of an earlier run: --set model.weights=FILE" >&2
         exit 2
     fi
-    name=$(setting task classifier "$@")
-    if [ -n "$name" ] && [ ! -e "$name" ] && [ "${name#*:}" = "$name" ]; then
-        echo "$name: no such file, but task.classifier names it; give weights or a run folder: --set task.classifier=FILE" >&2
+    if [ -n "${values[3]}" ] && [ ! -e "${values[3]}" ] && [ "${values[3]#*:}" = "${values[3]}" ]; then
+        echo "${values[3]}: no such file, but task.classifier names it; give weights or a run folder: --set task.classifier=FILE" >&2
         exit 2
     fi
+}
+
+# run_folder ARGUMENTS...: where a run of $INPUT with these arguments lies.
+run_folder() {
+    settings run.dir,run.name "$@"
+    echo "${values[0]}/${values[1]}"
+}
+
+# chain SCRIPT "STAGES" ARGUMENTS...: submit a job for each stage, each of which waits until the one before has succeeded.
+chain() {
+    local script=$1 stages=$2 stage before="" jobs=""
+    shift 2
+    for stage in $stages; do
+        before=$(${SBATCH:-sbatch} --parsable ${before:+"--dependency=afterok:$before"} "$script" "$stage" "$@") || exit
+        jobs="$jobs, $before ($stage)"
+    done
+    echo "jobs ${jobs#, }"
 }
 
 # launch VERB ARGUMENTS...: run it on all tasks, and leave with its exit code; requeue where the same command should go on.
@@ -95,11 +109,11 @@ launch() {
     cause=$(cat "$DZHPC_STATUS")
     rm -f "$DZHPC_STATUS"
     # 75: stopped with a checkpoint. Preemption requeues by itself if the site wants it, and a cancelled job must not come back.
-    if [ "$code" = 75 ] && [ "$warned" != TERM ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    if [ "$code" = 75 ] && [ "$warned" != TERM ] && [ -n "$job" ]; then
         case $cause in
             SIGNAL | DEADLINE | WALLTIME)
-                echo "requeue of job $SLURM_JOB_ID: $cause"
-                scontrol requeue "$SLURM_JOB_ID" || echo "not requeued: submit the same command again" >&2
+                echo "requeue of job $job: $cause"
+                scontrol requeue "$job" || echo "not requeued: submit the same command again" >&2
                 ;;
         esac
     fi

@@ -18,32 +18,25 @@
 export INPUT=${INPUT:-inputs/sol.toml}
 export EVALUATE=${EVALUATE:-}
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then # not a job yet: submit the chain
-    submit=${SBATCH:-sbatch}
-    simulate=$($submit --parsable slurm/sol.sh simulate "$@") || exit
-    train=$($submit --parsable --dependency="afterok:$simulate" slurm/sol.sh train "$@") || exit
-    evaluate=$($submit --parsable --dependency="afterok:$train" slurm/sol.sh evaluate "$@") || exit
-    echo "jobs $simulate (reference), $train (training), $evaluate (evaluation)"
-    exit
-fi
-
 # slurmd runs a copy of this script in a folder of its own, so files beside it are found through the folder of the sbatch.
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/launch.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then # not a job yet
+    chain slurm/sol.sh "simulate train evaluate" "$@"
+    exit
+fi
 
 stage=${1:-}
 if [ -n "$stage" ]; then shift; fi
 need_input "$@"
-name=$(setting run name "$@")
-name=${name:-$(basename "$INPUT" .toml)}
-folder=$(setting run dir "$@")
-run=${folder:-runs}/$name
-root=$(setting data root "$@")
-root=${root:-${DZHPC_DATA:-data}}
+root=${values[1]:-${DZHPC_DATA:-data}}
+reference=$root/${values[0]}.h5
+run=$(run_folder "$@") || exit
 
 case $stage in
     simulate)
         mkdir -p "$root"
-        launch simulate "$INPUT" -o "$root/$(setting data name "$@").h5" "$@" # nothing left to do where the file is whole
+        launch simulate "$INPUT" -o "$reference" "$@" # nothing left to do where the file is whole
         ;;
     train) launch train "$INPUT" "$@" ;;
     evaluate) launch evaluate "$run" "$INPUT" -o "$run/evaluation" --data-root "$root" $EVALUATE ;;

@@ -104,7 +104,7 @@ def is_stale(owner: dict) -> bool:
         return gone
     if job is None:
         return False
-    if job == os.environ.get("SLURM_JOB_ID"):  # requeued to another node: a job runs once at a time
+    if job == process.job_id():  # requeued to another node: a job runs once at a time
         return owner["restart_count"] != os.environ.get("SLURM_RESTART_COUNT", "0")
     return not _runs(job)
 

@@ -47,8 +47,14 @@ def identity() -> dict[str, object]:
     """Host, process and Slurm job of this process, for :func:`is_gone`."""
     return {
         "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "boot": _boot(),
-        "job_id": os.environ.get("SLURM_JOB_ID"), "restart_count": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "job_id": job_id(), "restart_count": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }  # fmt: skip
+
+
+def job_id() -> str | None:
+    """This Slurm job by the name that means no other: ``12``, or ``12_7`` for a member of an array, one of which is 12, too."""
+    array, member = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{member}" if array and member else os.environ.get("SLURM_JOB_ID")
 
 
 def is_gone(other: dict[str, object]) -> bool | None:

@@ -277,3 +277,22 @@ def test_sol_chain(cluster, place):
     }  # fmt: skip
     fields = cluster.end_of(cluster.submit("--ntasks=1", "slurm/sol.sh", "correct", cwd=place))
     assert fields["ExitCode"] == "2:0" and "expected simulate, train or evaluate" in output(fields)
+
+
+def test_the_member_of_an_array_that_bears_its_id_comes_back_alone(cluster, place, slow):
+    """Slurm gives one member of an array the array's own id: requeued by that, all members would be killed and start afresh."""
+    array = cluster.submit("--array=0,5,10", "--ntasks=1", "slurm/cnn.sh", *sets(run__dir="runs/three"), cwd=place, env=OWN_INPUT)
+    members = [f"{array}_{k}" for k in (0, 5, 10)]
+    for member in members:
+        cluster.when(member, lambda fields: fields["JobState"] == "RUNNING")
+    own = next(member for member in members if cluster.show(member)["JobId"] == array)
+    reached(place, 3)
+    cluster.command("scancel", "--signal=USR1", "--batch", own)
+    cluster.when(own, lambda fields: fields["Restarts"] == "1")
+    (place / "slow").unlink()
+    ended = {member: cluster.end_of(member) for member in members}
+    assert {member: (fields["JobState"], fields["Restarts"]) for member, fields in ended.items()} == {
+        member: ("COMPLETED", "1" if member == own else "0") for member in members
+    }
+    folders = [place / "runs" / "three" / f"depth-1-seed-{seed}" for seed in range(3)]
+    assert sorted(len(list((folder / "launches").glob("*.json"))) for folder in folders) == [1, 1, 2]
