@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dzhpc
-from dzhpc import config, data, models
+from dzhpc import config, data, models, processor
 from dzhpc.engines.full import Full
 from dzhpc.errors import InputError
 from dzhpc.models.cnn import SimpleCNN
@@ -201,7 +201,7 @@ def machine() -> str:
         name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    have = [word for word in ("avx512_f", "avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(word) is True]
+    have = [word for word in ("avx512_f", "avx512_bf16", "amx_bf16") if word in processor.capabilities()]
     return f"{os.cpu_count()} cores of {name} ({', '.join(have) or 'no AVX-512'})"
 
 

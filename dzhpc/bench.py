@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dzhpc import device as devices
-from dzhpc import models, pruning, store
+from dzhpc import models, processor, pruning, store
 from dzhpc.config import Model
 from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
@@ -77,6 +77,7 @@ def machine() -> dict[str, str]:
     cpu = torch.cpu.get_capabilities()
     return {
         "cpu": f"{cpu.get('cpu_name') or platform.processor()}, {cpu.get('num_physical_cores')} cores",
+        "instruction set": processor.instruction_set(),
         "bf16 on the cpu": str(devices.has_fast_bf16(torch.device("cpu"))),
         "gpu": gpu,
         "python": platform.python_version(),

@@ -8,6 +8,7 @@ import pytest
 
 # from the bottom up: a module imports only from lower rows
 LAYERS = """
+processor
 engines.winograd
 errors seeds metrics process models.resnet models.dncnn models.frozen engines.changes engines.differences engines.programs
 config coordinates device graph lock smoothing spmd models.cnn models.vit models.corrector baselines baselines.ae_ds
@@ -32,6 +33,7 @@ train certify simulate evaluate
 ONLY = {"mpi4py": {"spmd"}, "h5py": {"store"}, "phi": {"tasks.sol.phiflow"}}
 NUMERICAL = {
     "coordinates",
+    "processor",
     "graph",
     "engines",
     "engines.full",
