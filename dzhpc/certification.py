@@ -12,7 +12,7 @@ import torch
 from dzhpc import certificates, store
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.lock import Lock
-from dzhpc.metrics import Line, duration
+from dzhpc.metrics import Line, duration, say_first
 from dzhpc.smoothing import ABSTAIN, Certificate, Plan, Smoothed
 from dzhpc.spmd import World
 from dzhpc.stopping import Reason, Requests
@@ -124,7 +124,7 @@ class Certification:
     def _announce(self, images: int) -> None:
         samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
         done = f", {len(self._numbers) - images} done already" if images < len(self._numbers) else ""
-        log.info("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+        say_first("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
 
     def _work(self, mine: list[Certificate]) -> None:
         """Certify this rank's images until all are done or some rank has called off."""
