@@ -25,6 +25,7 @@ import dzhpc
 from dzhpc import config, data
 from dzhpc.engines.full import Full
 from dzhpc.errors import InputError
+from dzhpc.job import processor
 from dzhpc.models import zoo as models
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20
@@ -202,7 +203,7 @@ def machine() -> str:
         name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    have = [word for word in ("avx512_f", "avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(word) is True]
+    have = [word for word in ("avx512_f", "avx512_bf16", "amx_bf16") if word in processor.capabilities()]
     return f"{os.cpu_count()} cores of {name} ({', '.join(have) or 'no AVX-512'})"
 
 

@@ -24,6 +24,7 @@ from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
 from dzhpc.files import store
 from dzhpc.job import device as devices
+from dzhpc.job import processor
 from dzhpc.job.world import World, run_verb
 from dzhpc.method import scores as pruning
 from dzhpc.method.seeds import generator
@@ -79,6 +80,7 @@ def machine() -> dict[str, str]:
     cpu = torch.cpu.get_capabilities()
     return {
         "cpu": f"{cpu.get('cpu_name') or platform.processor()}, {cpu.get('num_physical_cores')} cores",
+        "instruction set": processor.instruction_set(),
         "bf16 on the cpu": str(devices.has_fast_bf16(torch.device("cpu"))),
         "gpu": gpu,
         "python": platform.python_version(),

@@ -17,9 +17,8 @@ from dzhpc.job import device as devices
 from dzhpc.job import log as metrics
 from dzhpc.job.stopping import Reason, Requests, listen, tell_job_script
 from dzhpc.job.world import World, run_verb
-from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense import certificates, load_defense
 from dzhpc.tasks.defense.certification import Certification
-from dzhpc.tasks.defense.task import load_defense
 
 log = logging.getLogger("dzhpc")
 
@@ -53,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
     listen()
-    metrics.set_up_log(world.is_root, args.quiet)
+    metrics.set_up_log(world.is_root, args.quiet, until_first=True)
     world.on_root(lambda: check(args))
     if world.is_root:  # after a collective: all ranks listen
         tell_job_script("LISTENING")

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
     listen()
-    metrics.set_up_log(world.is_root, args.quiet)
+    metrics.set_up_log(world.is_root, args.quiet, until_first=True)
     config = world.on_root(lambda: check(configuration.load(args.input, args.set), args.out))
     if world.is_root:  # after a collective: all ranks listen
         tell_job_script("LISTENING")

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
     listen()
-    metrics.set_up_log(world.is_root, args.quiet)
+    metrics.set_up_log(world.is_root, args.quiet, until_first=not args.dry_run)
     config = world.on_root(lambda: configuration.load(args.input, args.set))
     if world.is_root:  # after a collective: all ranks listen
         tell_job_script("LISTENING")
@@ -86,7 +86,9 @@ def run(world: World, task: Task, folder: RunFolder, lock: Lock, args: argparse.
     trainer = Trainer(world, task, folder, args.quiet)
     if state is not None:
         trainer.restore(state)
-    world.on_root(lambda: begin(folder, trainer, state, source, stale, ranks))
+    world.on_root(lambda: metrics.log_to(folder.path / "log.txt"))
+    metrics.say_first(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
+    world.on_root(lambda: begin(folder, trainer, state, stale, ranks))
     world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
     reason = trainer.run()
     if world.is_root:
@@ -130,10 +132,8 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     return state, source, stale
 
 
-def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, stale: str, ranks: list) -> None:
-    """The first lines of the log, the resolved input, the launch manifest."""
-    metrics.log_to(folder.path / "log.txt")
-    log.info(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
+def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, stale: str, ranks: list) -> None:
+    """What follows the first line of the log, the resolved input, the launch manifest."""
     if state is not None and state.partial is not None:
         known = state.partial.done
         log.info("completing step %d: %d of %d differences are known", state.step + 1, known.sum(), len(known))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dzhpc.errors import LaunchError
+from dzhpc.job import processor
 
 log = logging.getLogger("dzhpc")
 GPUS_ASKED_FOR = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK")
@@ -38,11 +39,10 @@ def cpu(threads: int) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
+    """Whether the device multiplies bfloat16 in hardware, as far as this process may use it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    names = {name for name, present in torch.cpu.get_capabilities().items() if present is True}
-    return any("bf16" in name for name in names)
+    return any("bf16" in name for name in processor.capabilities())
 
 
 def describe(device: torch.device) -> str:

@@ -23,15 +23,49 @@ class _Console(logging.Handler):
         stream.flush()
 
 
-def set_up_log(is_root: bool, quiet: bool = False) -> None:
-    """The root speaks; other ranks only warn."""
+class _Held(logging.Handler):
+    """Keeps records from the handlers behind it until it is released; ``flush`` does that, so that the end of a process does."""
+
+    def __init__(self, *behind: logging.Handler):
+        super().__init__()
+        self._behind, self._records = behind, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args = record.getMessage(), None  # what it speaks of may change before it is said
+        self._records.append(record)
+
+    def flush(self) -> None:
+        self.release()
+
+    def release(self, *first: object) -> None:
+        """Step aside, let ``first`` be said where it is given, then all that was kept."""
+        if self not in log.handlers:
+            return
+        log.handlers[:] = [*self._behind, *(h for h in log.handlers if h is not self)]
+        if first:
+            log.info(*first)
+        for record in self._records:
+            log.handle(record)
+
+
+def set_up_log(is_root: bool, quiet: bool = False, until_first: bool = False) -> None:
+    """The root speaks; other ranks only warn. ``until_first``: nothing is said before :func:`say_first`, or before the end."""
     log.handlers.clear()
     console = _Console()
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO if is_root and not quiet else logging.WARNING)
-    log.addHandler(console)
+    log.addHandler(_Held(console) if until_first else console)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def say_first(text: str, *args: object) -> None:
+    """The line that says how the run began; what was logged before it comes after it. Later ones are lines like others."""
+    held = next((handler for handler in log.handlers if isinstance(handler, _Held)), None)
+    if held:
+        held.release(text, *args)
+    else:
+        log.info(text, *args)
 
 
 class _LogFile(logging.FileHandler):

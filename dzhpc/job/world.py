@@ -5,6 +5,7 @@ MPI starts when a :class:`World` is made, never on import. All buffers are host 
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -293,8 +294,16 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
         parsed = world.bcast(_parse(parser) if world.is_root else None)  # argparse speaks once, not once a rank
         code = parsed if isinstance(parsed, int) else main(world, parsed)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
+        _flush_log()
         code = world.fail(error)
+    _flush_log()
     sys.exit(code)
+
+
+def _flush_log() -> None:
+    """Let go of lines that still wait for the one that says how the run began."""
+    for handler in list(logging.getLogger("dzhpc").handlers):
+        handler.flush()
 
 
 def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace | int:

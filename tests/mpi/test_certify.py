@@ -212,7 +212,9 @@ def test_a_signal_stops_it_and_nothing_is_asked_twice(place, disturbed, done):
 def test_a_kill_half_way_costs_little(place, disturbed, done):
     result, before = disturbed["killed"]
     assert result.code not in (0, 75)
-    done["killed-rest"].succeeded()
+    lines = done["killed-rest"].succeeded().out.splitlines()
+    assert lines[0].startswith("defense: 13 images, n0 = 30, n = 500, sigma 0.4, ")  # what comes before it waits for it
+    assert lines[1].startswith("took over killed/defense.h5 from ")
     assert_same(record(place / "killed" / "defense.h5"), record(place / "three" / "defense.h5"))
     known = sum(row.n + (30 if row.selected >= 0 else 0) for row in before)
     assert asked(place, "killed-rest")[0] == 13 * 530 - known  # what the record knew was not asked again

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from mpi_launch import Case, assert_same, attributes, batch, bits, checkpoints, column, mpirun, sets, tensor
 
+from dzhpc.job import processor
+
 CONFIGS = {
     "cge-dynamic": ("digits.toml", []),
     "cge-full-engine": ("digits.toml", sets(zo__engine="full", stop__steps=3)),
@@ -23,6 +25,8 @@ CONFIGS = {
         + sets(sparsity__q=5, sparsity__redraw_steps=2, optim__name="adam", stop__steps=9),
     ),
 }  # fmt: skip
+if "bf16" not in processor.instruction_set():  # unit/test_delta_precision.py has the same in types that every processor has
+    CONFIGS.pop("delta-bf16")
 FEWER = {"cge-full-engine", "delta", "delta-bf16", "regrasp", "fo-grasp", "dropout", "objective-rge"}
 RANKS = {name: (1, 3) if name in FEWER else (1, 2, 3, 4) for name in CONFIGS}  # three is the hardest: slices of unequal size
 

@@ -170,7 +170,10 @@ def test_a_kill_costs_little(place, disturbed, done):
     result, before = disturbed["killed"]
     assert result.code not in (0, 75)
     assert sum(before.values()) > 0
-    line = next(x for x in done["killed-rest"].succeeded().out.splitlines() if x.startswith("simulations done"))
+    lines = done["killed-rest"].succeeded().out.splitlines()
+    assert lines[0].startswith("killed.h5: ")  # what comes before it waits for it
+    assert lines[1].startswith("took over killed.h5 from ")
+    line = next(x for x in lines if x.startswith("simulations done"))
     assert int(line.split(", ")[1].split(" ")[0].replace(",", "")) >= sum(before.values())
     assert_same(contents(place / "killed.h5"), contents(place / "long.h5"))
 

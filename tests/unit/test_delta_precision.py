@@ -1,4 +1,8 @@
-"""Engine delta in fp32 and bf16, with and without a compiler, against the float64 difference; which networks need no way out."""
+"""Engine delta in fp32 and bf16, with and without a compiler, against the float64 difference; which networks need no way out.
+
+bf16 only where the processor has its products: emulated ones take minutes. How changes travel in a narrower type than the
+parameters is tested on all processors, by float32 below float64.
+"""
 
 import copy
 import itertools
@@ -11,12 +15,19 @@ from delta_nets import VGG, DnCNN, Normed, TinyTransformer, relative
 from torch import nn
 
 import dzhpc
+from dzhpc.engines.delta import rules
+from dzhpc.engines.delta.change import Change
+from dzhpc.engines.delta.engine import Delta
+from dzhpc.engines.delta.propagation import Propagation
 from dzhpc.engines.kernels import compiled as programs
+from dzhpc.job import processor
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
 
 TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
+BF16 = "bf16" in processor.instruction_set()
+NARROWEST = "bf16" if BF16 else "fp32"
 
 
 class Residual(nn.Module):
@@ -83,7 +94,7 @@ def check(name, precision, caplog):
 
 
 # each compiles for ten seconds or so: the others differ in rules, not in what a compiler does with them
-@pytest.mark.parametrize(("name", "precision"), [("cnn", "fp32"), ("resnet", "bf16"), ("normed", "bf16")])
+@pytest.mark.parametrize(("name", "precision"), [("cnn", "fp32"), ("resnet", NARROWEST), ("normed", NARROWEST)])
 def test_close_to_float64_with_a_compiler(name, precision, caplog, monkeypatch):
     compiled, compile_one = [], programs.Programs._compile
 
@@ -100,13 +111,66 @@ def test_close_to_float64_with_a_compiler(name, precision, caplog, monkeypatch):
     assert not [line for line in caplog.messages if "not compiled" in line]
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not BF16, reason="no bfloat16"))])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_close_to_float64_without_a_compiler_which_is_said_once(name, precision, caplog, monkeypatch):
     monkeypatch.setattr(programs, "COMPILERS", ())
     engine = check(name, precision, caplog)
     assert not engine.compiling
     assert sum("not compiled: no C++ compiler" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "normed", "transformer", "dncnn"])
+def test_changes_may_travel_in_a_narrower_type_than_the_parameters(name, monkeypatch):
+    """Dense ones do, those of one channel (which are small) never; float32's digits are left, no fewer."""
+    kinds, advance = set(), Propagation.advance
+
+    def noted(self, run, changes):
+        advance(self, run, changes)
+        found = [changes[node] for node in run.leaving]
+        kinds.update((c.channel is None, c.data.dtype) for c in found if isinstance(c, Change))
+
+    monkeypatch.setattr(Propagation, "advance", noted)
+    model, loss, inputs, targets, coords, expected = problem(name)
+    engine = Delta(model.double(), loss, travel=torch.float32)
+    engine.bind(inputs.double(), targets.double() if loss == "mse" else targets)
+    for mu, truth in expected.items():
+        assert 1e-9 < relative(engine.differences(coords, mu), truth) < 5e-7
+    assert kinds - {(False, torch.float64)} == {(True, torch.float32)}
+
+
+class Compared(nn.Module):
+    """Base values near 1 or 6 that a narrower type cannot tell apart, before an operation that compares them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.one, self.two, self.fc, self.function = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return self.fc(self.function(1 + 1e-9 * self.two(self.one(x))).mean((2, 3)))
+
+
+COMPARING = {
+    "max pool": nn.MaxPool2d(2),
+    "adaptive max pool": nn.AdaptiveMaxPool2d(2),
+    "relu6": lambda x: nn.functional.relu6(5 + x),
+}
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_base_values_that_are_compared_are_not_rounded(name, monkeypatch):
+    model, inputs, labels = Compared(COMPARING[name]).double(), torch.randn(4, 3, 8, 8).double(), torch.arange(4) % 3
+    coords = np.arange(model.one.weight.numel() + model.one.bias.numel())
+
+    def differences(travel):
+        engine = Delta(model, "cross_entropy", travel=travel)  # engine full would subtract all digits away
+        engine.bind(inputs, labels)
+        return engine.differences(coords, 0.1)
+
+    truth = differences(torch.float64)
+    assert relative(differences(torch.float32), truth) < 1e-6
+    monkeypatch.setattr(rules, "SHARP", set())
+    assert relative(differences(torch.float32), truth) > 0.1
 
 
 NAMED = {

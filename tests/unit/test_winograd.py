@@ -11,10 +11,13 @@ from torch import nn
 import dzhpc
 from dzhpc.engines.kernels import compiled as programs
 from dzhpc.engines.kernels import winograd
+from dzhpc.job import processor
 
-CAN = winograd.is_possible() and any(map(shutil.which, programs.COMPILERS))
+COMPILER = any(map(shutil.which, programs.COMPILERS))
+CAN = winograd.is_possible() and COMPILER
 needs_it = pytest.mark.skipif(not CAN, reason="needs AVX-512 and a C++ compiler")
-TYPES = [torch.float32, torch.bfloat16] if torch.cpu.get_capabilities().get("avx512_bf16") else [torch.float32]
+SERVED = {"fp32": True, "bf16": {"avx512_bf16", "amx_bf16"} & processor.capabilities() == {"avx512_bf16"}}  # AMX is faster
+TYPES = [torch.float32, torch.bfloat16] if "avx512_bf16" in processor.capabilities() else [torch.float32]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}  # of the outputs' norm: a few roundings
 SHAPES = [  # C, O, H, W, border on the left, right, top and bottom
     (16, 16, 32, 32, (1, 1, 1, 1)),
@@ -30,6 +33,38 @@ SHAPES = [  # C, O, H, W, border on the left, right, top and bottom
     (13, 37, 6, 5, (0, 1, 1, 0)),
     (40, 3, 9, 8, (1, 1, 1, 1)),
 ]
+
+
+class Plain:
+    """The steps of winograd.cpp by torch, on any processor: sums in float64, rounded where the kernel stores its own type."""
+
+    INPUTS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B'
+    OUTPUTS = ((1, 1, 1, 0), (0, 1, -1, -1))  # A'
+
+    def __init__(self, compiler: str = ""):
+        pass
+
+    def __call__(self, images, kernels, outputs, border, centred=None):
+        coords, batch, channels, height, width = images.shape
+        left, right, top, bottom = border
+        rows, columns = height + top + bottom - 2, width + left + right - 2
+        tall, wide = -(-rows // 2), -(-columns // 2)
+        _, steps, filled, step = kernels.shape  # [16, C / s, O, s], both filled up to multiples of 16
+        beyond = (left, 2 * wide + 2 - left - width, top, 2 * tall + 2 - top - height, 0, step * steps - channels)
+        tiles = F.pad(images.flatten(0, 1), beyond).double().unfold(2, 4, 2).unfold(3, 4, 2)
+        inputs, back = (torch.tensor(rows, dtype=torch.float64) for rows in (self.INPUTS, self.OUTPUTS))
+        tiles = (inputs @ tiles @ inputs.T).to(kernels.dtype)  # [N, C, tall, wide, 4, 4]
+        if step == 2 and tiles.shape[1] % 32 == 0:  # of 32 channels the even ones first
+            tiles = tiles.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1, 3)
+        tiles = tiles.unflatten(1, (steps, step)).flatten(-2)
+        products = torch.einsum("ncsyxk,kcos->noyxk", tiles.double(), kernels.double()).unflatten(-1, (4, 4))
+        out = (back @ products @ back.T).transpose(3, 4).reshape(coords * batch, filled, 2 * tall, 2 * wide)
+        out = out[:, :outputs, :rows, :columns].unflatten(0, (coords, batch))
+        means = None
+        if centred is not None:
+            crossed = (out * (2 * centred.to(images.dtype).double() + out)).mean((1, 3, 4))
+            means = torch.stack([out.mean((1, 3, 4)), crossed]).float()
+        return out.to(images.dtype), means
 
 
 def kernel():
@@ -51,15 +86,17 @@ def problem(c, o, h, w, border, dtype, coords=3, batch=5):
     return images, weight, centred, out, torch.stack([out.mean((1, 3, 4)), crossed])
 
 
-@needs_it
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("way", ["plain", pytest.param("compiled", marks=needs_it)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_means_are_those_of_float64(shape, dtype):
-    border = shape[-1]
+def test_outputs_and_means_are_those_of_float64(shape, dtype, way):
+    if way == "compiled" and dtype not in TYPES:
+        pytest.skip("needs bfloat16 products")
+    border, convolve = shape[-1], kernel() if way == "compiled" else Plain()
     images, weight, centred, expected, means = problem(*shape, dtype)
     kernels = winograd.transformed(weight, dtype)
     for beside in (None, centred, centred.to(memory_format=torch.channels_last)):
-        out, found = kernel()(images, kernels, shape[1], border, beside)
+        out, found = convolve(images, kernels, shape[1], border, beside)
         assert out.shape == expected.shape
         assert out.dtype == dtype
         for k in range(len(images)):  # coordinates of very different sizes
@@ -126,13 +163,16 @@ class Chain(nn.Module):
         return self.fc(self.three(x).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("way", ["compiled", "compiler fails"])
+@pytest.mark.parametrize("way", ["compiled", "plain", "compiler fails"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
 def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, tolerance, monkeypatch, caplog):
-    if way == "compiled" and (not CAN or (precision == "bf16" and len(TYPES) == 1)):
-        pytest.skip("needs AVX-512 (with bfloat16 products) and a C++ compiler")
+    if not (CAN if way == "compiled" else COMPILER) or (precision == "bf16" and "bf16" not in processor.instruction_set()):
+        pytest.skip("needs a C++ compiler, AVX-512 where it compiles the kernel, and bfloat16 products for them")
     torch.manual_seed(0)
     model, inputs, labels = Chain(), torch.randn(16, 3, 24, 24), torch.arange(16) % 10
+    monkeypatch.setattr(winograd, "is_possible", lambda: True)
+    if way == "plain":
+        monkeypatch.setattr(winograd, "Winograd", Plain)
     calls, run = [], winograd.Winograd.__call__
 
     def counted(self, *args):
@@ -143,7 +183,7 @@ def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, toler
         raise OSError("fatal error: no such processor")
 
     monkeypatch.setattr(winograd.Winograd, "__call__", counted)
-    if way != "compiled":
+    if way == "compiler fails":
         monkeypatch.setattr(winograd.Winograd, "__init__", failing)
     with caplog.at_level(logging.INFO, logger="dzhpc"):
         logging.getLogger("dzhpc").propagate = True
@@ -156,11 +196,12 @@ def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, toler
     truth = dzhpc.make_engine("full", model.double(), "cross_entropy")
     truth.bind(inputs.double(), labels)
     assert relative(found, truth.differences(coords, 5e-3)) < tolerance
-    if way == "compiled":
-        assert set(calls) == {True, False}  # with means for the BatchNorms in train mode, without for the last one
+    if way != "compiler fails":
+        both = {True, False}  # with means for the BatchNorms in train mode, without for the last one
+        assert set(calls) == (both if SERVED[precision] else set())
     else:
         assert not calls
-        assert sum("3 x 3 convolutions are torch's" in line for line in caplog.messages) == (1 if CAN else 0)
+        assert sum("3 x 3 convolutions are torch's" in line for line in caplog.messages) == SERVED[precision]
 
 
 @needs_it

@@ -46,21 +46,25 @@ class Delta(Reuse):
 
     precision: "fp32": changes travel in the parameters' own type; "bf16": in bfloat16, statistics and losses as before.
     memory_mb: chunks are cut so that their changes need no more MiB than this (None: a fixed default for each device type).
+    travel: any other type for changes to travel in, whatever ``precision`` says.
 
     Raises InputError where torch.fx cannot trace the model, or where ``memory_mb`` is too small for one coordinate.
     """
 
-    def __init__(self, model: nn.Module, loss: str | Callable, precision: str = "fp32", memory_mb: float | None = None):
+    def __init__(
+        self, model: nn.Module, loss: str | Callable, precision: str = "fp32", memory_mb: float | None = None,
+        travel: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__(model, loss)
         self._keep_all = True
         self._limit = memory_mb * 2**20 if memory_mb else None
         self._loss_name = next((name for name, f in LOSSES.items() if f is self.loss), None)
         self._said: set[str] = set()
-        self._travel = torch.bfloat16 if precision == "bf16" else self.index.dtype
+        self._travel = travel or (torch.bfloat16 if precision == "bf16" else self.index.dtype)
         self._programs = Programs(self.index.device, self.index.dtype, self._say_once)
         self._propagation: Propagation | None = None
         self._all_plans: dict[torch.Size, list[_Plan]] = {}  # for each shape of a batch
-        self._narrow = precision == "bf16" or self.index.dtype != torch.float32  # whether float64 base values gain nothing
+        self._narrow = self._travel != torch.float32 or self.index.dtype != torch.float32  # float64 base values gain nothing
         self._plans: list[_Plan] = []
         if precision == "bf16" and not devices.has_fast_bf16(self.index.device):
             self._say_once("this hardware has no fast bfloat16: precision = fp32 may be faster")

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dzhpc.engines.kernels import winograd
+from dzhpc.job import processor
 
 SMALL = 2**17  # elements: less work than this is not worth a compiler's second
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
@@ -100,6 +101,7 @@ class Programs:
             "realize_opcount_threshold": 256,
             "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
             "assert_indirect_indexing": False,  # channels come from coordinates, which were checked
+            "fx_graph_cache": False,  # its keys know nothing of instruction sets; those of the compiled code behind it do
         }
         if _in_halves(tensors):
             options["cpp.simdlen"] = 256
@@ -133,8 +135,8 @@ def _largest(traced: fx.GraphModule) -> int:
 def _in_halves(tensors: list[Tensor]) -> bool:
     """Whether rows of bfloat16 fill half a 512-bit register only: loading parts is five times slower than narrow registers."""
     rows = [t.shape[t.stride().index(1)] for t in tensors if t.dtype == torch.bfloat16 and 1 in t.stride()]
-    wide = tensors[0].device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f", False)
-    return bool(wide) and any(n % 32 == 16 for n in rows)
+    wide = tensors[0].device.type == "cpu" and "avx512_f" in processor.capabilities()
+    return wide and any(n % 32 == 16 for n in rows)
 
 
 def _lift_constants(traced: fx.GraphModule) -> list[Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dzhpc.job import processor
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 PATIENCE = 120  # seconds for the compiler, which needs two
 BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
@@ -63,14 +65,15 @@ class Winograd:
 
 
 def is_possible() -> bool:
-    """Whether this processor has AVX-512."""
-    return all(_processor().get(name) for name in BASE)
+    """Whether this process may use AVX-512."""
+    return processor.capabilities().issuperset(BASE)
 
 
 def fits(conv: nn.Conv2d, data: Tensor) -> bool:
     """Whether changes [P, B, C, H, W] pass through this layer so, and faster than by torch."""
     plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
-    halves = _processor().get("avx512_bf16") and not _processor().get("amx_bf16")  # torch's own are faster with AMX
+    have = processor.capabilities()
+    halves = "avx512_bf16" in have and "amx_bf16" not in have  # torch's own are faster with AMX
     known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and halves)
     if not (plain and known and conv.padding_mode == "zeros" and data.ndim == 5):
         return False
@@ -96,17 +99,12 @@ def transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _processor() -> dict:
-    return torch.cpu.get_capabilities()
-
-
-@functools.cache
 def _library(compiler: str) -> ctypes.CDLL:
     """The compiled source; ranks that compile at once do not disturb each other."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import, and not needed by all
 
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-mfma", *("-m" + name.replace("_", "") for name in BASE)]
-    if _processor().get("avx512_bf16"):
+    if "avx512_bf16" in processor.capabilities():
         flags.append("-mavx512bf16")
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
     home = Path(cache_dir()) / f"dzhpc-winograd-{key}.so"

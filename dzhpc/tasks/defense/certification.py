@@ -12,7 +12,7 @@ import torch
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import store
 from dzhpc.job.lock import Lock
-from dzhpc.job.log import Line, duration
+from dzhpc.job.log import Line, duration, say_first
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
@@ -125,7 +125,7 @@ class Certification:
     def _announce(self, images: int) -> None:
         samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
         done = f", {len(self._numbers) - images} done already" if images < len(self._numbers) else ""
-        log.info("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+        say_first("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
 
     def _work(self, mine: list[Certificate]) -> None:
         """Certify this rank's images until all are done or some rank has called off."""

@@ -13,7 +13,7 @@ from dzhpc.config import Config
 from dzhpc.errors import InputError
 from dzhpc.files import store
 from dzhpc.job.lock import Lock
-from dzhpc.job.log import Line, duration
+from dzhpc.job.log import Line, duration, say_first
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.sol.reference import SPLITS
@@ -52,14 +52,14 @@ class Simulations:
         try:
             found = self.world.on_root(self._open)
             if found is None:
-                log.info("%s: nothing left to do", self._out)
+                say_first("%s: nothing left to do", self._out)
                 return Reason.NONE
             self._frames, self.world.crash_folder = found, self._parts
             self._requests = Requests(self._config, self._parts if self.world.is_root else None)
             self._before, self._start = sum(found.values()), time.monotonic()
             todo = [p for p in self._parameters if found.get(p, 0) < self._total]
             done = f", {len(self._parameters) - len(todo)} done already" if len(todo) < len(self._parameters) else ""
-            log.info("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
+            say_first("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
             mine = todo[self.world.rank :: self.world.size]
             self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear)
             if self.world.on_root(self._close):
