@@ -11,7 +11,7 @@ run: venv
 test: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile tests/slurm tests/unit # a third: Slurm's jobs wait more than they compute
-	$(VENV)/bin/python -m pytest -q tests/mpi
+	$(VENV)/bin/python -m pytest -q tests/mpi tests/regression
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix

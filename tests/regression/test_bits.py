@@ -1,0 +1,177 @@
+"""The bits of short runs are those stored in hashes.json, and files that the first version wrote are read and gone on with.
+
+Bits depend on the processor. On one that is not known yet the hashes found are written to $DZHPC_RECORD, or else to a file in
+pytest's folder, and the tests of bits skip and say so; the numbers that hold on any processor are compared in any case.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+from cases import CASES, RANKS, Case
+from footprint import LIMIT, WRITTEN, key, of, runnable, set_up, start, stored, take
+
+COLUMNS = ["epoch", "grad_norm", "loss", "lr", "queries", "step"]  # of metrics.h5, its memory and timings aside
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("regression")
+    set_up(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(place):
+    """All footprints: name -> footprint. Those of an unknown processor are written to a file."""
+    footprints = take(place, runnable())
+    if key() not in stored()["hashes"]:
+        record = {key(): {name: footprint.hashes for name, footprint in footprints.items() if not footprint.failure}}
+        file(place).write_text(json.dumps(record))
+    return footprints
+
+
+def file(place: Path) -> Path:
+    """Where the hashes of an unknown processor go."""
+    return Path(os.environ.get("DZHPC_RECORD") or place / "hashes-found.json").resolve()
+
+
+def of_case(found, name: str):
+    """Its footprint; skips where this processor cannot run the case, fails where it did not end well."""
+    if name not in found:
+        pytest.skip(f"{name}: this processor has no bfloat16 products")
+    assert not found[name].failure, f"{name}: {found[name].failure}"
+    return found[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_are_those_that_are_stored(place, found, name):
+    footprint, known = of_case(found, name), stored()["hashes"].get(key())
+    if known is None:
+        pytest.skip(
+            f"no bits are stored for a processor of this kind, {key()}; those found are in {file(place)}: "
+            f"python tests/regression/record.py --merge {file(place)}"
+        )
+    assert name in known, f"no bits are stored for {name} on {key()}: python tests/regression/record.py --only {name}"
+    different = {group for group in footprint.hashes | known[name] if footprint.hashes.get(group) != known[name].get(group)}
+    assert not different, f"{name}: {', '.join(sorted(different))} changed ({key()}); values now: {footprint.values}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_are_near_those_of_any_processor(found, name):
+    footprint, expected = of_case(found, name), stored()["values"][name]
+    assert footprint.values.keys() == expected.keys()
+    tolerance = CASES[name].tolerance
+    far = {k: (v, expected[k]) for k, v in footprint.values.items() if not math.isclose(v, expected[k], rel_tol=tolerance)}
+    assert not far, f"{name}: now, stored: {far}"
+
+
+def test_what_is_stored_belongs_to_a_case():
+    everything = stored()
+    assert set(everything["values"]) == set(CASES)
+    assert all(set(known) <= set(CASES) for known in everything["hashes"].values())
+
+
+def test_two_ranks_give_the_same_bits(place, found):
+    cases = {name: CASES[name] for name in RANKS}
+    (place / "two").mkdir()
+    set_up(place / "two")
+    for name, (code, said) in start(place / "two", cases, ranks=2).items():
+        assert code == 0, f"{name}: {said}"
+        assert "rank 1: " in said
+        assert of(place / "two" / name).hashes == of_case(found, name).hashes
+
+
+def test_a_command_line_gives_the_bits_of_the_batch(place, found):
+    """The runs above share a process; here is one as a user types it."""
+    command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", "typed"]
+    subprocess.run(command, cwd=place, check=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert of(place / "typed").hashes == of_case(found, "reuse").hashes
+
+
+def test_another_seed_gives_other_bits(place, found):
+    args = ["digits.toml", "--run-dir", "seed", "--set", "run.seed=1"]
+    command = [sys.executable, "-m", "dzhpc.train", *args]
+    subprocess.run(command, cwd=place, check=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, other = of_case(found, "reuse").hashes, of(place / "seed").hashes
+    assert one.keys() == other.keys() == {
+        "params", "buffers", "optimizer", "coordinates", "lpr", "state", "train", "eval", "memory",
+    }  # fmt: skip
+    assert {group for group in one if one[group] != other[group]} >= set(one) - {"memory"}
+
+
+def test_a_difference_of_one_bit_is_seen(tmp_path):
+    path = tmp_path / "packed.h5"
+    path.write_bytes((WRITTEN / "packed.h5").read_bytes())
+    before = of(path).hashes
+    with h5py.File(path, "r+") as opened:
+        opened["train/images"][0, 0, 0, 0] ^= 1
+    after = of(path).hashes
+    assert before["test"] == after["test"] and before["train"] != after["train"]
+
+
+def test_timings_are_no_part_of_a_footprint(place, found):
+    of_case(found, "reuse")
+    with h5py.File(place / "reuse" / "metrics.h5", "r+") as opened:
+        assert sorted(set(opened["train"]) - {"step_s", "comm_s", "peak_bytes"}) == COLUMNS
+        opened["train/step_s"][0] += 1.0
+    assert of(place / "reuse").hashes == found["reuse"].hashes
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    {"digits": "step 4 from", "adam": "step 6 from", "partial": "step 4: 14 of 24", "sol": "step 2 from"}.items(),
+)
+def test_runs_of_the_first_version_go_on(place, found, name, after):
+    """Their rows are kept, and followed by two more."""
+    of_case(found, f"restart-{name}")
+    assert after in (place / "again" / name / "log.txt").read_text()
+    old, new = (h5py.File(folder / name / "metrics.h5") for folder in (WRITTEN, place / "again"))
+    with old, new:
+        count = len(old["train/loss"])
+        assert len(new["train/loss"]) == count + 2
+        for column in ("loss", "grad_norm", "queries", "step_s"):
+            assert (new[f"train/{column}"][:count] == old[f"train/{column}"][:]).all()
+
+
+def test_a_step_left_by_the_first_version_is_completed_without_asking_twice(found):
+    """78 queries in three steps; then base, 24 differences and an evaluation, twice, of which 14 are known but counted, too."""
+    assert of_case(found, "restart-partial").values["queries"] == 78 + 1 + 2 * 25
+
+
+def test_an_lpr_file_of_the_first_version_says_what_scoring_anew_says(found):
+    scored, read = of_case(found, "reuse"), of_case(found, "lpr")
+    assert {group for group in scored.hashes if scored.hashes[group] != read.hashes[group]} == {"state", "train"}  # queries
+    assert scored.values["queries"] - read.values["queries"] == 14
+
+
+def test_certificates_of_the_first_version_are_gone_on_with(place, found):
+    of_case(found, "certify-on")
+    assert of(place / "again" / "certificates.h5").hashes == of_case(found, "certify").hashes
+    old, new = (h5py.File(folder / "certificates.h5") for folder in (WRITTEN, place / "again"))
+    with old, new:
+        done = old["images/done"][()].nonzero()[0]
+        assert len(done) >= 2
+        for k in done:  # not made again: they kept their timings
+            row = new["images/idx"][()].tolist().index(old["images/idx"][k])
+            assert new["images/seconds"][row] == old["images/seconds"][k]
+
+
+def test_info_and_report_read_files_of_the_first_version(place):
+    files = sorted(path.relative_to(WRITTEN) for path in WRITTEN.rglob("*.h5"))
+    cases = {str(k): Case("info", [f"written/{path}"], "") for k, path in enumerate(files)}
+    said = start(place, cases)
+    assert [code for code, _ in said.values()] == [0] * len(files)
+    assert all("complete = True\n" in text and "format_version = 1\n" in text for _, text in said.values())
+    kinds = {line for _, text in said.values() for line in text.splitlines() if line.startswith("format = ")}
+    assert kinds == {f"format = dzhpc-{kind}" for kind in ("checkpoint", "metrics", "lpr", "certificates", "reference", "data")}
+    command = [sys.executable, "-m", "dzhpc.report", "written/digits", "written/sol", "-o", "compared"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, "")
+    table = (place / "compared" / "report.md").read_text()
+    assert "| digits | 4 | 1.00 | 594 | 2.354 | 2.315 | 14.44 % |" in table and "| sol | 2 | 0.67 | 2,334 | 69.67 |" in table
