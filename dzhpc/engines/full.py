@@ -56,6 +56,11 @@ class Full:
         self._before: list[Tensor] = []
         self.unbind()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its bits depend on beside the input and the processor: whether it compiles, and kernels of our own in use."""
+        return {"compiled": "False", "kernels": "none"}
+
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
         """The batch loss at theta. Later differences are on this batch. The only pass that moves buffers."""

@@ -376,7 +376,8 @@ class Trainer:
             "run.threads": str(self.config.run.threads),
             "device": self.task.engine.index.device.type,
             "torch": str(torch.__version__),
-            "compiled": str(getattr(self.task.engine, "compiling", False)),
+            "instruction set": devices.instruction_set(),
+            **self.task.engine.environment,
         }
 
     def _check_replicas(self) -> None:
