@@ -28,9 +28,7 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch):
 @pytest.mark.parametrize("variable", process.SIZE_VARIABLES)
 def test_the_launcher_of_another_mpi_is_refused(monkeypatch, variable):
     monkeypatch.setenv(variable, "2")
-    with pytest.raises(
-        errors.LaunchError, match=rf"{variable} = 2, but MPI sees 1 rank: mpi4py was built.*INSTALL"
-    ):
+    with pytest.raises(errors.LaunchError, match=rf"{variable} = 2, but MPI sees 1 rank: mpi4py was built.*INSTALL"):
         check_launch(1)
 
 
