@@ -1,10 +1,28 @@
-"""The communicator of one rank without MPI: a serial verb, or a run of one process, needs no MPI that works."""
+"""What this package asks of the module ``mpi4py.MPI``, for one rank without MPI: there is nobody else to wait for."""
+
+IN_PLACE = SUM = MAX = COMM_TYPE_SHARED = None
 
 
-class Alone:
-    """What this package asks of mpi4py's ``Comm``, under its names; with nobody else there is nothing to send or to wait for."""
+def Get_library_version() -> str:
+    """The MPI in use."""
+    return "none (one process without a launcher)"
+
+
+class Comm:
+    """The communicator of one rank, under mpi4py's names."""
 
     rank, size = 0, 1
+
+    def Dup(self) -> "Comm":
+        """Another one of the same ranks."""
+        return self
+
+    def Split_type(self, kind) -> "Comm":
+        """The ranks of this node."""
+        return self
+
+    def Free(self) -> None:
+        """It is not used again."""
 
     def bcast(self, value):
         """The root's value."""
@@ -20,17 +38,14 @@ class Alone:
 
     allgather = gather
 
-    def allreduce(self, value, op=None):
+    def allreduce(self, value, op):
         """The values of all ranks, reduced."""
         return value
 
-    def Allreduce(self, send, receive, op=None) -> None:
+    def Allreduce(self, send, receive, op) -> None:
         """The same in place: ``receive`` holds the result already."""
 
-    def barrier(self) -> None:
-        """All ranks are here."""
-
-    def Ibarrier(self) -> "Alone":
+    def Ibarrier(self) -> "Comm":
         """A request that is complete, see :meth:`Test`."""
         return self
 
@@ -38,9 +53,8 @@ class Alone:
         """Whether a request is complete."""
         return True
 
-    def Iprobe(self, tag: int) -> bool:
-        """Whether a message waits."""
-        return False
-
     def improbe(self, tag: int) -> None:
-        """The next message."""
+        """The next message: none."""
+
+
+COMM_WORLD = Comm()

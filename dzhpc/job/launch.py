@@ -15,11 +15,11 @@ from dzhpc.config import Run
 from dzhpc.errors import LaunchError
 from dzhpc.job import device as devices
 from dzhpc.job import process
-from dzhpc.job.failure import PATIENCE
 from dzhpc.job.log import log, set_up_log
 from dzhpc.job.stopping import Reason, listen, tell_job_script
 from dzhpc.job.world import World
 
+DEFERENCE = 10.0  # seconds that ranks which cannot talk leave to the first one, which may start later, to speak
 Loaded = TypeVar("Loaded")
 Place = tuple[int, str, str, str]
 
@@ -35,7 +35,7 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
             check_launch(world.size)
     except LaunchError as error:
         if process.launch_rank():  # the ranks cannot talk: the first one speaks, and its launcher then ends the others
-            time.sleep(PATIENCE)
+            time.sleep(DEFERENCE)
         print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     try:

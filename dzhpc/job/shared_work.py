@@ -91,7 +91,7 @@ class News:
                 self._received += 1
         for request in self._requests:
             request.Wait()
-        self._world.side.barrier()
+        self._world.bcast(None)  # nobody sends for the next loop before the root has all of this one
         return values
 
 

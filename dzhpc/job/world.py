@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.errors import LaunchError, exit_code_of, message_of
-from dzhpc.job import failure, process
-from dzhpc.job.alone import Alone
+from dzhpc.job import alone, failure, process
 from dzhpc.job.failure import RankError
 
 
@@ -26,37 +25,26 @@ class World:
 
     def __init__(self):
         process.die_with_launcher()
-        if process.launched():
-            self._start_mpi()
-        else:
-            self._comm = self.side = Alone()
-            self._in_place = self._sum = self._max = None
-            self.library, self.local_rank, self.local_size = "none (one process without a launcher)", 0, 1
+        self._mpi = _mpi() if process.launched() else alone
+        self._comm = self._mpi.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
-        self.comm_s = 0.0
-        self.crash_folder: Path | None = None
-        self.on_failure: Callable[[str, int], None] = lambda message, code: None
-
-    def _start_mpi(self) -> None:
-        try:
-            from mpi4py import MPI
-        except Exception as error:  # the package is missing, or its library is, or is none that it knows
-            reason = " ".join(str(error).split())
-            raise LaunchError(
-                f"MPI cannot be loaded ({type(error).__name__}: {reason}), but a launcher started this process; build mpi4py "
-                f"against the launcher's MPI (INSTALL.md), or start one process without a launcher"
-            ) from None
-        self._comm, self._in_place, self._sum, self._max = MPI.COMM_WORLD, MPI.IN_PLACE, MPI.SUM, MPI.MAX
-        self.library = MPI.Get_library_version().split("\n")[0].split(",")[0]
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size
         _unname_segments(node)
         node.Free()
         self.side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
+        self.comm_s = 0.0
+        self.crash_folder: Path | None = None
+        self.on_failure: Callable[[str, int], None] = lambda message, code: None
 
     @property
     def is_root(self) -> bool:
         return self.rank == 0
+
+    @property
+    def library(self) -> str:
+        """The MPI in use and its version."""
+        return self._mpi.Get_library_version().split("\n")[0].split(",")[0]
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -93,13 +81,13 @@ class World:
         """
         out = pieces + 0.0
         with self._timed():
-            self._comm.Allreduce(self._in_place, out, op=self._sum)
+            self._comm.Allreduce(self._mpi.IN_PLACE, out, op=self._mpi.SUM)
         return out
 
     def maximum(self, value: int) -> int:
         """The largest value over the ranks."""
         with self._timed():
-            return self._comm.allreduce(value, op=self._max)
+            return self._comm.allreduce(value, op=self._mpi.MAX)
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""
@@ -148,6 +136,19 @@ class World:
     def fail(self, error: BaseException) -> int:
         """Say the error once and end the job; the exit code, see :func:`dzhpc.job.failure.fail`."""
         return failure.fail(self.side, error, self.crash_folder, self.on_failure)
+
+
+def _mpi():
+    """The module ``mpi4py.MPI``, which starts MPI on import."""
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # the package is missing, or its library is, or is none that it knows
+        reason = " ".join(str(error).split())
+        raise LaunchError(
+            f"MPI cannot be loaded ({type(error).__name__}: {reason}), but a launcher started this process; build mpi4py "
+            f"against the launcher's MPI (INSTALL.md), or start one process without a launcher"
+        ) from None
+    return MPI
 
 
 def _unname_segments(node) -> None:

@@ -88,8 +88,8 @@ def test_under_mpirun_a_broken_mpi4py_is_one_line(place, broken):
 
 
 def test_the_launcher_of_another_mpi(place):
-    """What MPICH's mpiexec tells its ranks; Open MPI takes no notice of it, and each would be alone."""
+    """What MPICH's mpiexec tells its ranks; with Open MPI, which may have words of its own for it, each would be alone."""
     command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", "none"]
-    result = run(command, place, env=environment(PMI_SIZE="2", PMI_RANK="0", PMI_FD="9"))
-    result.error(4, "PMI_SIZE = 2, but MPI sees 1 rank: mpi4py was built against another MPI", "INSTALL.md")
+    result = run(command, place, env=environment(PMI_SIZE="2", PMI_RANK="0"))
+    result.said_once(4, "PMI_SIZE = 2, but MPI sees 1 rank: mpi4py was built against another MPI", "INSTALL.md")
     assert not (place / "none").exists()
