@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dzhpc.job import device as devices
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.launch import run_verb
+from dzhpc.job.world import World
 from dzhpc.tasks.defense.task import evaluation_noise, load_defense
 
 PART = 500  # images between two ranks' turns

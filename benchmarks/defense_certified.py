@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from dzhpc import certify
 from dzhpc.job import device as devices
+from dzhpc.job.launch import run_verb
 from dzhpc.job.stopping import Requests
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification, spread
+from dzhpc.tasks.defense.methods import label_of
 from dzhpc.tasks.defense.smoothing import Certificate, Plan, Smoothed
 from dzhpc.tasks.defense.task import load_defense
 
@@ -73,7 +75,7 @@ class Method:
     """One defence being certified: :class:`Certification`'s parameters, record and file, an image at a time."""
 
     def __init__(self, world: World, args, source: str, defense):
-        name = certify.label_of(source, args.no_denoiser)
+        name = label_of(source, args.no_denoiser)
         self.job = Certification(world, defense, args, source, args.out / f"{name}.h5", Requests(defense.config, None))
         make = Plan.adaptive if args.adaptive else Plan.fixed
         sigma = self.job.about["sigma"]

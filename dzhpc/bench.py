@@ -25,7 +25,8 @@ from dzhpc.errors import InputError
 from dzhpc.files import store
 from dzhpc.job import device as devices
 from dzhpc.job import processor
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.launch import run_verb
+from dzhpc.job.world import World
 from dzhpc.method import scores as pruning
 from dzhpc.method.seeds import generator
 from dzhpc.models import zoo as models
@@ -251,4 +252,4 @@ def _train(launch: list[str], folder: str, args: argparse.Namespace) -> tuple[np
 
 
 if __name__ == "__main__":
-    run_verb(parser(), main)
+    run_verb(parser(), main, parallel=False)

@@ -6,7 +6,7 @@
 | 1 | an exception nobody foresaw, of the user's own network or data included |
 | 2 | bad input, missing file or data |
 | 3 | a checkpoint that is missing, damaged, of another model or with other frozen keys |
-| 4 | bad launch: no MPI job, several ranks on one GPU, or a run folder that another job is using |
+| 4 | bad launch: no MPI job, several ranks on one GPU, unlike nodes, or a run folder that another job is using |
 | 5 | numerical failure |
 | 6 | the black box (a user's loss or classifier) failed, and again when asked again; what is known is kept in a checkpoint |
 | 75 | stopped early with a checkpoint: submit the same command again |
@@ -36,7 +36,7 @@ class CheckpointError(DzhpcError):
 
 
 class LaunchError(DzhpcError):
-    """The processes are no MPI job, share a GPU, or would work in a run folder that another job is using."""
+    """The processes are no MPI job, share a GPU, would compute unlike bits, or work in a run folder that another job is using."""
 
     exit_code = 4
 

@@ -13,7 +13,8 @@ from urllib.error import URLError
 from dzhpc import data
 from dzhpc.errors import InputError
 from dzhpc.files import store
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.launch import run_verb
+from dzhpc.job.world import World
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
@@ -86,4 +87,4 @@ def _cifar10(args: argparse.Namespace) -> data.DataSet:
 
 
 if __name__ == "__main__":
-    run_verb(parser(), main)
+    run_verb(parser(), main, parallel=False)

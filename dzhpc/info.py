@@ -11,7 +11,8 @@ import torch
 from dzhpc import config as configuration
 from dzhpc.files import store
 from dzhpc.job import device as devices
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.launch import run_verb
+from dzhpc.job.world import World
 
 LIBRARIES = ("dzhpc", "torch", "torchvision", "numpy", "mpi4py", "h5py", "pydantic")
 
@@ -61,4 +62,4 @@ def keys() -> str:
 
 
 if __name__ == "__main__":
-    run_verb(parser(), main)
+    run_verb(parser(), main, parallel=False)

@@ -9,8 +9,9 @@ import numpy as np
 
 from dzhpc.errors import InputError
 from dzhpc.files import campaign, store
+from dzhpc.job.launch import run_verb
 from dzhpc.job.log import duration
-from dzhpc.job.world import World, run_verb
+from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
 
 
@@ -175,4 +176,4 @@ def _certified(world: World, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(parser(), main)
+    run_verb(parser(), main, parallel=False)

@@ -44,7 +44,6 @@ class Full:
 
     at_once = 16  # directions that ranks share out in one piece
     compile_s = 0.0  # seconds that this engine has spent compiling
-    environment = {"compiled": "False"}  # what bits may depend on beside the input
 
     def __init__(self, model: Callable, loss: str | Callable, parameters: Mapping[str, Tensor] | None = None):
         if isinstance(loss, str) and loss not in LOSSES:
@@ -59,6 +58,11 @@ class Full:
         self._buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
         self._before: list[Tensor] = []
         self.unbind()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its bits depend on beside the input and the processor: whether it compiles, and kernels of our own in use."""
+        return {"compiled": "False", "kernels": "none"}
 
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:

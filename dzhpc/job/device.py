@@ -5,7 +5,7 @@ import ctypes
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,32 @@ def describe(device: torch.device) -> str:
 def uuid(device: torch.device) -> str:
     """What tells a GPU from all others; "" for a CPU."""
     return "" if device.type == "cpu" else f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def environment(device: torch.device, engine: Mapping[str, str]) -> dict[str, str]:
+    """What a rank's bits depend on beside the input. engine: what its engine adds (``engine.environment``)."""
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_properties(device).name
+    return {"device": name, "torch": str(torch.__version__), "instruction set": processor.instruction_set(), **engine}
+
+
+def check_environments(ranks: Sequence[tuple[str, Mapping[str, str]]], mixed: bool) -> None:
+    """Look at all ranks' (host, :func:`environment`) together, the root's first.
+
+    Raises LaunchError if a rank would compute other bits than the root, unless nodes may be ``mixed``, which is a warning.
+    """
+    (home, root), *others = ranks
+    for rank, (host, found) in enumerate(others, 1):
+        if not (names := [name for name in root if found[name] != root[name]]):
+            continue
+        theirs, ours = (", ".join(f"{name} = {values[name]}" for name in names) for values in (found, root))
+        difference = f"rank {rank} on host {host} has {theirs}; rank 0 on host {home} has {ours}"
+        if not mixed:
+            raise LaunchError(
+                f"{difference}: bits would depend on the number of ranks; use nodes of one kind, or allow it with "
+                f"--set run.mixed_nodes=true"
+            )
+        log.warning("%s: bits may depend on the number of ranks", difference)
+        return
 
 
 def check_binding(ranks: Sequence[tuple[int, str, str, str]], share: bool) -> None:

@@ -68,6 +68,12 @@ def say_first(text: str, *args: object) -> None:
         log.info(text, *args)
 
 
+def let_go() -> None:
+    """Say the lines that still wait for the one that says how the run began."""
+    for handler in list(log.handlers):
+        handler.flush()
+
+
 class _LogFile(logging.FileHandler):
     """A full disk costs lines of the log and nothing else."""
 

@@ -1,4 +1,4 @@
-"""What a process owes its machine: to end with its launcher, to leave no shared memory, and to be told from others."""
+"""What started this process, and what it owes its machine: to end with its launcher, and to be told from others."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,12 @@ from pathlib import Path
 
 STARTED = time.monotonic()  # as good as the start of this process: verbs import this module first of all
 PR_SET_PDEATHSIG = 1
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
+RANK_VARIABLES = (  # some launchers say this alone: srun --mpi=pmix, Cray's aprun and PALS, IBM's jsrun, Flux
+    "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "ALPS_APP_PE", "PALS_RANKID", "JSM_NAMESPACE_RANK",
+    "FLUX_TASK_RANK",
+)  # fmt: skip
+STEP_SIZE = "SLURM_STEP_NUM_TASKS"  # set by srun, not in a batch shell; SLURM_NTASKS is the allocation's and says nothing of us
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "hydra", "pmi_proxy", "slurmstepd", "srun")
 SEGMENTS = "/sm_segment."  # Open MPI's shared memory: such a file for each rank, in /dev/shm unless it is told otherwise
 
@@ -18,7 +23,7 @@ SEGMENTS = "/sm_segment."  # Open MPI's shared memory: such a file for each rank
 def die_with_launcher() -> None:
     """Let the kernel kill this rank when its parent ends (Linux only): without their mpirun ranks would wait or run on for ever.
 
-    SIGKILL, since Python handles no signal while it waits inside MPI. Does nothing in a process that no launcher of MPI started.
+    SIGKILL, since Python handles no signal while it waits inside MPI. Does nothing in a process that no launcher started.
     """
     if not launched():
         return
@@ -30,8 +35,27 @@ def die_with_launcher() -> None:
 
 
 def launched() -> bool:
-    """Whether a launcher of MPI started this process."""
-    return any(name in os.environ for name in SIZE_VARIABLES)
+    """Whether a launcher started this process as one of several, or as a rank of an MPI job."""
+    return any(name in os.environ for name in (*SIZE_VARIABLES, *RANK_VARIABLES)) or _number(STEP_SIZE) > 1
+
+
+def tasks_started() -> tuple[str, int]:
+    """(the variable that says so, how many processes the launcher of this one started); ("", 1) without a launcher.
+
+    A launcher of MPI counts before srun, which may have started the launcher.
+    """
+    said = [(name, _number(name)) for name in SIZE_VARIABLES if name in os.environ] or [(STEP_SIZE, _number(STEP_SIZE))]
+    return max(said, key=lambda pair: pair[1]) if launched() else ("", 1)
+
+
+def launch_rank() -> int:
+    """The rank that the launcher gave this process, which MPI need not know of; 0 without a launcher."""
+    return max(map(_number, (*RANK_VARIABLES, "SLURM_PROCID"))) if launched() else 0
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else 0
 
 
 def mapped_segments() -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dzhpc.config import Config
 from dzhpc.errors import STOPPED_EARLY
+from dzhpc.job import process
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 LONG_STEP = 10.0  # seconds that a step may go on after it was asked to stop
@@ -52,6 +53,12 @@ def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: _signals.append((received, time.monotonic())))
+
+
+def guard() -> None:
+    """What comes before torch loads, which takes seconds: a rank may lose its launcher, or be warned, in that time."""
+    process.die_with_launcher()
+    listen()
 
 
 def tell_job_script(word: str) -> None:

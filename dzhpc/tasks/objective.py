@@ -46,6 +46,11 @@ class ObjectiveEngine:
         self.unbind()
 
     @property
+    def environment(self) -> dict[str, str]:
+        """See :class:`dzhpc.engines.full.Full`; what the user's function depends on is not known."""
+        return {"compiled": "False", "kernels": "none"}
+
+    @property
     def queries(self) -> int:
         """Evaluations so far."""
         return self._box.queries

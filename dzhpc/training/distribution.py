@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dzhpc.errors import BlackBoxError
 from dzhpc.job import device as devices
+from dzhpc.job.shared_work import Cancellation
 from dzhpc.job.world import World
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import Estimator, Partial
@@ -37,6 +38,7 @@ class Distribution:
 
     def __init__(self, world: World, engine, urgent: Callable[[], bool] = lambda: False):
         self._world, self._engine, self._urgent, self.index = world, engine, urgent, engine.index
+        self._cancellation = Cancellation(world)
         self._seconds = np.full(len(engine.index.names), np.inf)
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []
@@ -97,12 +99,12 @@ class Distribution:
             return ask()
         except BlackBoxError as error:
             self._failure = error
-            self._world.call_off()
+            self._cancellation.cancel()
             return otherwise
 
     def failure(self) -> str:
         """What a black box failed of in :meth:`attempt`, on all ranks; "" if none did. Collective: all have left."""
-        self._world.settle()
+        self._cancellation.drain()
         failure, self._failure = self._failure, None
         return self._world.first_message(failure)
 
@@ -129,7 +131,7 @@ class Distribution:
             if part is not None:
                 values[piece.start : piece.stop] = part
                 done[piece.start : piece.stop] = True
-        values[n] = world.called_off()  # travels with the others: without an interruption it costs no message
+        values[n] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
         joined = world.join(values)
         unfinished, joined = joined[n] > 0, joined[:n]
         if partial is not None:
@@ -141,8 +143,8 @@ class Distribution:
 
     def _leaves(self) -> bool:
         if self._urgent():
-            self._world.call_off()
-        return self._world.called_off()
+            self._cancellation.cancel()
+        return self._cancellation.cancelled()
 
     @staticmethod
     def _cost_per_coordinate(seconds: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import uuid
 import torch
 
 from dzhpc.files import store
+from dzhpc.job import processor
 from dzhpc.method import optimizers
 from dzhpc.method.estimators import Partial
 from dzhpc.models import zoo
@@ -70,6 +71,7 @@ class TrainingState:
             "run.threads": str(self.config.run.threads),
             "device": self.index.device.type,
             "torch": str(torch.__version__),
+            "instruction set": processor.instruction_set(),
             **self._task.engine.environment,
         }
 

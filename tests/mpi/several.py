@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dzhpc import report
-from dzhpc.job.world import run_verb
+from dzhpc.job.launch import run_verb
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.sol import figures
 

@@ -169,8 +169,9 @@ def test_what_mpirun_makes_of_it(ground):
 
 def test_tasks_that_are_no_mpi_job(ground):
     command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", "runs/tasks"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "PRTE"))} | {"SLURM_NTASKS": "4"}
-    run(command, ground, env=environment).error(4, "SLURM_NTASKS = 4", "mpirun -n 4", "1 rank")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "PRTE"))}
+    environment |= {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+    run(command, ground, env=environment).error(4, "SLURM_STEP_NUM_TASKS = 4", "mpirun -n 4", "1 rank")
     assert not (ground / "runs" / "tasks").exists()
 
 

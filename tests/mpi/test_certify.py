@@ -53,7 +53,8 @@ def nearest(images):
 '''
 PLAN = ["--images", "13", "--n0", "30", "--n", "500", "--batch", "40", "--sigma", "0.4"]
 QUICK = (
-    "from dzhpc import certification, certify; from dzhpc.job.world import run_verb; certification.SAVE_EVERY = 0.1; "
+    "from dzhpc import certify; from dzhpc.job import shared_work; from dzhpc.job.launch import run_verb; "
+    "shared_work.SAVE_EVERY = shared_work.SEND_EVERY = 0.1; "
     "run_verb(certify.parser(), certify.main)"
 )
 

@@ -1,5 +1,8 @@
 """The verb evaluate: the same table on one rank and on three; what it cannot evaluate is said in one line."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,14 @@ from dzhpc.files import store
 from dzhpc.files.runfolder import RunFolder
 
 MODULE = """
+import os, time
+from pathlib import Path
 import torch
 
 def step(states, parameters):
+    if "SLOW" in os.environ:
+        (Path(__file__).parent / f"at.{os.environ['OMPI_COMM_WORLD_RANK']}").write_text(str(os.getpid()))
+        time.sleep(0.1)
     return states * (1 - parameters[:, None]).astype("float32")
 
 class Gain(torch.nn.Module):
@@ -139,3 +147,20 @@ def test_figures_are_drawn(place):
         assert f"]({name})" in (place / "drawn" / "evaluation.md").read_text()
     with Image.open(place / "drawn" / "states.gif") as gif:
         assert gif.n_frames == FRAMES
+
+
+def test_a_signal_ends_it_and_nothing_is_written(place):
+    """To one rank only; the others leave before their next simulation."""
+
+    def meanwhile(process) -> None:
+        end, at = time.monotonic() + 60, place / "at.1"
+        while not (at.exists() and at.read_text()):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.02)
+        os.kill(int(at.read_text()), signal.SIGUSR1)
+
+    env = os.environ | {"SLOW": "1"}
+    result = mpirun(2, "evaluate", "net", "net-1", "--no-gif", "-o", "stopped", cwd=place, env=env, meanwhile=meanwhile)
+    result.said_once(75, "stopped: signal received; nothing is kept, the same command begins again")
+    assert not (place / "stopped").exists()
+    assert result.seconds < 60

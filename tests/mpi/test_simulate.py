@@ -57,7 +57,8 @@ def trajectory(parameter):
 '''
 LONG = sets(task__warm_up=300, task__frames=100)
 QUICK = (
-    "from dzhpc import simulation, simulate; from dzhpc.job.world import run_verb; simulation.SAVE_EVERY = 0.1; "
+    "from dzhpc import simulate; from dzhpc.job import shared_work; from dzhpc.job.launch import run_verb; "
+    "shared_work.SAVE_EVERY = 0.1; "
     "run_verb(simulate.parser(), simulate.main)"
 )
 

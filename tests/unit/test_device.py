@@ -1,4 +1,4 @@
-"""Which rank has which GPU: duplicates are refused, missing CUDA is said once."""
+"""Which rank has which GPU, and who would compute other bits: both are refused; missing CUDA is said once."""
 
 import pytest
 
@@ -37,6 +37,21 @@ def test_gpus_of_slurm_that_cuda_does_not_see_are_said(caplog, monkeypatch, name
     caplog.clear()
     device.check_binding(ranks(("a", "GPU-1")), share=False)
     assert caplog.records == []
+
+
+def test_ranks_that_would_compute_other_bits_are_refused_by_host_and_difference(caplog):
+    same = device.environment(device.torch.device("cpu"), {"compiled": "True", "kernels": "none"})
+    assert {"device", "torch", "instruction set", "compiled", "kernels"} == set(same)
+    assert device.check_environments([("a", same)] * 3, mixed=False) is None
+    other = same | {"compiled": "False", "instruction set": "other"}
+    ranks = [("a", same), ("a", same), ("b", other), ("c", other)]
+    difference = r"rank 2 on host b has instruction set = other, compiled = False; rank 0 on host a has instruction set = .*True"
+    with pytest.raises(LaunchError, match=rf"^{difference}.*--set run\.mixed_nodes=true$"):
+        device.check_environments(ranks, mixed=False)
+    assert caplog.records == []
+    device.check_environments(ranks, mixed=True)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "bits may depend on the number of ranks" in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

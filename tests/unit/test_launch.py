@@ -1,32 +1,81 @@
-"""Launching and leaving: exit codes, one line for each error, and Slurm's lonely ranks."""
+"""Launching and leaving: exit codes, one line for each error, lonely ranks, and a rank without MPI."""
 
+import numpy as np
 import pytest
 
 from dzhpc import errors
 from dzhpc.errors import exit_code_of, message_of
-from dzhpc.job.process import SIZE_VARIABLES
+from dzhpc.job import process
+from dzhpc.job.failure import RankError
+from dzhpc.job.launch import check_launch
 from dzhpc.job.stopping import Reason
-from dzhpc.job.world import check_launch
+from dzhpc.job.world import World
 
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch):
-    for name in ("SLURM_NTASKS", *SIZE_VARIABLES):
+    slurm = ("SLURM_NTASKS", "SLURM_PROCID", process.STEP_SIZE)
+    for name in (*slurm, *process.SIZE_VARIABLES, *process.RANK_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_tasks_of_slurm_that_do_not_know_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    with pytest.raises(errors.LaunchError, match=r"SLURM_NTASKS = 4, but MPI sees 1 rank.*mpirun -n 4 .*srun --mpi=pmix"):
+def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(errors.LaunchError, match=r"SLURM_STEP_NUM_TASKS = 4, but MPI sees 1 rank.*mpirun -n 4 .*srun --mpi=pmix"):
         check_launch(1)
 
 
-@pytest.mark.parametrize(("tasks", "size", "variable"), [(None, 1, None), ("1", 1, None), ("4", 4, None), ("4", 1, "PMIX_SIZE")])
-def test_a_lone_process_and_a_whole_job_may_start(monkeypatch, tasks, size, variable):
-    for name, value in (("SLURM_NTASKS", tasks), (variable, "1")):
-        if name and value:
-            monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("variable", process.SIZE_VARIABLES)
+def test_the_launcher_of_another_mpi_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(errors.LaunchError, match=rf"{variable} = 2, but MPI sees 1 rank: mpi4py was built.*INSTALL"):
+        check_launch(1)
+
+
+@pytest.mark.parametrize(
+    ("size", "environment"),
+    [
+        (1, {}),
+        (1, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}),  # a batch shell in an allocation of several tasks
+        (1, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}),  # an interactive step
+        (4, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}),
+        (4, {"PMI_SIZE": "4"}),
+        (1, {"SLURM_STEP_NUM_TASKS": "4", "OMPI_COMM_WORLD_SIZE": "1"}),  # mpirun -n 1 by a daemon that srun started
+    ],
+)
+def test_a_lone_process_and_a_whole_job_may_start(monkeypatch, size, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert check_launch(size) is None
+
+
+@pytest.mark.parametrize(
+    ("launched", "rank", "environment"),
+    [
+        (False, 0, {}),
+        (False, 0, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "PMIX_MCA_gds": "hash"}),
+        (True, 3, {"PMIX_RANK": "3"}),  # srun --mpi=pmix says no size
+        (True, 2, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}),
+        (True, 1, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}),
+    ],
+)
+def test_what_started_this_process(monkeypatch, launched, rank, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (process.launched(), process.launch_rank()) == (launched, rank)
+
+
+def test_a_rank_alone_gets_what_it_gives():
+    world = World()
+    assert (world.rank, world.size, world.local_rank, world.local_size, world.is_root) == (0, 1, 0, 1, True)
+    assert [world.bcast(3), world.scatter([4]), world.maximum(5)] == [3, 4, 5]
+    assert world.gather(6) == world.allgather(6) == [6]
+    negative_zero = world.join(np.array([-0.0, -1.5, np.nan]))
+    assert not np.signbit(negative_zero[0]) and negative_zero[1] == -1.5 and np.isnan(negative_zero[2])
+    assert world.split(3, lambda mine: 2 * np.array(mine)).tolist() == [0, 2, 4]
+    with pytest.raises(RankError, match=r"^no such thing$") as caught, world.together():
+        raise errors.InputError("no such thing")
+    assert caught.value.exit_code == 2
 
 
 def test_exit_codes_are_the_documented_ones():

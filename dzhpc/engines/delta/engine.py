@@ -19,6 +19,7 @@ from dzhpc.engines.delta.change import Change, Seed, flat
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
 from dzhpc.engines.delta.propagation import Propagation, Run, name_of
 from dzhpc.engines.full import LOSSES
+from dzhpc.engines.kernels import winograd
 from dzhpc.engines.kernels.compiled import Programs
 from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError, message_of
@@ -100,8 +101,10 @@ class Delta(Reuse):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What bits may depend on beside the input."""
-        return {"compiled": str(self.compiling)}
+        """As :class:`Full` says; a kernel that the network may need is built now, not in the first step."""
+        wide = (min(m.in_channels, m.out_channels) >= winograd.NARROW for m in self.model.modules() if isinstance(m, nn.Conv2d))
+        kernels = "winograd" if any(wide) and self._programs.winograd else "none"
+        return {"compiled": str(self.compiling), "kernels": kernels}
 
     @property
     def compile_s(self) -> float:

@@ -1,10 +1,11 @@
-"""Certification on all ranks: who certifies which image, the record, its going on after a stop or a kill."""
+"""Certification on all ranks: what an image is as a piece of work, the record, its going on after a stop or a kill."""
 
 import argparse
 import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import store
 from dzhpc.job.lock import Lock
-from dzhpc.job.log import Line, duration, say_first
+from dzhpc.job.log import duration, say_first
+from dzhpc.job.shared_work import share_out
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
@@ -20,7 +22,6 @@ from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
 from dzhpc.tasks.defense.task import Defense
 
 log = logging.getLogger("dzhpc")
-SAVE_EVERY = 10.0  # seconds of work that a kill may cost
 BITS = ("threads", "device", "torch")  # what counts may depend on beside the parameters; a change is a warning
 
 
@@ -49,14 +50,14 @@ def fingerprint(model: torch.nn.Module | None) -> str:
 
 
 class Certification:
-    """Certifies images of one defence, shared out to the ranks; the root keeps the record.
+    """Certifies images of one defence; a piece of work (:class:`dzhpc.job.shared_work.Campaign`) is an image.
 
-    A rank tells the root of every image that is done, and now and then of the counts so far of the one at hand, without waiting;
-    the root looks between its own batches. So there is one file, one writer, and a kill costs some seconds.
+    The root keeps the record, from what the ranks tell it of the counts so far. So there is one file, one writer, and a kill
+    costs some seconds.
     """
 
     def __init__(self, world: World, defense: Defense, args: argparse.Namespace, source: str, path: Path, requests: Requests):
-        self.world, self._data, self._requests = world, defense.data, requests
+        self.world, self._data, self._requests, self._quiet = world, defense.data, requests, args.quiet
         self.path, self._name = path, path.stem
         self._lock = Lock(path.parent, f"{path.stem}.lock.json", "-o")
         sigma = args.sigma or defense.config.task.sigma
@@ -72,10 +73,8 @@ class Certification:
             "device": self._data.test.images.device.type, "torch": str(torch.__version__),
         }  # fmt: skip
         self._rows: dict[int, Certificate] = {}  # on the root all that is known, on others what was known before
-        self._line = Line(args.quiet or not world.is_root)
         self._asked = 0  # samples, of this rank in this launch
-        self._saved_at = self._told_at = time.monotonic()
-        self._changed = False
+        self._before, self._start, self._changed = 0, time.monotonic(), False
 
     @property
     def progressed(self) -> bool:
@@ -84,24 +83,23 @@ class Certification:
 
     def run(self) -> Reason:
         """Certify what is not certified yet; why that ended, NONE when all is done. Collective."""
-        try:
-            self._rows = self.world.on_root(self._open)
-            self._before, self._start = self._samples, time.monotonic()
-            todo = [row for k in self._numbers if not (row := self._rows.get(k) or self._new(k)).done]
-            self._announce(len(todo))
-            mine = todo[self.world.rank :: self.world.size]
-            self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear, leave=self._save)
-            left = self.world.on_root(self._close)
-            return Reason(self.world.maximum(int(self._requests.reason()))) if left else Reason.NONE
-        finally:
-            self._line.close()
-            self._lock.release()
+        return share_out(self.world, self, self._lock, self._requests, self._quiet)
+
+    def pieces(self, known: dict[int, Certificate]) -> list[Certificate]:
+        """The images that are not done."""
+        self._rows = known
+        self._before, self._start = self._samples, time.monotonic()
+        todo = [row for k in self._numbers if not (row := known.get(k) or self._new(k)).done]
+        samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
+        done = f", {len(self._numbers) - len(todo)} done already" if len(todo) < len(self._numbers) else ""
+        say_first("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+        return todo
 
     def _new(self, k: int) -> Certificate:
         return Certificate(k, int(self._data.test.labels[k]))
 
-    def _open(self) -> dict[int, Certificate]:
-        """What the record holds already. Raises LaunchError, InputError or CheckpointError."""
+    def open(self) -> dict[int, Certificate]:
+        """What the record holds already, by image. Raises LaunchError, InputError or CheckpointError."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -122,62 +120,39 @@ class Certification:
             log.warning("%s was %s, now %s: counts may differ from an undisturbed run", key, old, new)
         return {row.idx: row for row in rows}
 
-    def _announce(self, images: int) -> None:
-        samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
-        done = f", {len(self._numbers) - images} done already" if images < len(self._numbers) else ""
-        say_first("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+    def work(self, row: Certificate) -> Iterator[None]:
+        """Certify an image; it may be left between two batches."""
+        image = self._data.normalise(self._data.test.images[row.idx : row.idx + 1])[0]
+        start = time.perf_counter()
+        for asked in self._smoothed.certify(image, row, self._plan):
+            now = time.perf_counter()
+            row.seconds, start, self._asked = row.seconds + now - start, now, self._asked + asked
+            yield
 
-    def _work(self, mine: list[Certificate]) -> None:
-        """Certify this rank's images until all are done or some rank has called off."""
-        for row in mine:
-            image = self._data.normalise(self._data.test.images[row.idx : row.idx + 1])[0]
-            start = time.perf_counter()
-            for asked in self._smoothed.certify(image, row, self._plan):
-                now = time.perf_counter()
-                row.seconds, start, self._asked = row.seconds + now - start, now, self._asked + asked
-                if self._look_around():
-                    self._tell(row)
-                    return
-                if time.monotonic() - self._told_at > SAVE_EVERY:
-                    self._tell(row)
-            self._tell(row)
+    def news(self, row: Certificate) -> Certificate:
+        """The counts so far."""
+        return dataclasses.replace(row)
 
-    def _tell(self, row: Certificate) -> None:
-        self._told_at = time.monotonic()
-        if self.world.is_root:
-            self._hear([dataclasses.replace(row)])
-        else:
-            self.world.tell_root(row)
+    def keep(self, row: Certificate) -> None:
+        """Nothing: the root does."""
 
-    def _hear(self, rows: list[Certificate]) -> None:
-        self._rows |= {row.idx: row for row in rows}
-        self._changed |= bool(rows)
+    def receive(self, news: list[Certificate]) -> None:
+        """Take note of counts."""
+        self._rows |= {row.idx: row for row in news}
+        self._changed = True
 
-    def _look_around(self) -> bool:
-        """Between two batches: whether to leave; on the root also the news, the record, the line."""
-        if self._requests.reason():
-            self.world.call_off()
-        if self.world.is_root:
-            self._hear(self.world.heard())
-            if time.monotonic() - self._saved_at > SAVE_EVERY:
-                self._save()
-            if self._changed:
-                self._line.say(self._progress)
-        return self.world.called_off()
-
-    def _save(self) -> None:
-        """Write what is new; the root does. Raises CheckpointError if that cannot be done."""
-        if self._changed and self.world.is_root:
+    def save(self) -> None:
+        """Write the record where it has changed. Raises CheckpointError if that cannot be done."""
+        if self._changed:
             certificates.save(self.path, sorted(self._rows.values(), key=lambda row: row.idx), self.about)
             self._changed = False
-        self._saved_at = time.monotonic()
 
-    def _close(self) -> bool:
-        """The last of the record, and its TSV; whether images are left."""
-        self._save()
+    def close(self) -> bool:
+        """The last of the record, and its TSV; whether all images are done."""
+        self.save()
         certificates.write_tsv(certificates.read(self.path), self.path.with_suffix(".tsv"))
-        log.info("%s", self._progress())
-        return not all(k in self._rows and self._rows[k].done for k in self._numbers)
+        log.info("%s", self.progress())
+        return all(k in self._rows and self._rows[k].done for k in self._numbers)
 
     def _cost(self, row: Certificate) -> int:
         return row.n + (self._plan.n0 if row.selected != ABSTAIN else 0)
@@ -187,7 +162,7 @@ class Certification:
         """Asked for so far, in all launches, as far as this rank knows."""
         return sum(self._cost(row) for row in self._rows.values())
 
-    def _progress(self) -> str:
+    def progress(self) -> str:
         """``defense: image 52/200, 45.1 % certified at radius 0, 12,000 samples (54 % of the fixed plan), 98/s, ETA 0:12:10``."""
         rows = [self._rows.get(k) or self._new(k) for k in self._numbers]
         done = [row for row in rows if row.done]

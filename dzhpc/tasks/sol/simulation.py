@@ -1,39 +1,53 @@
-"""Reference simulations on all ranks: who makes which, what is kept of those that are not done, one file in the end."""
+"""Reference simulations on all ranks: one of them as a piece of work, what is kept of it, one file in the end."""
 
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dzhpc.config import Config
+from dzhpc.config import Config, is_function
 from dzhpc.errors import InputError
 from dzhpc.files import store
 from dzhpc.job.lock import Lock
-from dzhpc.job.log import Line, duration, say_first
+from dzhpc.job.log import duration, say_first
+from dzhpc.job.shared_work import share_out
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.sol.reference import SPLITS
 from dzhpc.tasks.sol.solvers import Simulation, Solver
 
 log = logging.getLogger("dzhpc")
-SAVE_EVERY = 10.0  # seconds of work that a kill may cost
-TELL_EVERY = 0.5  # seconds between two words to the root
 BITS = ("threads", "torch", "device")  # what the last bits may depend on beside the constants
 
 
-class Simulations:
-    """All simulations of an input, shared out to the ranks. Each is its rank's own until it is done; ``FILE.parts/`` keeps it.
+def check(config: Config, out: Path) -> Config:
+    """Raise InputError for what could not be simulated or written."""
+    if config.task.kind != "sol":
+        raise InputError(f'task.kind = "{config.task.kind}", expected "sol"')
+    for key in ("train_parameters", "valid_parameters", "test_parameters"):
+        values = getattr(config.task, key)
+        if not values:
+            raise InputError(f"task.{key} = []: expected at least one parameter")
+        if not is_function(config.task.simulator) and min(values) <= 0:
+            raise InputError(f"task.{key} = {values}: expected numbers above 0, 1e4 / viscosity each")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist")
+    return config
 
-    A part is written when its simulation is done, every SAVE_EVERY seconds, and before the rank leaves; so a kill costs seconds,
-    and bits depend neither on it nor on the number of ranks. A file STOP among the parts ends the job in good order.
+
+class Simulations:
+    """All simulations of an input; a piece of work (:class:`dzhpc.job.shared_work.Campaign`) is one of them, by its parameter.
+
+    Each is its rank's own until it is done; ``FILE.parts/`` keeps it, so that a kill costs seconds, and bits depend neither on
+    it nor on the number of ranks. A file STOP among the parts ends the job in good order.
     """
 
     def __init__(self, world: World, config: Config, solver: Solver, out: Path, quiet: bool):
-        self.world, self._config, self._solver, self._out = world, config, solver, out
+        self.world, self._config, self._solver, self._out, self._quiet = world, config, solver, out, quiet
         self._parts = out.with_name(f"{out.name}.parts")
         self._lists = {split: getattr(config.task, f"{split}_parameters") for split in SPLITS}
         self._parameters = list(dict.fromkeys(p for split in SPLITS for p in self._lists[split]))
@@ -43,39 +57,28 @@ class Simulations:
             **solver.about, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         }  # fmt: skip
-        self._line = Line(quiet or not world.is_root)
-        self._frames: dict[float, int] = {}  # parameter -> states made so far, on the root as far as it has heard
-        self._told_at = 0.0
+        self._frames: dict[float, int] = {}  # parameter -> states made so far, on the root as far as it knows
+        self._current: Simulation | None = None  # of this rank
+        self._before, self._start = 0, time.monotonic()
 
     def run(self) -> Reason:
         """Make what is missing; why that ended, NONE when the file is whole. Collective."""
-        try:
-            found = self.world.on_root(self._open)
-            if found is None:
-                say_first("%s: nothing left to do", self._out)
-                return Reason.NONE
-            self._frames, self.world.crash_folder = found, self._parts
-            self._requests = Requests(self._config, self._parts if self.world.is_root else None)
-            self._before, self._start = sum(found.values()), time.monotonic()
-            todo = [p for p in self._parameters if found.get(p, 0) < self._total]
-            done = f", {len(self._parameters) - len(todo)} done already" if len(todo) < len(self._parameters) else ""
-            say_first("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
-            mine = todo[self.world.rank :: self.world.size]
-            self.world.work_apart(lambda: self._work(mine), self._look_around, self._hear)
-            if self.world.on_root(self._close):
-                return Reason.NONE
-            return Reason(self.world.maximum(int(self._requests.reason())))
-        finally:
-            self._line.close()
-            self._lock.release()
+        requests = Requests(self._config, self._parts if self.world.is_root else None)
+        return share_out(self.world, self, self._lock, requests, self._quiet)
 
-    def _open(self) -> dict[float, int] | None:
+    @property
+    def progressed(self) -> bool:
+        """Whether this launch has made a state. Collective."""
+        return self.world.maximum(int(self._current is not None)) > 0
+
+    def open(self) -> dict[float, int] | None:
         """States already made, by parameter; None if the file is whole. Raises InputError or LaunchError."""
         if self._out.exists():
             splits, about = store.load_reference(self._out)
             given = {f"{split}_parameters": parameters.tolist() for split, (_, parameters) in splits.items()}
             wanted = {f"{split}_parameters": values for split, values in self._lists.items()}
             self._compare(self._out, about | given, self._about | wanted)
+            say_first("%s: nothing left to do", self._out)
             return None
         if stale := self._lock.acquire():
             log.info("took over %s from %s, which has ended", self._out, stale)
@@ -89,6 +92,15 @@ class Simulations:
             self._compare(self._path(p), about, self._about)
             found[p] = int(about["made"])
         return found
+
+    def pieces(self, known: dict[float, int]) -> list[float]:
+        """The parameters whose simulations are not done."""
+        self._frames, self.world.crash_folder = dict(known), self._parts
+        self._before, self._start = sum(known.values()), time.monotonic()
+        todo = [p for p in self._parameters if known.get(p, 0) < self._total]
+        done = f", {len(self._parameters) - len(todo)} done already" if len(todo) < len(self._parameters) else ""
+        say_first("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
+        return todo
 
     def _compare(self, path: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
         """Raise InputError for the first constant that differs."""
@@ -110,48 +122,31 @@ class Simulations:
         arrays, about = store.load_simulation(self._path(parameter))
         return Simulation(parameter, int(about["made"]), arrays["kept"], arrays["now"])
 
-    def _save(self, simulation: Simulation) -> None:
-        arrays = {"kept": simulation.kept, "now": simulation.now}
-        about = {**self._about, "parameter": simulation.parameter, "made": simulation.frames}
-        store.save_simulation(self._path(simulation.parameter), arrays, about)
+    def work(self, parameter: float) -> Iterator[None]:
+        """Make a simulation; it may be left between two steps."""
+        self._current = self._load(parameter)
+        yield from self._solver.advance(self._current)
 
-    def _work(self, mine: list[float]) -> None:
-        """Make this rank's simulations until all are done or some rank has called off."""
-        for parameter in mine:
-            simulation, saved_at = self._load(parameter), time.monotonic()
-            for _ in self._solver.advance(simulation):
-                self._tell(simulation)
-                if self._look_around():
-                    self._save(simulation)
-                    return
-                if time.monotonic() - saved_at > SAVE_EVERY:
-                    self._save(simulation)
-                    saved_at = time.monotonic()
-            self._save(simulation)
+    def news(self, parameter: float) -> tuple[float, int]:
+        """How many states there are."""
+        return parameter, self._current.frames
 
-    def _tell(self, simulation: Simulation) -> None:
-        now, done = time.monotonic(), simulation.frames == self._total
-        if now - self._told_at < TELL_EVERY and not done:
-            return
-        self._told_at = now
-        news = (simulation.parameter, simulation.frames)
-        self._hear([news]) if self.world.is_root else self.world.tell_root(news)
+    def keep(self, parameter: float) -> None:
+        """Save this rank's simulation."""
+        arrays = {"kept": self._current.kept, "now": self._current.now}
+        about = {**self._about, "parameter": parameter, "made": self._current.frames}
+        store.save_simulation(self._path(parameter), arrays, about)
 
-    def _hear(self, news: list[tuple[float, int]]) -> None:
+    def receive(self, news: list[tuple[float, int]]) -> None:
+        """Take note of what there is."""
         self._frames |= dict(news)
 
-    def _look_around(self) -> bool:
-        """Between two steps: whether to leave; on the root also the news and the line."""
-        if self._requests.reason():
-            self.world.call_off()
-        if self.world.is_root:
-            self._hear(self.world.heard())
-            self._line.say(self._progress)
-        return self.world.called_off()
+    def save(self) -> None:
+        """Nothing: each rank keeps its own."""
 
-    def _close(self) -> bool:
+    def close(self) -> bool:
         """Whether all are done; then they become one file, and the parts go."""
-        log.info("%s", self._progress())
+        log.info("%s", self.progress())
         if any(self._frames.get(p, 0) < self._total for p in self._parameters):
             return False
         kept = {p: self._load(p).kept for p in self._parameters}
@@ -161,7 +156,7 @@ class Simulations:
         log.info("written: %s", self._out)
         return True
 
-    def _progress(self) -> str:
+    def progress(self) -> str:
         """``simulations done 3/12, 4,120 of 18,000 states, 480/s, ETA 0:00:29``."""
         made, whole = sum(self._frames.values()), self._total * len(self._parameters)
         done = sum(frames == self._total for frames in self._frames.values())

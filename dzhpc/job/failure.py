@@ -1,0 +1,64 @@
+"""How a job fails: every error is said once, tracebacks go to a file, and no rank is left waiting for one that failed."""
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, message_of
+
+PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
+
+
+class RankError(DzhpcError):
+    """What failed on one rank, raised on all of them, with that error's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def keep_traceback(error: BaseException, rank: int, folder: Path | None) -> str:
+    """Where the traceback of an exception nobody foresaw went, as " (...)": a file in ``folder``, else standard error and ""."""
+    if isinstance(error, BlackBoxError) and error.__cause__ is not None:
+        error = error.__cause__  # the user's own code
+    if isinstance(error, (DzhpcError, KeyboardInterrupt)):
+        return ""
+    text = "".join(traceback.format_exception(error))
+    if folder is not None and folder.is_dir():
+        path = folder / f"crash-rank{rank}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text(text)
+            return f" (traceback in {path})"
+    sys.stderr.write(text)
+    return ""
+
+
+def fail(comm, error: BaseException, folder: Path | None, on_failure: Callable[[str, int], None]) -> int:
+    """Say the error once and end the job; its exit code.
+
+    Where all ranks fail together the first of them speaks and all leave; a rank that fails alone speaks and aborts the job.
+    comm: a communicator that is used for nothing else. folder: for tracebacks. on_failure: called by the rank that speaks.
+    """
+    message, code = message_of(error) + keep_traceback(error, comm.rank, folder), exit_code_of(error)
+
+    def speak(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        on_failure(text, code)
+
+    if comm.size == 1:
+        speak(message)
+        return code
+    barrier, end = comm.Ibarrier(), time.monotonic() + PATIENCE
+    while not barrier.Test():
+        if time.monotonic() > end:
+            speak(f"rank {comm.rank}: {message}")
+            comm.Abort(code)
+        time.sleep(0.01)
+    messages = comm.allgather(message)
+    if comm.rank == 0:
+        speak(message if len(set(messages)) == 1 else f"rank 0: {message}")
+    comm.barrier()  # a rank that left earlier would make mpirun kill the root before it has spoken
+    return code

@@ -1,0 +1,83 @@
+"""Several defences certified one after the other: options, names, and the table of all that a folder holds."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from dzhpc.errors import InputError
+from dzhpc.job import device as devices
+from dzhpc.job.launch import add_user_modules, stopped, survey
+from dzhpc.job.stopping import Reason, Requests
+from dzhpc.job.world import World
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.certification import Certification
+from dzhpc.tasks.defense.task import load_defense
+
+log = logging.getLogger("dzhpc")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for options that mean nothing."""
+    for name in ("n0", "n", "batch", "images"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected at least 1")
+    for name in ("sigma", "grid"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name} {value:g}: expected a number above 0, in units of pixels in [0, 1]")
+    if not 0 < args.alpha < 1:
+        raise InputError(f"--alpha {args.alpha:g}: expected a probability between 0 and 1, such as 0.001")
+    if args.label is not None and Path(args.label).name != args.label:
+        raise InputError(f"--label {args.label}: expected a plain name, which files are called by; -o chooses the folder")
+    names = [label_of(source, args.no_denoiser) for source in args.sources]
+    if len(names) > 1 and (args.label or (args.out and args.out.suffix == ".h5")):
+        raise InputError("--label and -o FILE.h5 name one method, but several sources are given; certify them one by one")
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"several sources would be called {name}; certify them one by one, each with its --label")
+
+
+def default_folder(sources: list[str]) -> Path:
+    """``certify/``, in the run folder where there is just one."""
+    return Path(sources[0] if len(sources) == 1 and Path(sources[0]).is_dir() else ".") / "certify"
+
+
+def label_of(source: str, without_denoiser: bool) -> str:
+    """A method's name: the run folder's, the run folder's with the step, or the input file's."""
+    path = Path(source).resolve()
+    name = path.name if path.is_dir() else path.stem
+    if path.parent.name == "checkpoints":
+        name = f"{path.parent.parent.name}-{name}"
+    return f"{name}-no-denoiser" if without_denoiser else name
+
+
+def certify(world: World, args: argparse.Namespace, device: torch.device) -> int:
+    """Certify all sources in turn, by options that :func:`check` has let pass; the exit code. Collective."""
+    out = args.out or default_folder(args.sources)
+    if out.suffix == ".h5":
+        out, args.label = out.parent, out.stem
+    requests, progressed, reason = None, False, Reason.NONE
+    for source in args.sources:
+        world.crash_folder = out
+        with world.together():
+            add_user_modules(source)
+            defense = load_defense(source, device, without_denoiser=args.no_denoiser, precision=args.precision)
+            if defense.box is None:
+                raise InputError(f"{source}: names no task.classifier, so there is nothing to certify")
+            devices.cpu(defense.config.run.threads)
+        survey(world, device, defense.config.run)
+        requests = requests or Requests(defense.config, out if world.is_root else None)
+        name = args.label or label_of(source, args.no_denoiser)
+        job = Certification(world, defense, args, source, out / f"{name}.h5", requests)
+        reason = job.run()
+        progressed |= job.progressed
+        if reason:
+            break
+    code = stopped(world, reason, progressed, "batch")
+    if world.is_root and not code:  # else time is short
+        files = [path for path in sorted(out.glob("*.h5")) if path.with_suffix(".tsv").exists()]
+        log.info("%s\n%s", certificates.write(files, out), f"written: {out / 'certified.md'}, {out / 'certified.png'}")
+    return code

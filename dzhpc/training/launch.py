@@ -1,0 +1,151 @@
+"""One launch of a run: try out, open the run folder, begin or restart, train, leave."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dzhpc.errors import DzhpcError
+from dzhpc.files import store
+from dzhpc.files.runfolder import RunFolder
+from dzhpc.job import device as devices
+from dzhpc.job.launch import Place, answer_job_script
+from dzhpc.job.lock import Lock
+from dzhpc.job.log import log_to, say_first
+from dzhpc.job.stopping import Reason
+from dzhpc.job.world import World
+from dzhpc.tasks import Task
+from dzhpc.training.active_set import read_lpr
+from dzhpc.training.checks import check_restart
+from dzhpc.training.trainer import Trainer
+
+log = logging.getLogger("dzhpc")
+LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")
+
+
+def run(
+    world: World, task: Task, path: Path, restart: str, ranks: list[Place] | None, report: Callable[[Path], object], quiet: bool
+) -> Reason:
+    """Start or restart in the run folder ``path`` and train; why it ended. Collective. Meanwhile the root holds its lock.
+
+    restart: "auto", "never" or a checkpoint. ranks: where they run, on the root. report: writes one of the run folder.
+    """
+    folder = RunFolder(path)
+    lock = Lock(folder.path)
+    try:
+        state, source, stale = world.on_root(lambda: open_folder(folder, lock, restart, task))
+        world.crash_folder = folder.path
+        trainer = Trainer(world, task, folder, quiet)
+        if state is not None:
+            trainer.restore(state)
+        world.on_root(lambda: log_to(folder.path / "log.txt"))
+        say_first(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
+        world.on_root(lambda: begin(folder, trainer, state, stale, ranks))
+        world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
+        reason = trainer.run()
+        if world.is_root:
+            end(folder, trainer, reason, report)
+        return reason
+    finally:
+        lock.release()
+
+
+def try_out(task: Task) -> None:
+    """Bind a batch once and read the LPR file, so that what cannot work is said before the run folder is made.
+
+    Raises InputError. Buffers are left as they were.
+    """
+    buffers = [b.clone() for b in task.model.buffers()]
+    task.bind(0)
+    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    if task.config.sparsity.lpr:
+        read_lpr(task)
+
+
+def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[store.State | None, str, str]:
+    """(state, its file) to restart from, or (None, ""), and whose stale lock was found.
+
+    The folder is locked first, and else touched only once the restart is known to be right.
+    Raises LaunchError, InputError or CheckpointError.
+    """
+    stale = lock.acquire() if folder.path.is_dir() else ""
+    if restart == "auto":
+        source, state = folder.newest_state()
+    elif restart == "never":
+        source, state = "", None
+    else:
+        source, state = restart, store.load_checkpoint(restart)
+    if state is not None:
+        check_restart(state, source, task)
+    folder.create()
+    stale = stale or lock.acquire()
+    if state is not None or restart == "never":
+        own = bool(source) and Path(source).resolve().parent == folder.checkpoints.resolve()
+        folder.set_aside(after_step=state.step if own else -1)  # the record of another run is not continued
+    return state, source, stale
+
+
+def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, stale: str, ranks: list) -> None:
+    """What follows the first line of the log, the resolved input, the launch manifest."""
+    if state is not None and state.partial is not None:
+        known = state.partial.done
+        log.info("completing step %d: %d of %d differences are known", state.step + 1, known.sum(), len(known))
+    if stale:
+        log.info("took over the run folder from %s, which has ended", stale)
+    index = trainer.task.engine.index
+    log.info(
+        "%s coordinates, %d steps an epoch, until step %d",
+        f"{index.size:,}",
+        trainer.task.steps_per_epoch,
+        trainer.budget.last_step,
+    )
+    for line in devices.table(ranks):
+        log.info(line)
+    folder.write_input(trainer.config.to_toml())
+    folder.write_manifest({
+        "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "hosts": [{"rank": r, "host": h, "device": d, "uuid": u} for r, h, d, u in ranks], "state": "running",
+        "versions": versions() | {"python": sys.version.split()[0]},
+        "resumed_from_step": state.step if state else None, "run_uuid": trainer.state.run_uuid,
+    })  # fmt: skip
+
+
+def end(folder: RunFolder, trainer: Trainer, reason: Reason, report: Callable[[Path], object]) -> None:
+    """What is left to do when all is saved: the manifest, the job script's question, the report; none of it can fail the run."""
+    state = "stopped" if reason >= Reason.STOP_FILE else "finished"
+    how = {"state": state, "reason": reason.text, "exit_code": reason.exit_code}
+    folder.update_manifest(**how, step=trainer.state.step, seconds=trainer.state.seconds)
+    answer_job_script(reason, trainer.progressed, "step")
+    if reason.exit_code:  # time is short, and the run goes on: drawing takes seconds
+        return
+    try:
+        report(folder.path)
+        log.info("results: %s", folder.path / "report" / "report.md")
+    except DzhpcError as error:
+        log.warning("no report: %s", error)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that bits may depend on; one may be missing, since one process needs no MPI."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the program, where it runs from a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

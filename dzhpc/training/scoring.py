@@ -1,0 +1,40 @@
+"""Pruning scores by themselves: layer-wise pruning ratios for a file, which later runs read."""
+
+import logging
+from pathlib import Path
+
+from dzhpc.config import Config
+from dzhpc.errors import InputError
+from dzhpc.files import store
+from dzhpc.job.world import World
+from dzhpc.tasks import Task
+from dzhpc.training.active_set import Pattern
+
+log = logging.getLogger("dzhpc")
+
+
+def score(world: World, task: Task, out: Path) -> None:
+    """Score the initial weights on all ranks and write the ratios. Raises InputError for too many queries. Collective."""
+    pattern = Pattern(task, world.split)
+    check_budget(task.config.task.max_queries, pattern.score_queries)
+    lpr = pattern.score()
+    world.on_root(lambda: store.save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
+    log.info("%s\nwritten: %s", lpr.table(), out)
+
+
+def check(config: Config, out: Path) -> Config:
+    """Raise InputError before any query is spent on a result that could not be written or would mean nothing."""
+    if config.sparsity.ratio == 0:
+        raise InputError(
+            "sparsity.ratio = 0: nothing would be pruned; give a ratio above 0, for example --set sparsity.ratio=0.9"
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist")
+    config.sparsity.lpr = None
+    return config
+
+
+def check_budget(limit: int | None, queries: int) -> None:
+    """Raise InputError where the scores would ask the black box more often than ``task.max_queries``."""
+    if limit is not None and queries > limit:
+        raise InputError(f"task.max_queries = {limit}: the scores ask {queries:,} times; raise it, or lower sparsity.q")
