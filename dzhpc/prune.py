@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dzhpc import config as configuration
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files.lpr import save_lpr
 from dzhpc.job import device as devices
 from dzhpc.job import log as metrics
 from dzhpc.job.world import World, run_verb
@@ -49,7 +49,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     lpr = pattern.score()
 
     def save() -> None:
-        store.save_lpr(args.out, lpr, task.engine.index.split(lpr.scores))
+        save_lpr(args.out, lpr, task.engine.index.split(lpr.scores))
 
     world.on_root(save)
     log.info("%s\nwritten: %s", lpr.table(), args.out)

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 from dzhpc import config as configuration
-from dzhpc import report
 from dzhpc.errors import DzhpcError
-from dzhpc.files import store
+from dzhpc.files import curves
+from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import device as devices
 from dzhpc.job import log as metrics
@@ -106,7 +106,7 @@ def try_out(task: Task) -> None:
         read_lpr(task)
 
 
-def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[store.State | None, str, str]:
+def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:
     """(state, its file) to restart from, or (None, ""), and whose stale lock was found.
 
     The folder is locked first, and else touched only once the restart is known to be right.
@@ -118,7 +118,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     elif restart == "never":
         source, state = "", None
     else:
-        source, state = restart, store.load_checkpoint(restart)
+        source, state = restart, load_checkpoint(restart)
     if state is not None:
         check_restart(state, source, task)
     folder.create()
@@ -129,7 +129,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     return state, source, stale
 
 
-def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, source: str, stale: str, ranks: list) -> None:
+def begin(folder: RunFolder, trainer: Trainer, state: State | None, source: str, stale: str, ranks: list) -> None:
     """The first lines of the log, the resolved input, the launch manifest."""
     metrics.log_to(folder.path / "log.txt")
     log.info(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
@@ -167,7 +167,7 @@ def end(folder: RunFolder, trainer: Trainer, reason: Reason) -> None:
     if reason.exit_code:  # time is short, and the run goes on: drawing takes seconds
         return
     try:
-        report.write([folder.path], folder.path / "report")
+        curves.write([folder.path], folder.path / "report")
         log.info("results: %s", folder.path / "report" / "report.md")
     except DzhpcError as error:
         log.warning("no report: %s", error)

@@ -10,7 +10,8 @@ import torch
 
 from dzhpc import config as configuration
 from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError, ReplicaError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, config_of
+from dzhpc.files.metrics import Metrics
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import device as devices
 from dzhpc.job.log import Progress, duration
@@ -20,7 +21,8 @@ from dzhpc.method import estimators, optimizers
 from dzhpc.method.estimators import Partial
 from dzhpc.method.first_order import PARTS
 from dzhpc.method.seeds import derive
-from dzhpc.models import zoo as models
+from dzhpc.models.identity import model_sha256, tensors_sha256
+from dzhpc.models.weights import assign
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.distribution import Distribution, Interrupted
@@ -29,11 +31,11 @@ log = logging.getLogger("dzhpc")
 REBALANCE = 50  # steps between two looks at who should evaluate what, beside every new S
 
 
-def check_restart(state: store.State, source: str, task: Task) -> None:
+def check_restart(state: State, source: str, task: Task) -> None:
     """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model."""
-    for key, old, new in configuration.frozen_changes(models.config_of(state, source), task.config):
+    for key, old, new in configuration.frozen_changes(config_of(state, source), task.config):
         raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
-    if state.model_sha256 != store.model_sha256(task.model):
+    if state.model_sha256 != model_sha256(task.model):
         raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
 
 
@@ -50,7 +52,7 @@ class Trainer:
         self._distribution = Distribution(world, task.engine, self._requests.urgent)
         self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
         self._partial: Partial | None = None  # of the next step
-        self._metrics = store.Metrics(folder.metrics)
+        self._metrics = Metrics(folder.metrics)
         self._history: list[str] = []
         self.run_uuid = str(uuid.uuid4())
         self.progressed = False  # whether this launch has evaluated anything that is kept
@@ -77,9 +79,9 @@ class Trainer:
     def _evaluation_interval(self) -> int:
         return self.config.eval.every_epochs * self.task.steps_per_epoch
 
-    def restore(self, state: store.State) -> None:
+    def restore(self, state: State) -> None:
         """Continue from a checkpoint that :func:`check_restart` has let pass."""
-        models.assign(self.task.model, state.params, state.buffers)
+        assign(self.task.model, state.params, state.buffers)
         optimizers.restore(self._optimizer, self._parameters, state.optimizer)
         self._pattern.restore(state.lpr, state.coordinates)
         self._partial = state.partial
@@ -349,9 +351,9 @@ class Trainer:
             self._saved_step = self.step
             self.folder.update_manifest(step=self.step, seconds=self.seconds)
 
-    def _state(self) -> store.State:
+    def _state(self) -> State:
         model = self.task.model
-        return store.State(
+        return State(
             config=self.config.to_toml(),
             history=self._history,
             step=self.step,
@@ -359,7 +361,7 @@ class Trainer:
             queries=self._queries,
             wall_time_s=self._wall_before + self.seconds,
             run_uuid=self.run_uuid,
-            model_sha256=store.model_sha256(model),
+            model_sha256=model_sha256(model),
             seed=self.config.run.seed,
             params=dict(model.named_parameters()),
             buffers=dict(model.named_buffers()),
@@ -384,7 +386,7 @@ class Trainer:
         tensors = {**dict(self.task.model.named_parameters()), **dict(self.task.model.named_buffers())}
         for slot, values in optimizers.slots(self._optimizer, self._parameters).items():
             tensors.update({f"{slot}/{name}": value for name, value in values.items()})
-        hashes = self.world.allgather(store.tensors_sha256(tensors, content=True))
+        hashes = self.world.allgather(tensors_sha256(tensors, content=True))
         different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if different:
             raise ReplicaError(
