@@ -8,7 +8,7 @@ import numpy as np
 
 from dzhpc.errors import InputError
 from dzhpc.files import campaign
-from dzhpc.files.metrics import EVAL_COLUMNS, TRAIN_COLUMNS, load_metrics
+from dzhpc.files.metrics import load_columns
 from dzhpc.job.log import duration
 
 
@@ -36,9 +36,7 @@ def read(folder: Path) -> Curves:
     path = folder / "metrics.h5"
     if not path.exists():
         raise InputError(f"{folder}: no metrics.h5; expected a run folder that has trained at least one step")
-    train, evaluation = load_metrics(path)
-    columns = (dict(zip(TRAIN_COLUMNS, train.T, strict=True)), dict(zip(EVAL_COLUMNS, evaluation.T, strict=True)))
-    return Curves(folder.resolve().name, *columns)
+    return Curves(folder.resolve().name, *load_columns(path))
 
 
 def table(runs: list[Curves]) -> str:

@@ -73,3 +73,9 @@ def load_metrics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             return np.stack([file[table][name][:n].astype(np.float64) for name in columns], axis=1)
 
         return rows("train", TRAIN_COLUMNS), rows("eval", EVAL_COLUMNS)
+
+
+def load_columns(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(train, eval): name of a column -> [rows]. Raises InputError."""
+    train, evaluation = load_metrics(path)
+    return dict(zip(TRAIN_COLUMNS, train.T, strict=True)), dict(zip(EVAL_COLUMNS, evaluation.T, strict=True))

@@ -54,11 +54,11 @@ def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
             peaks[kind] = max(peaks[kind], memory.bytes)
     some = _part(len(coords), args.reference, args.seed, "reference")
     truth = _truth(model, inputs, labels, coords[some], args.mu)
+    reuse = seconds.get(("reuse", "fp32"))
     rows = []
     for (kind, precision), engine in engines.items():
         ms = 1e3 * np.array(seconds[kind, precision]) / len(coords)
         error = (engine.differences(coords[some], args.mu).double().cpu() - truth).norm() / truth.norm()
-        ratio = np.median(np.array(seconds["reuse", "fp32"]) / seconds[kind, precision]) if ("reuse", "fp32") in seconds else None
         rows.append(
             {
                 "engine": kind,
@@ -71,7 +71,7 @@ def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
                 "kept_mib": engine.peak_bytes / 2**20,
                 "bind_s": bases[kind, precision],
                 "relative_error": float(error),
-                "times_reuse": None if ratio is None else float(ratio),
+                "times_reuse": float(np.median(np.array(reuse) / seconds[kind, precision])) if reuse else None,
             }
         )
     head = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.errors import InputError
-from dzhpc.files.metrics import TRAIN_COLUMNS, load_metrics
+from dzhpc.files.metrics import load_columns
 
 LIMIT_S = 3600  # for one training run
 
@@ -56,6 +56,5 @@ def _train(launch: list[str], folder: str, args: argparse.Namespace) -> tuple[np
         raise InputError(
             f"{' '.join(launch)} ended with exit code {code}: {text.strip().splitlines()[-1] if text.strip() else ''}"
         )
-    train, _ = load_metrics(f"{folder}/run/metrics.h5")
-    columns = dict(zip(TRAIN_COLUMNS, train.T, strict=True))
-    return columns["step_s"][1:], columns["comm_s"][1:]
+    train, _ = load_columns(f"{folder}/run/metrics.h5")
+    return train["step_s"][1:], train["comm_s"][1:]

@@ -515,7 +515,7 @@ def test_a_model_that_needs_the_contiguous_layout_has_it(small, monkeypatch):
         def forward(self, x):
             return self.conv(x).view(len(x), -1).view(len(x), 2, 8, 16)
 
-    monkeypatch.setattr(sol.models, "build", lambda section, seed: Flat())
+    monkeypatch.setattr(sol.zoo, "build", lambda section, seed: Flat())
     task = task_of()
     assert task.model.conv.weight.is_contiguous()
     assert task.bind(0) > 0
