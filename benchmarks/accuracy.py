@@ -26,10 +26,10 @@ from dzhpc import config, data
 from dzhpc.engines.full import Full
 from dzhpc.errors import InputError
 from dzhpc.job import processor
-from dzhpc.models import zoo as models
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20
 from dzhpc.models.vit import ViT
+from dzhpc.models.weights import load_weights
 
 MUS = (5e-3, 1e-4)
 ENGINES = (("delta", "fp32"), ("delta", "bf16"), ("reuse", "fp32"))
@@ -143,7 +143,7 @@ def row(case: Case, args: argparse.Namespace, inputs: Tensor, labels: Tensor) ->
     torch.manual_seed(0)
     model = case.make()
     if case.weights:
-        models.load_weights(model, str(args.weights / case.weights))
+        load_weights(model, str(args.weights / case.weights))
     inputs, targets = batch(case, inputs, labels)
     model, inputs = (x.to(memory_format=torch.channels_last) for x in (model, inputs))
     exact_targets = targets.double() if targets.is_floating_point() else targets

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import torch
 
-from dzhpc import bench
 from dzhpc.engines import make_engine
 from dzhpc.engines.delta.change import Change
 from dzhpc.engines.delta.propagation import Propagation
+from dzhpc.training import benchmark
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
-    model, inputs, labels = bench.problem(args, torch.device("cpu"))
-    coords = bench.coordinates(model, inputs, labels, args)
+    model, inputs, labels = benchmark.problem(args, torch.device("cpu"))
+    coords = benchmark.coordinates(model, inputs, labels, args)
     engine = make_engine("delta", model, "cross_entropy", args.precision)
     engine.bind(inputs, labels)
     engine.differences(coords, 5e-3)

@@ -1,20 +1,12 @@
 """Verb: ranks, hosts, devices, libraries (under mpirun); what an .h5 file of ours holds; every key of an input file."""
 
 import argparse
-import importlib.metadata
-import os
-import platform
-import socket
-
-import torch
 
 from dzhpc import config as configuration
-from dzhpc.files import store
-from dzhpc.job import device as devices
+from dzhpc.files import h5
+from dzhpc.job.inventory import inventory
 from dzhpc.job.launch import run_verb
 from dzhpc.job.world import World
-
-LIBRARIES = ("dzhpc", "torch", "torchvision", "numpy", "mpi4py", "h5py", "pydantic")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,22 +21,11 @@ def parser() -> argparse.ArgumentParser:
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
     if args.what is None:
-        return _job(world)
-    print_on_root = print if world.is_root else lambda text: None
-    print_on_root(world.on_root(keys if args.what == "keys" else lambda: store.describe(args.what)))
-    return 0
-
-
-def _job(world: World) -> int:
-    device = devices.choose(world.local_rank, 1)
-    rows = world.gather((world.rank, socket.gethostname(), world.local_rank, devices.describe(device), os.getpid()))
+        text = inventory(world)
+    else:
+        text = world.on_root(keys if args.what == "keys" else lambda: h5.describe(args.what))
     if world.is_root:
-        print(f"{world.size} ranks, MPI: {world.library}, Python {platform.python_version()}, {platform.platform()}")
-        for name in LIBRARIES:
-            print(f"  {name} {importlib.metadata.version(name)}")
-        print(f"  CUDA {torch.version.cuda if torch.cuda.is_available() else 'not available'}, {os.cpu_count()} CPU cores")
-        for rank, host, local_rank, device, pid in rows:
-            print(f"rank {rank}: host {host}, local rank {local_rank}, {device}, process {pid}")
+        print(text)
     return 0
 
 

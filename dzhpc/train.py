@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from dzhpc import config as configuration
-from dzhpc import report
+from dzhpc.files import curves
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.world import World
@@ -48,7 +48,7 @@ def main(world: World, args: argparse.Namespace) -> int:
         return 0
     ranks = survey(world, device, config.run, task.engine.environment)
     folder = Path(args.run_dir or Path(config.run.dir) / config.run.name)
-    draw = lambda path: report.write([path], path / "report")  # noqa: E731
+    draw = lambda path: curves.write([path], path / "report")  # noqa: E731
     return launch.run(world, task, folder, args.restart, ranks, draw, args.quiet).exit_code
 
 

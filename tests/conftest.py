@@ -44,6 +44,6 @@ def cifar10_folder(data_root):
 @pytest.fixture(scope="session")
 def cifar10(cifar10_folder):
     """CIFAR-10 as the program sees it."""
-    from dzhpc import data
+    from dzhpc.data.images import cifar10_from
 
-    return data.cifar10_from(cifar10_folder, "")
+    return cifar10_from(cifar10_folder, "")

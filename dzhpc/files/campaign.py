@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import lock
 
@@ -50,10 +50,11 @@ def member(path: Path, name: str) -> Member:
     hours = [(_gpus(launch), len(launch.get("hosts", [])), launch.get("seconds", 0.0) / 3600) for launch in launches]
     last = {"step": 0, "epoch": 0.0, "accuracy": math.nan}
     try:
-        train, evaluation = store.load_metrics(path / "metrics.h5")
-        for columns, rows in ((store.TRAIN_COLUMNS, train), (store.EVAL_COLUMNS, evaluation)):
-            if len(rows):
-                last |= {key: value for key, value in zip(columns, rows[-1], strict=True) if key == "accuracy" or rows is train}
+        train, evaluation = load_columns(path / "metrics.h5")
+        if len(train["step"]):
+            last |= {key: values[-1] for key, values in train.items()}
+        if len(evaluation["step"]):
+            last["accuracy"] = evaluation["accuracy"][-1]
     except InputError as error:
         if (path / "metrics.h5").exists():
             reason = f"{reason}; {error}"

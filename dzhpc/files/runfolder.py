@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, load_checkpoint, save_checkpoint
 
 log = logging.getLogger("dzhpc")
 
@@ -45,7 +45,7 @@ class RunFolder:
         found = [p for p in self.checkpoints.glob("step-*.h5") if re.fullmatch(r"step-\d+\.h5", p.name)]
         return sorted(found, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
 
-    def newest_state(self) -> tuple[str, store.State | None]:
+    def newest_state(self) -> tuple[str, State | None]:
         """(file, state) of the newest valid checkpoint, ("", None) where there is none; damaged ones are skipped with a warning.
 
         Raises CheckpointError where there are checkpoints but none can be read: starting afresh would bury them.
@@ -53,7 +53,7 @@ class RunFolder:
         files = self.checkpoint_files()
         for path in files:
             try:
-                return str(path), store.load_checkpoint(path)
+                return str(path), load_checkpoint(path)
             except CheckpointError as error:
                 log.warning("skipped: %s", error)
         if files:
@@ -62,10 +62,10 @@ class RunFolder:
             )
         return "", None
 
-    def save(self, state: store.State, keep: int) -> Path:
+    def save(self, state: State, keep: int) -> Path:
         """Write a checkpoint, then drop the oldest beyond ``keep``."""
         path = self.checkpoint_path(state.step)
-        store.save_checkpoint(path, state)
+        save_checkpoint(path, state)
         for old in self.checkpoint_files()[keep:]:
             old.unlink()
         return path
@@ -129,10 +129,10 @@ def _next_number(paths: Iterable[Path]) -> int:
     return 1 + max((int(m[0]) for p in paths if (m := re.search(r"\d+$", p.stem))), default=0)
 
 
-def load_state(path: str | Path) -> tuple[str, store.State]:
+def load_state(path: str | Path) -> tuple[str, State]:
     """(file, state) of a checkpoint, or of the newest valid one in a run folder. Raises CheckpointError."""
     if not Path(path).is_dir():
-        return str(path), store.load_checkpoint(path)
+        return str(path), load_checkpoint(path)
     file, state = RunFolder(path).newest_state()
     if state is None:
         raise CheckpointError(f"{path}: holds no checkpoint; give a run folder or a checkpoint (step-*.h5)")

@@ -1,16 +1,14 @@
-"""Networks: ours by name, the user's by ``package.module:Class``; building, starting weights, loading checkpoints."""
+"""Networks: ours by name, the user's by ``package.module:Class``; built anew, or trained, from a checkpoint."""
 
 import fnmatch
 import inspect
-import pickle
-import tomllib
 from pathlib import Path
 
 import torch
 
 from dzhpc import config as configuration
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.seeds import derive
 from dzhpc.models.ae_ds import DenoisedAutoencoder
@@ -19,6 +17,7 @@ from dzhpc.models.corrector import Corrector
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 from dzhpc.models.vit import ViT
+from dzhpc.models.weights import assign, load_weights
 
 MODELS = {
     "cnn": SimpleCNN,
@@ -55,7 +54,7 @@ def fill_in(section: configuration.Model, **values: int) -> None:
     known = accepted(section)
     for key, value in values.items():
         if key not in section.fields and (known is None or key in known):
-            section.__pydantic_extra__[key] = value
+            setattr(section, key, value)
 
 
 def build(section: configuration.Model, seed: int) -> torch.nn.Module:
@@ -93,49 +92,6 @@ def _abridged(names: list[str]) -> str:
     return ", ".join(names if len(names) <= 12 else [*names[:4], "...", *names[-4:]])
 
 
-def load_weights(model: torch.nn.Module, path: str) -> None:
-    """Copy the weights in ``path``: a checkpoint or run folder of ours, or a torch state_dict.
-
-    The latter may lie under "state_dict" and have names with "module.". Raises InputError.
-    """
-    try:
-        if is_ours(path):
-            _, state = load_state(path)
-            assign(_part_for(model, {**state.params, **state.buffers}), state.params, state.buffers)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights)
-            weights = {name.removeprefix("module."): value for name, value in weights.items()}
-            _part_for(model, weights).load_state_dict(weights)
-    except OSError as error:
-        raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
-    except CheckpointError as error:
-        raise InputError(f"model.weights = {path}: {error}") from None
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
-        raise InputError(
-            f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
-
-
-def _part_for(model: torch.nn.Module, weights: dict) -> torch.nn.Module:
-    """The denoiser inside a model, where the weights are a denoiser's alone; else the model."""
-    inner = getattr(model, "denoiser", None)
-    return inner if isinstance(inner, torch.nn.Module) and set(weights) == set(inner.state_dict()) else model
-
-
-def is_ours(path: str | Path) -> bool:
-    """Whether this is a run folder, or begins like a checkpoint of ours. Raises OSError."""
-    return Path(path).is_dir() or store.is_ours(path)
-
-
-def config_of(state: store.State, source: str) -> configuration.Config:
-    """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
-    try:
-        return configuration.parse(tomllib.loads(state.config), source)
-    except (InputError, tomllib.TOMLDecodeError) as error:
-        raise CheckpointError(f"{error}; it was written by another version of dzhpc") from None
-
-
 def load_model(checkpoint: str | Path) -> torch.nn.Module:
     """The trained network of a checkpoint, or of a run folder's newest, in eval mode, on the CPU.
 
@@ -146,30 +102,9 @@ def load_model(checkpoint: str | Path) -> torch.nn.Module:
     config = config_of(state, file)
     if config.task.kind == "objective":
         raise CheckpointError(
-            f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.files.store.load_checkpoint(...).params"
+            f"{checkpoint}: task.kind = {config.task.kind} has no network; see dzhpc.files.checkpoint.load_checkpoint(...).params"
         )
     config.model.weights = None
     model = build(config.model, state.seed)
     assign(model, state.params, state.buffers)
     return model.eval()
-
-
-@torch.no_grad()
-def assign(model: torch.nn.Module, params: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
-    """Copy a checkpoint's tensors into the model, tied and non-persistent ones included.
-
-    Raises CheckpointError if they differ in name or shape.
-    """
-    for kind, own, given in (
-        ("parameter", dict(model.named_parameters()), params),
-        ("buffer", dict(model.named_buffers()), buffers),
-    ):
-        wrong = sorted(
-            name
-            for name in own.keys() | given.keys()
-            if name not in own or name not in given or own[name].shape != given[name].shape
-        )
-        if wrong:
-            raise CheckpointError(f"the checkpoint is of another model: {kind} {wrong[0]} differs ({len(wrong)} in all)")
-        for name, tensor in own.items():
-            tensor.copy_(given[name])

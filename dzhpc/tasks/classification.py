@@ -10,7 +10,7 @@ from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
 from dzhpc.errors import DzhpcError, InputError
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
 
 log = logging.getLogger("dzhpc")
 
@@ -26,7 +26,7 @@ class Classification:
         self.config = config.model_copy(deep=True)
         data_set = data.load(config.data, config.run.seed)
         self._fill_in_model(data_set)
-        self.model = models.build(self.config.model, config.run.seed).to(device)
+        self.model = zoo.build(self.config.model, config.run.seed).to(device)
         self.data = data_set.to(device)
         self.batches = data.Batches(self.data, config.data.batch_size, config.run.seed, config.data.augment)
         self._choose_layout()
@@ -58,7 +58,7 @@ class Classification:
 
     def _fill_in_model(self, data_set: data.DataSet) -> None:
         """``classes`` and ``in_channels`` follow from the data, where the model takes them; a contradiction is an error."""
-        section, known = self.config.model, models.accepted(self.config.model)
+        section, known = self.config.model, zoo.accepted(self.config.model)
         for key, value in (("classes", len(data_set.classes)), ("in_channels", data_set.train.images.shape[1])):
             given = section.fields.get(key, value)
             if given != value:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files.lpr import load_lpr
 from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, prunable_layers, random_scores, zo_grasp
 from dzhpc.method.seeds import derive
+from dzhpc.models.identity import model_sha256
 
 log = logging.getLogger("dzhpc")
 
@@ -99,7 +100,7 @@ class Pattern:
         for buffer, value in zip(task.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
-        return lpr_from_scores(scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs)
+        return lpr_from_scores(scores, index, self._layers(), config.ratio, config.rule, model_sha256(task.model), attrs)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index
@@ -113,8 +114,8 @@ class Pattern:
 def read_lpr(task) -> LPR:
     """``sparsity.lpr``. Raises InputError for a file of another model or ratio, or without the scores that it needs."""
     config, index = task.config.sparsity, task.engine.index
-    lpr, scores = store.load_lpr(config.lpr)
-    if lpr.model_sha256 != store.model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
+    lpr, scores = load_lpr(config.lpr)
+    if lpr.model_sha256 != model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
         raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
     if lpr.attrs["sparsity"] != config.ratio:
         raise InputError(

@@ -7,25 +7,25 @@ import torch
 
 from dzhpc import config as configuration
 from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, config_of
 from dzhpc.job.world import World
 from dzhpc.method.estimators import Estimator
-from dzhpc.models import zoo
+from dzhpc.models.identity import model_sha256, tensors_sha256
 from dzhpc.tasks import Task
 from dzhpc.training.distribution import Distribution
 
 
-def check_restart(state: store.State, source: str, task: Task) -> None:
+def check_restart(state: State, source: str, task: Task) -> None:
     """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model."""
-    for key, old, new in configuration.frozen_changes(zoo.config_of(state, source), task.config):
+    for key, old, new in configuration.frozen_changes(config_of(state, source), task.config):
         raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
-    if state.model_sha256 != store.model_sha256(task.model):
+    if state.model_sha256 != model_sha256(task.model):
         raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
 
 
 def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """Raise ReplicaError unless all ranks hold the same tensors, bit for bit. Collective."""
-    hashes = world.allgather(store.tensors_sha256(tensors, content=True))
+    hashes = world.allgather(tensors_sha256(tensors, content=True))
     different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
     if different:
         raise ReplicaError(

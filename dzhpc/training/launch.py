@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dzhpc.errors import DzhpcError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import device as devices
 from dzhpc.job.launch import Place, answer_job_script
@@ -68,7 +68,7 @@ def try_out(task: Task) -> None:
         read_lpr(task)
 
 
-def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[store.State | None, str, str]:
+def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:
     """(state, its file) to restart from, or (None, ""), and whose stale lock was found.
 
     The folder is locked first, and else touched only once the restart is known to be right.
@@ -80,7 +80,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     elif restart == "never":
         source, state = "", None
     else:
-        source, state = restart, store.load_checkpoint(restart)
+        source, state = restart, load_checkpoint(restart)
     if state is not None:
         check_restart(state, source, task)
     folder.create()
@@ -91,7 +91,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     return state, source, stale
 
 
-def begin(folder: RunFolder, trainer: Trainer, state: store.State | None, stale: str, ranks: list) -> None:
+def begin(folder: RunFolder, trainer: Trainer, state: State | None, stale: str, ranks: list) -> None:
     """What follows the first line of the log, the resolved input, the launch manifest."""
     if state is not None and state.partial is not None:
         known = state.partial.done

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from dzhpc.files import store
+from dzhpc.files.metrics import Metrics
 from dzhpc.job.log import Line, duration
 
 log = logging.getLogger("dzhpc")
@@ -39,7 +39,7 @@ class Record:
     """
 
     def __init__(self, path: Path):
-        self._metrics = store.Metrics(path)
+        self._metrics = Metrics(path)
         self.evaluated_step, self.accuracy, self.on_record = -1, math.nan, False
 
     def restore(self, step: int, interval: int) -> None:

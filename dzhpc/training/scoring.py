@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dzhpc.config import Config
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
@@ -18,7 +18,7 @@ def score(world: World, task: Task, out: Path) -> None:
     pattern = Pattern(task, world.split)
     check_budget(task.config.task.max_queries, pattern.score_queries)
     lpr = pattern.score()
-    world.on_root(lambda: store.save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
+    world.on_root(lambda: save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
     log.info("%s\nwritten: %s", lpr.table(), out)
 
 

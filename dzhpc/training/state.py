@@ -5,11 +5,12 @@ import uuid
 
 import torch
 
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State
 from dzhpc.job import processor
 from dzhpc.method import optimizers
 from dzhpc.method.estimators import Partial
-from dzhpc.models import zoo
+from dzhpc.models.identity import model_sha256
+from dzhpc.models.weights import assign
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
@@ -48,9 +49,9 @@ class TrainingState:
         optim, epochs = self.config.optim, self.config.stop.epochs
         return optimizers.make_schedule(self.optimizer, optim, epochs, self._task.steps_per_epoch, self.step)
 
-    def restore(self, found: store.State) -> None:
+    def restore(self, found: State) -> None:
         """Continue from a checkpoint that :func:`dzhpc.training.checks.check_restart` has let pass."""
-        zoo.assign(self._task.model, found.params, found.buffers)
+        assign(self._task.model, found.params, found.buffers)
         optimizers.restore(self.optimizer, self.parameters, found.optimizer)
         self.pattern.restore(found.lpr, found.coordinates)
         self.partial, self.budget.queries = found.partial, found.queries
@@ -75,10 +76,10 @@ class TrainingState:
             **self._task.engine.environment,
         }
 
-    def checkpoint(self) -> store.State:
+    def checkpoint(self) -> State:
         """What a checkpoint holds."""
         model = self._task.model
-        return store.State(
+        return State(
             config=self.config.to_toml(),
             history=self._history,
             step=self.step,
@@ -86,7 +87,7 @@ class TrainingState:
             queries=self.budget.queries,
             wall_time_s=self._wall_before + self.seconds,
             run_uuid=self.run_uuid,
-            model_sha256=store.model_sha256(model),
+            model_sha256=model_sha256(model),
             seed=self.config.run.seed,
             params=dict(model.named_parameters()),
             buffers=dict(model.named_buffers()),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import device as devices
 from dzhpc.job import process
@@ -51,7 +51,7 @@ class Trainer:
     def _evaluation_interval(self) -> int:
         return self.config.eval.every_epochs * self.task.steps_per_epoch
 
-    def restore(self, found: store.State) -> None:
+    def restore(self, found: State) -> None:
         """Continue from a checkpoint that :func:`dzhpc.training.checks.check_restart` has let pass."""
         self.state.restore(found)
         self._saved_step = found.step

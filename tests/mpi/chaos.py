@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mpi_launch import SHARED_MEMORY, assert_same, bits, checkpoints, mpirun
 
-from dzhpc.files import store
+from dzhpc.files.checkpoint import load_checkpoint
 
 INPUT = """
 [model]
@@ -126,7 +126,7 @@ def torment(number: int, place: Path, draw: random.Random, after_first: bool, mo
             assert time.monotonic() < end, f"run {number}: processes {ranks_of(folder)} live on after {story.kills[-1:]}"
             time.sleep(0.02)
         for path in checkpoints(folder):
-            store.load_checkpoint(path)  # none is damaged, at whatever moment its writer was killed
+            load_checkpoint(path)  # none is damaged, at whatever moment its writer was killed
             story.checked += 1
         assert "Traceback" not in result.err and "skipped" not in result.err, result.err
         if result.code == 0:

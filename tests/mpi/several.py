@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from dzhpc import report
+from dzhpc.files import curves
 from dzhpc.job.launch import run_verb
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.sol import figures
 
-draw, draw_certified = report.plot, certificates.plot
+draw, draw_certified = curves.plot, certificates.plot
 figures.draw = lambda *args: []
 
 
@@ -31,7 +31,7 @@ def run(case: dict, files: Path) -> None:
     os.environ.update(case["env"])
     sys.argv = [f"dzhpc.{case['verb']}", *case["args"]]
     drawing = case["verb"] == "report"
-    report.plot = draw if drawing else lambda runs, path: None
+    curves.plot = draw if drawing else lambda runs, path: None
     certificates.plot = draw_certified if drawing else lambda records, path: None
     code: object = "no exit"
     try:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mpi_launch import Case, Result, attributes, batch, checkpoints, mpirun, run, sets, tensor
 
-from dzhpc.files import store
+from dzhpc.data import DataSet, Split, packed
+from dzhpc.files.checkpoint import load_checkpoint
 
 CIFAR = "cifar-10-batches-py"
 # name: (input file, further arguments, exit code, what the line must hold)
@@ -99,8 +101,9 @@ def ground(place) -> Path:
     images = draw.integers(0, 255, (24, 8, 8, 3), np.uint8)
     for name, labels in (("damaged", np.arange(24) % 10), ("labels", np.arange(24) % 12)):
         (place / name).mkdir()
-        part = (images, labels)
-        store.save_packed(place / name / "cifar10.h5", {"train": part, "test": part}, [0.5] * 3, [0.2] * 3, list("abcdefghij"))
+        part = Split(torch.from_numpy(images.transpose(0, 3, 1, 2)), torch.from_numpy(labels))
+        mean, std = torch.full((3,), 0.5), torch.full((3,), 0.2)
+        packed.save(place / name / "cifar10.h5", DataSet(part, part, mean, std, list("abcdefghij")))
     cut(place / "damaged" / "cifar10.h5")
     (place / "empty").mkdir()
     return place
@@ -225,7 +228,7 @@ def test_the_last_good_checkpoint_is_good(ground, numerical, name):
     found = checkpoints(ground / name)
     assert (named[1] if named else None) == (str(found[-1].relative_to(ground)) if found else None)
     for path in found:
-        state = store.load_checkpoint(path)
+        state = load_checkpoint(path)
         bad = [k for k, v in (state.params | state.buffers).items() if not np.isfinite(v.numpy()).all()]
         assert not bad, f"{path.name}: {bad}"
 
@@ -295,4 +298,4 @@ def test_a_checkpoint_that_cannot_be_written(ground):
     assert "full/" in line
     assert not list((ground / "full").rglob("*.tmp"))
     for path in checkpoints(ground / "full"):
-        assert store.load_checkpoint(path).step <= 2
+        assert load_checkpoint(path).step <= 2

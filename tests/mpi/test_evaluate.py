@@ -12,8 +12,9 @@ from mpi_launch import Case, batch, mpirun
 from PIL import Image
 
 from dzhpc import config
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
+from dzhpc.tasks.sol import reference
 
 MODULE = """
 import os, time
@@ -59,7 +60,7 @@ def save_run(place: Path, name: str, gains: list[float], text: str, seed: int = 
     folder = RunFolder(place / name)
     folder.create()
     for k, gain in enumerate(gains, 1):
-        state = store.State(
+        state = State(
             config=settings.to_toml(), history=[], step=10 * k, epoch=0.0, queries=0, wall_time_s=0.0, run_uuid="", seed=seed,
             model_sha256="", params={"gain": torch.tensor([gain])}, buffers={}, optimizer={}, coordinates=np.zeros(0), lpr=None,
         )  # fmt: skip
@@ -75,7 +76,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "wild.toml").write_text(INPUT + "[optim]\nlr = 0.5\n")
     (folder / "other.toml").write_text('[task]\nkind = "objective"\nfunction = "shrinking:step"\n')
     splits = {"train": decaying([0.02, 0.08]), "valid": decaying([0.05]), "test": decaying([0.04, 0.06, 0.07])}
-    store.save_reference(folder / "decay.h5", splits, {"staggered": False})
+    reference.save(folder / "decay.h5", splits, {"staggered": False})
     save_run(folder, "net", [0.0, 0.02, 0.06], "sol.toml")
     save_run(folder, "net-1", [0.0, 0.03], "sol.toml", seed=1)
     save_run(folder, "wild", [1.5], "wild.toml")

@@ -7,7 +7,7 @@ import pytest
 from mpi_launch import assert_same, bits, checkpoints, mpirun
 
 from dzhpc.config import import_object
-from dzhpc.files.store import load_checkpoint
+from dzhpc.files.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

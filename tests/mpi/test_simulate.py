@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, run, sets
 
-from dzhpc.files import store
+from dzhpc.tasks.sol import reference
+from dzhpc.tasks.sol.simulation import load_part
 
 WAKE = """
 [task]
@@ -75,7 +76,7 @@ def place(tmp_path_factory) -> Path:
 
 def made(place: Path, name: str) -> dict[float, int]:
     """States of each simulation in the parts of a file."""
-    abouts = [store.load_simulation(path)[1] for path in (place / f"{name}.h5.parts").glob("*.h5")]
+    abouts = [load_part(path)[1] for path in (place / f"{name}.h5.parts").glob("*.h5")]
     return {about["parameter"]: about["made"] for about in abouts}
 
 
@@ -131,7 +132,7 @@ def done(place, disturbed):
 def test_bits_do_not_depend_on_the_number_of_ranks(place, done):
     done["one"].succeeded(), done["three"].succeeded()
     assert_same(contents(place / "one.h5"), contents(place / "three.h5"))
-    splits, about = store.load_reference(place / "three.h5")
+    splits, about = reference.read(place / "three.h5")
     assert {split: (states.shape, list(ps)) for split, (states, ps) in splits.items()} == {
         "train": ((3, 5, 2, 17, 33), [2e5, 3e5, 4e5]),
         "valid": ((1, 5, 2, 17, 33), [3e5]),
@@ -146,7 +147,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks(place, done):
 
 def test_phiflow_makes_the_same_reference(place, done):
     done["phiflow"].succeeded()
-    fast, slow = (store.load_reference(place / f"{name}.h5")[0] for name in ("one", "phiflow"))
+    fast, slow = (reference.read(place / f"{name}.h5")[0] for name in ("one", "phiflow"))
     assert 0 < np.abs(fast["test"][0] - slow["test"][0]).max() < 1e-4
 
 
@@ -181,7 +182,7 @@ def test_a_kill_costs_little(place, disturbed, done):
 
 def test_the_users_reference_is_asked_once_a_parameter(place, done):
     done["own"].succeeded()
-    splits, about = store.load_reference(place / "own.h5")
+    splits, about = reference.read(place / "own.h5")
     states, parameters = splits["train"]
     expected = np.exp(-0.1 * parameters[:, None] * np.arange(2, 5))[..., None] * np.arange(1.0, 4.0)
     np.testing.assert_allclose(states, expected, rtol=1e-6)

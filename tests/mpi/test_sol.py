@@ -11,7 +11,7 @@ import torch
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, mpirun, sets
 
 import dzhpc
-from dzhpc.files import store
+from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.projected import Projected
 from dzhpc.tasks.sol.wake import Wake
 
@@ -86,9 +86,9 @@ def references(place: Path) -> None:
             frames.append(states.numpy())
         splits[split] = np.stack(frames, 1), res.numpy()
     about = {"staggered": True, "resolution": 8, "factor": 2, "radius": 10.0}
-    store.save_reference(place / "wake.h5", splits, about)
+    reference.save(place / "wake.h5", splits, about)
     rings = {split: (draw.normal(size=(2, 8, 2, 10)), np.array([0.1, 0.2])) for split in splits}
-    store.save_reference(place / "ring.h5", rings, {"staggered": False})
+    reference.save(place / "ring.h5", rings, {"staggered": False})
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from dzhpc import report
 from dzhpc.errors import InputError
-from dzhpc.files import campaign, store
+from dzhpc.files import campaign, curves
+from dzhpc.files.metrics import Metrics
 from dzhpc.job import process
 
 GPU = {"rank": 0, "host": "a", "uuid": "GPU-1"}
@@ -21,7 +21,7 @@ def make(folder, steps, *launches):
     for number, launch in enumerate(launches, 1):
         (folder / "launches" / f"{number:03d}.json").write_text(json.dumps(launch))
     if steps:
-        metrics = store.Metrics(folder / "metrics.h5")
+        metrics = Metrics(folder / "metrics.h5")
         for step in range(1, steps + 1):
             metrics.add_train(step, step / 10, 2 / step, 0.1, 1.0, 100 * step, 36.0, 0.0, 0)
         metrics.add_eval(steps, steps / 10, 1.0, 0.5)
@@ -50,7 +50,7 @@ def rows(text):
 
 
 def test_every_state_reason_and_hour(runs, tmp_path):
-    found = rows(report.write_campaign(runs, tmp_path / "out"))
+    found = rows(curves.write_campaign(runs, tmp_path / "out"))
     assert found["a"] == ["finished", "all epochs done", "20", "2.00", "50.00 %", "3.00", "3.00"]
     assert found["b/deep"] == ["stopped", "signal received", "7", "0.70", "50.00 %", "2.00", "4.00"]  # two ranks on one GPU
     assert found["c"] == ["failed", "rank 1: the a/b solver diverged", "0", "0.00", "", "0.00", "0.00"]

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import bits
 
 from dzhpc import config, data
+from dzhpc.data import packed
 from dzhpc.errors import InputError
 
 
@@ -143,6 +145,17 @@ def test_a_balanced_batch_is_balanced_even_where_a_class_is_rare():
 def test_images_and_labels_that_do_not_fit_each_other_are_refused(train, message):
     with pytest.raises(InputError, match=message):
         data.make_data_set(train, (np.zeros((2, 1, 2, 2)), [0, 1]), classes=["a", "b"])
+
+
+def test_packed_data_come_back(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    parts = [
+        data.Split(torch.randint(0, 256, (n, 3, 5, 4), dtype=torch.uint8, generator=draw), torch.arange(n) % 2) for n in (6, 2)
+    ]
+    saved = data.DataSet(*parts, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 0.5, 1]), ["chien", "forêt"])
+    packed.save(tmp_path / "d.h5", saved)
+    found = packed.load(tmp_path / "d.h5")
+    assert bits(found) == bits(saved)
 
 
 def test_the_users_own_function_gives_a_data_set(tmp_path, monkeypatch):

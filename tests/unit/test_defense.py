@@ -11,11 +11,13 @@ from dzhpc import config, data
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import runfolder, store
+from dzhpc.files import runfolder
+from dzhpc.files.checkpoint import State
 from dzhpc.method.first_order import PARTS
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.frozen import Frozen
+from dzhpc.models.identity import model_sha256
 from dzhpc.models.resnet import resnet20
 from dzhpc.tasks import make_task
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_network
@@ -122,7 +124,7 @@ def test_the_query_gradient_with_trained_weights(data_root, cifar10):
     if not all(file.exists() for file in files):
         pytest.skip(f"trained weights: {files} do not exist; set DZHPC_DATA")
     section = config.Model(name="dncnn", weights=str(files[0]), trainable=["model.38.weight"])
-    model = models.build(section, 0).double().eval()
+    model = zoo.build(section, 0).double().eval()
     keys = [f"task.classifier={files[1]}", "task.classifier_model=resnet20", "task.kind=defense"]
     net = load_network(config.load(None, keys), cifar10, torch.device("cpu")).double()
     clean = cifar10.test.images[:8].double() / 255
@@ -229,7 +231,7 @@ def test_dncnn_loads_kairs_weights_and_denoises(data_root, cifar10):
     file = data_root / "weights" / "dncnn-color-blind.pth"
     if not file.exists():
         pytest.skip(f"trained weights: {file} does not exist; set DZHPC_DATA")
-    model = models.build(config.Model(name="dncnn", weights=str(file)), 0)
+    model = zoo.build(config.Model(name="dncnn", weights=str(file)), 0)
     clean = cifar10.test.images[:32].float() / 255
     with torch.no_grad():
         error = model(clean + 0.25 * torch.randn_like(clean)) - clean
@@ -252,19 +254,19 @@ def test_a_frozen_network_gives_the_answers_of_the_network():
 
 def test_trainable_patterns_freeze_the_others():
     section = config.Model(name="dncnn", depth=3, width=4, trainable=["model.4.*"])
-    assert [n for n, p in models.build(section, 0).named_parameters() if p.requires_grad] == ["model.4.weight", "model.4.bias"]
+    assert [n for n, p in zoo.build(section, 0).named_parameters() if p.requires_grad] == ["model.4.weight", "model.4.bias"]
     section.trainable = ["model.4.*", "modle.0.weight"]
     with pytest.raises(InputError, match=r'model.trainable: no parameter matches "modle.0.weight"; the model has model.0.weight'):
-        models.build(section, 0)
+        zoo.build(section, 0)
 
 
 def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tmp_path):
     task = white(user, "data.test_limit=5", "model.trainable=['model.4.weight']")
     randomise(task.model)
     tensors = dict(params=dict(task.model.named_parameters()), buffers={}, optimizer={})
-    state = store.State(
+    state = State(
         config=task.config.to_toml(), history=[], step=3, epoch=1.0, queries=0, wall_time_s=0.0, run_uuid="", seed=0, lpr=None,
-        model_sha256=store.model_sha256(task.model), coordinates=np.arange(3), env={}, partial=None, **tensors,
+        model_sha256=model_sha256(task.model), coordinates=np.arange(3), env={}, partial=None, **tensors,
     )  # fmt: skip
     folder = runfolder.RunFolder(tmp_path / "run")
     folder.create()
@@ -278,9 +280,9 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
         defense = load_defense(source, cpu)
         assert isinstance(defense, Defense) and len(defense.data.test) == 20 and defense.classes == ["0", "1", "2", "3"]
         assert torch.equal(defense.classify(noisy), expected)
-    around = models.build(config.Model(name="ae-ds", depth=3, width=5, image_size=8, weights=str(tmp_path / "run")), 7)
+    around = zoo.build(config.Model(name="ae-ds", depth=3, width=5, image_size=8, weights=str(tmp_path / "run")), 7)
     assert torch.equal(around.denoiser.model[2].weight, task.model.model[2].weight)
-    again = models.build(config.Model(name="dncnn", depth=3, width=5, weights=str(tmp_path / "run")), 7)
+    again = zoo.build(config.Model(name="dncnn", depth=3, width=5, weights=str(tmp_path / "run")), 7)
     assert torch.equal(again.model[2].weight, task.model.model[2].weight)  # weights of a run folder are its newest
     bare = load_defense(tmp_path / "input.toml", cpu, without_denoiser=True)
     assert torch.equal(bare.classify(noisy), task._box(noisy).argmax(1))

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from dzhpc import config, data, fetch
+from dzhpc.data import fetching
 from dzhpc.errors import InputError
 
 
 def run(*arguments):
-    return fetch.fetch(fetch.parser().parse_args([str(a) for a in arguments]))
+    return fetching.fetch(**vars(fetch.parser().parse_args([str(a) for a in arguments])))
 
 
 def save(path, pixels):

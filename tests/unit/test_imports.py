@@ -19,7 +19,7 @@ ROOMS = {
     "tasks": "engines models data files job method config errors",
     "training": "tasks engines models data files job method config errors",
 }
-ONLY = {"mpi4py": {"job.world"}, "h5py": {"files.store"}, "phi": {"tasks.sol.phiflow"}}
+ONLY = {"mpi4py": {"job.world"}, "h5py": {"files.h5"}, "phi": {"tasks.sol.phiflow"}}
 
 
 ALONE = """

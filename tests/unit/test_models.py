@@ -7,9 +7,10 @@ from torch import nn
 import dzhpc
 from dzhpc import config, data
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
-from dzhpc.models import zoo as models
+from dzhpc.files.checkpoint import State, save_checkpoint
+from dzhpc.models import zoo
 from dzhpc.models.cnn import SimpleCNN
+from dzhpc.models.identity import model_sha256, tensors_sha256
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
 
 
@@ -36,7 +37,7 @@ def test_trained_resnet20_weights_classify_91_73_percent_of_the_test_images(data
     path = data_root / "weights" / "cifar10-resnet20.th"
     if not path.exists():
         pytest.skip(f"trained weights: {path} does not exist; set DZHPC_DATA")
-    model = models.build(config.Model(name="resnet20", weights=str(path)), seed=0).eval().to(memory_format=torch.channels_last)
+    model = zoo.build(config.Model(name="resnet20", weights=str(path)), seed=0).eval().to(memory_format=torch.channels_last)
     normalised = data.DataSet(
         cifar10.train, cifar10.test, torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]), cifar10.classes
     )
@@ -58,7 +59,7 @@ def test_the_option_a_shortcut_subsamples_and_pads_channels_on_both_sides():
 def test_weights_are_a_function_of_the_seed_and_leave_the_global_random_numbers_alone():
     section = config.Model(name="cnn", depth=2)
     before = torch.get_rng_state()
-    a, b, c = (models.build(section, seed).state_dict() for seed in (1, 1, 2))
+    a, b, c = (zoo.build(section, seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
@@ -80,16 +81,16 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_random_numbers_
 )
 def test_a_model_section_that_builds_nothing_is_refused(section, message):
     with pytest.raises(InputError, match=message):
-        models.build(section, 0)
+        zoo.build(section, 0)
 
 
 def test_a_class_of_the_users_is_built_with_its_own_arguments():
-    model = models.build(config.Model(name="torch.nn:Linear", in_features=3, out_features=2), 0)
+    model = zoo.build(config.Model(name="torch.nn:Linear", in_features=3, out_features=2), 0)
     assert model.weight.shape == (2, 3)
 
 
 def checkpoint_of(model, toml, path, lpr=None):
-    state = store.State(
+    state = State(
         config=toml,
         history=[],
         step=3,
@@ -97,7 +98,7 @@ def checkpoint_of(model, toml, path, lpr=None):
         queries=7,
         wall_time_s=1.0,
         run_uuid="u",
-        model_sha256=store.model_sha256(model),
+        model_sha256=model_sha256(model),
         seed=0,
         params=dict(model.named_parameters()),
         buffers=dict(model.named_buffers()),
@@ -105,7 +106,7 @@ def checkpoint_of(model, toml, path, lpr=None):
         coordinates=torch.arange(3).numpy(),
         lpr=lpr,
     )
-    store.save_checkpoint(path, state)
+    save_checkpoint(path, state)
 
 
 def trained(seed=5):
@@ -121,14 +122,14 @@ def test_starting_weights_come_from_a_torch_state_dict(tmp_path, wrapped):
     model, path = trained(), tmp_path / "w.pt"
     state = model.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, path)
-    found = models.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
+    found = zoo.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 def test_starting_weights_come_from_a_checkpoint_of_ours(tmp_path):
     model, path = trained(), tmp_path / "step-00000003.h5"
     checkpoint_of(model, "", path)
-    found = models.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
+    found = zoo.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0).state_dict()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
@@ -160,7 +161,7 @@ WRONG_WEIGHTS = (
 def test_weights_that_do_not_fit_are_refused_with_the_files_name(tmp_path, name):
     broken_weights(tmp_path)
     with pytest.raises(InputError, match=rf"model\.weights.*{tmp_path / name}"):
-        models.build(config.Model(name="cnn", depth=2, width=4, weights=str(tmp_path / name)), 0)
+        zoo.build(config.Model(name="cnn", depth=2, width=4, weights=str(tmp_path / name)), 0)
 
 
 def test_load_model_gives_the_trained_network_back_in_eval_mode(tmp_path):
@@ -184,3 +185,12 @@ def test_load_model_refuses_a_checkpoint_without_a_network_of_another_model_or_d
         dzhpc.load_model(tmp_path / "c.h5")
     with pytest.raises(CheckpointError, match=r"absent\.h5: cannot be read"):
         dzhpc.load_model(tmp_path / "absent.h5")
+
+
+def test_the_identity_of_a_model_is_names_shapes_and_dtypes_and_not_values():
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    assert model_sha256(a) == model_sha256(b)
+    others = [torch.nn.Linear(2, 3), torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2).double(), torch.nn.Sequential(a)]
+    assert len({model_sha256(m) for m in [a, *others]}) == 5
+    contents = [tensors_sha256(dict(m.named_parameters()), content=True) for m in (a, b, a)]
+    assert contents[0] == contents[2] != contents[1]

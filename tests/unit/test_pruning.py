@@ -11,7 +11,7 @@ from torch.func import functional_call
 import dzhpc
 from dzhpc import config
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.files import store
+from dzhpc.files.lpr import save_lpr
 from dzhpc.method import scores as pruning
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.estimators import rge_slopes, rge_sum
@@ -241,7 +241,7 @@ def test_an_lpr_file_gives_the_same_sets_as_scoring_in_the_run_and_must_fit_mode
     scored = Pattern(task, split_over(1))
     scored.redraw(0)
     path = tmp_path / "lpr.h5"
-    store.save_lpr(path, scored.lpr, task.engine.index.split(scored.lpr.scores))
+    save_lpr(path, scored.lpr, task.engine.index.split(scored.lpr.scores))
     for pattern in ("dynamic", "static"):
         read = Pattern(digits_task(f"sparsity.lpr={path}", f"sparsity.pattern={pattern}"), split_over(1))
         read.redraw(0)
@@ -255,6 +255,6 @@ def test_an_lpr_file_gives_the_same_sets_as_scoring_in_the_run_and_must_fit_mode
     ):
         with pytest.raises(InputError, match=message):
             Pattern(digits_task(f"sparsity.lpr={path}", wrong), split_over(1)).redraw(0)
-    store.save_lpr(path, scored.lpr)
+    save_lpr(path, scored.lpr)
     with pytest.raises(InputError, match=r'holds no scores, which pattern = "static" needs; use `python -m dzhpc.prune`'):
         Pattern(digits_task(f"sparsity.lpr={path}", "sparsity.pattern=static"), split_over(1)).redraw(0)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dzhpc import report
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files import curves
+from dzhpc.files.metrics import Metrics
 
 
 def make_run(folder, steps, accuracy, loss=lambda step: 2 / step):
     folder.mkdir()
-    metrics = store.Metrics(folder / "metrics.h5")
+    metrics = Metrics(folder / "metrics.h5")
     for step in range(1, steps + 1):
         metrics.add_train(step, step / 10, loss(step), 0.1, 1.0, 100 * step, 36.0, 0.0, 0)
         if step % 10 == 0:
@@ -26,7 +26,7 @@ def runs(tmp_path):
 
 
 def test_the_table_has_a_row_of_final_numbers_for_each_run(runs, tmp_path):
-    text = report.write(runs, tmp_path / "out")
+    text = curves.write(runs, tmp_path / "out")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     tail = np.mean([2 / step for step in range(37, 41)])
     assert rows[0] == ["run", "steps", "epochs", "queries", "train loss", "test loss", "test accuracy", "best", "wall time"]
@@ -37,9 +37,9 @@ def test_the_table_has_a_row_of_final_numbers_for_each_run(runs, tmp_path):
 
 
 def test_the_best_accuracy_may_lie_before_the_last(tmp_path):
-    run = report.read(make_run(tmp_path / "a", 40, 0.5))
+    run = curves.read(make_run(tmp_path / "a", 40, 0.5))
     run.eval["accuracy"][1] = 0.8
-    assert "| 49.00 % | 80.00 % |" in report.table([run])
+    assert "| 49.00 % | 80.00 % |" in curves.table([run])
 
 
 def test_both_runs_are_drawn_over_each_other_against_epochs_queries_and_wall_time(runs, tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_both_runs_are_drawn_over_each_other_against_epochs_queries_and_wall_tim
 
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
-    report.write(runs, tmp_path / "out")
+    curves.write(runs, tmp_path / "out")
     axes = kept[0].axes
     assert [a.get_xlabel() for a in axes[:3]] == ["epoch", "queries", "wall time in minutes"]
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["cge", "rge"]
@@ -63,7 +63,7 @@ def test_both_runs_are_drawn_over_each_other_against_epochs_queries_and_wall_tim
 
 def test_a_run_without_accuracy_or_with_negative_losses_is_drawn_too(tmp_path):
     folder = make_run(tmp_path / "own", 30, np.nan, loss=lambda step: -float(step))
-    text = report.write([folder], tmp_path / "out")
+    text = curves.write([folder], tmp_path / "out")
     assert "| own | 30 | 3.00 | 3,000 | -29 | -15 |  |  | 0:18:00 |" in text
     with Image.open(tmp_path / "out" / "curves.png") as picture:
         assert picture.height < 600  # one row of plots
@@ -71,12 +71,12 @@ def test_a_run_without_accuracy_or_with_negative_losses_is_drawn_too(tmp_path):
 
 def test_a_run_that_has_not_trained_yet_gets_a_row_and_no_curve(tmp_path, runs):
     (tmp_path / "new").mkdir()
-    store.Metrics(tmp_path / "new" / "metrics.h5").flush()
-    assert "| new | 0 |" in report.write([tmp_path / "new", runs[0]], tmp_path / "out")
-    assert report.write([tmp_path / "new"], tmp_path / "alone").endswith("| new | 0 | | | | | | | |")
+    Metrics(tmp_path / "new" / "metrics.h5").flush()
+    assert "| new | 0 |" in curves.write([tmp_path / "new", runs[0]], tmp_path / "out")
+    assert curves.write([tmp_path / "new"], tmp_path / "alone").endswith("| new | 0 | | | | | | | |")
     assert not (tmp_path / "alone" / "curves.png").exists()
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}: no metrics.h5; expected a run folder"):
-        report.write([tmp_path], tmp_path / "out")
+        curves.write([tmp_path], tmp_path / "out")

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State
+from dzhpc.files.metrics import Metrics
 from dzhpc.files.runfolder import RunFolder
 
 
 def state(step):
     weights = {"w": torch.full((3,), float(step))}
-    return store.State("", [], step, 0.0, 0, 0.0, "u", "s", 0, weights, {}, {}, np.arange(3), None)
+    return State("", [], step, 0.0, 0, 0.0, "u", "s", 0, weights, {}, {}, np.arange(3), None)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_an_empty_folder_has_no_state_and_one_of_damaged_files_is_an_error(folde
 def test_starting_afresh_moves_all_of_the_earlier_run_aside_and_loses_nothing(folder):
     for step in (5, 6):
         folder.save(state(step), keep=3)
-    store.Metrics(folder.metrics).flush()
+    Metrics(folder.metrics).flush()
     folder.set_aside()
     assert (names(folder), folder.metrics.exists()) == ([], False)
     kept = sorted(p.name for p in (folder.path / "previous-001").iterdir())

@@ -7,9 +7,9 @@ from PIL import Image
 
 from dzhpc import config as configuration
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
-from dzhpc.tasks.sol import evaluation, figures, results, wake
+from dzhpc.tasks.sol import evaluation, figures, reference, results, wake
 from dzhpc.tasks.sol.reference import Trajectories
 from dzhpc.tasks.sol.rollout import DIVERGED, Rollout, rollout
 
@@ -134,7 +134,7 @@ def place(tmp_path_factory):
         "valid": (decaying(0.97, 1), [1.5]),
         "test": (decaying(0.95, 2), [3.0, 4.0]),
     }
-    store.save_reference(folder / "decay.h5", splits, {"staggered": False})
+    reference.save(folder / "decay.h5", splits, {"staggered": False})
     return folder
 
 
@@ -154,9 +154,7 @@ def save_run(place, name, gains, seed=0, **options):
         params = {"gain": torch.tensor([gain])}
         numbers = {"step": 10 * k, "epoch": 0.0, "queries": 0, "wall_time_s": 0.0, "seed": seed}
         text = {"config": config.to_toml(), "run_uuid": "", "model_sha256": ""}
-        state = store.State(
-            **text, **numbers, history=[], params=params, buffers={}, optimizer={}, coordinates=np.zeros(0), lpr=None
-        )
+        state = State(**text, **numbers, history=[], params=params, buffers={}, optimizer={}, coordinates=np.zeros(0), lpr=None)
         folder.save(state, keep=99)
     return str(place / name)
 

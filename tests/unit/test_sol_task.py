@@ -9,11 +9,13 @@ from torch import nn
 import dzhpc
 from dzhpc import config
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, save_checkpoint
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.first_order import PARTS
 from dzhpc.models.corrector import Corrector, NarrowConv2d
+from dzhpc.models.identity import model_sha256
 from dzhpc.tasks import make_task
+from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol import task as sol
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.projected import Projected
@@ -356,9 +358,9 @@ def user(tmp_path_factory, small):
     (folder / "own_simulator.py").write_text(MODULE)
     splits = ("train", "valid", "test")
 
-    def save(name, reference):
-        parts = {s: (getattr(reference, s).states.numpy(), getattr(reference, s).parameters.numpy()) for s in splits}
-        store.save_reference(folder / f"{name}.h5", parts, reference.about)
+    def save(name, given):
+        parts = {s: (getattr(given, s).states.numpy(), getattr(given, s).parameters.numpy()) for s in splits}
+        reference.save(folder / f"{name}.h5", parts, given.about)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -513,7 +515,7 @@ def test_a_model_that_needs_the_contiguous_layout_has_it(small, monkeypatch):
         def forward(self, x):
             return self.conv(x).view(len(x), -1).view(len(x), 2, 8, 16)
 
-    monkeypatch.setattr(sol.models, "build", lambda section, seed: Flat())
+    monkeypatch.setattr(sol.zoo, "build", lambda section, seed: Flat())
     task = task_of()
     assert task.model.conv.weight.is_contiguous()
     assert task.bind(0) > 0
@@ -524,10 +526,10 @@ def test_a_checkpoint_of_the_task_is_a_network_again(tmp_path):
     randomised(task.model)
     state = dict(
         config=task.config.to_toml(), history=[], step=1, epoch=0.1, queries=1, wall_time_s=0.0, run_uuid="x",
-        model_sha256=store.model_sha256(task.model), seed=0, params=dict(task.model.named_parameters()), buffers={}, optimizer={},
+        model_sha256=model_sha256(task.model), seed=0, params=dict(task.model.named_parameters()), buffers={}, optimizer={},
         coordinates=np.arange(3), lpr=None, env={}, partial=None,
     )  # fmt: skip
-    store.save_checkpoint(tmp_path / "step-00000001.h5", store.State(**state))
+    save_checkpoint(tmp_path / "step-00000001.h5", State(**state))
     model = dzhpc.load_model(tmp_path / "step-00000001.h5")
     assert ParameterIndex.of(model).size == 506
     x = torch.randn(2, 3, 8, 16)

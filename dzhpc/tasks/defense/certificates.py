@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files import h5
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, confidence_interval
 
+KIND = "dzhpc-certificates"
 STORED = {
     "idx": np.int64, "label": np.int64, "selected": np.int64, "predict": np.int64, "n_a": np.int64, "n": np.int64,
     "radius": np.float64, "correct": np.bool_, "seconds": np.float64, "done": np.bool_,
@@ -23,20 +24,20 @@ def save(path: Path, rows: list[Certificate], about: Mapping[str, object]) -> No
     """Write certificates, a row an image: raw counts, radii in full precision (NaN: abstained, or not done yet), and ``about`` as
     attributes. Raises CheckpointError if they cannot be written; then the old file, if any, is whole."""
 
-    def fill(file) -> None:
+    def fill(file: h5.File) -> None:
         file.create_group("about").attrs.update(about)
         group = file.create_group("images")
         for name, kind in STORED.items():
             values = [getattr(row, name) for row in rows]
             group[name] = np.array([np.nan if v is None else v for v in values], kind)
 
-    store.write(path, "dzhpc-certificates", fill, CheckpointError)
+    h5.write(path, KIND, fill, CheckpointError)
 
 
 def load(path: str | Path) -> tuple[list[Certificate], dict[str, object]]:
     """(rows, about), as given to :func:`save`. Raises CheckpointError if the file is missing or damaged."""
-    with store.opened(Path(path), "dzhpc-certificates", CheckpointError) as file:
-        about = store.about_of(file)
+    with h5.opened(Path(path), KIND, CheckpointError) as file:
+        about = h5.attributes(file["about"])
         columns = [file["images"][name][()].tolist() for name in STORED]
         rows = [dict(zip(STORED, row, strict=True)) for row in zip(*columns, strict=True)]
         for row in rows:

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import duration, say_first
 from dzhpc.job.shared_work import share_out
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
+from dzhpc.models.identity import tensors_sha256
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
 from dzhpc.tasks.defense.task import Defense
@@ -46,7 +46,7 @@ def classifier_of(defense: Defense) -> str:
 def fingerprint(model: torch.nn.Module | None) -> str:
     """What tells one denoiser from another: a hash of its parameters and buffers; "" without denoiser."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())} if model is not None else {}
-    return store.tensors_sha256(tensors, content=True) if tensors else ""
+    return tensors_sha256(tensors, content=True) if tensors else ""
 
 
 class Certification:

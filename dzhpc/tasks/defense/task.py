@@ -17,10 +17,12 @@ from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.full import mse
 from dzhpc.errors import InputError
+from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.first_order import Parts
 from dzhpc.method.seeds import generator
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
+from dzhpc.models.weights import assign
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_box, load_network
 from dzhpc.tasks.defense.latent import QueriedLoss
 
@@ -61,7 +63,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
         config = configuration.load(path)
     else:
         file, state = load_state(path)
-        config = models.config_of(state, file)
+        config = config_of(state, file)
         config.model.weights = None
     if config.task.kind != "defense":
         raise InputError(f'{path}: task.kind = "{config.task.kind}", expected "defense"')
@@ -69,10 +71,10 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     data_set = data.load(config.data, config.run.seed)
     model = None
     if not without_denoiser:
-        models.fill_in(config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
-        model = models.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last).eval()
+        zoo.fill_in(config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
+        model = zoo.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last).eval()
         if state is not None:
-            models.assign(model, state.params, state.buffers)
+            assign(model, state.params, state.buffers)
     box = load_box(config, data_set, device) if config.task.classifier else None
     return Defense(config, as_pixels(data_set).to(device), model, box, precision == "bf16")
 
@@ -109,7 +111,7 @@ class DefenseTask:
         seed, task = config.run.seed, config.task
         data_set = data.load(config.data, seed)
         self.data = as_pixels(data_set).to(device)
-        models.fill_in(self.config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
+        zoo.fill_in(self.config.model, channels=data_set.train.images.shape[1], image_size=data_set.train.images.shape[-1])
         self.model = self._build(self.config, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self._box = self._network = None
@@ -188,7 +190,7 @@ class DefenseTask:
 
     def _build(self, config: Config, device: torch.device) -> torch.nn.Module:
         """The denoiser, tried on two images."""
-        model = models.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last)
+        model = zoo.build(config.model, config.run.seed).to(device, memory_format=torch.channels_last)
         sample = self.data.normalise(self.data.train.images[:2])
         try:
             with torch.no_grad():

@@ -15,9 +15,10 @@ import torch
 from dzhpc import config as configuration
 from dzhpc.config import Config
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import store
+from dzhpc.files.checkpoint import State, config_of, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
+from dzhpc.models.weights import assign
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Trajectories
@@ -38,12 +39,12 @@ class Run:
 
     name: str
     config: Config
-    checkpoints: list[tuple[str, store.State]]
+    checkpoints: list[tuple[str, State]]
     scores: list[float] = dataclasses.field(default_factory=list)
     chosen: int = -1
 
     @property
-    def state(self) -> store.State:
+    def state(self) -> State:
         """Of the checkpoint that was chosen."""
         return self.checkpoints[self.chosen][1]
 
@@ -54,13 +55,13 @@ def read(source: str) -> Run:
     if path.suffix == ".toml":
         return Run(path.stem, _checked(configuration.load(path), source), [])
     if not path.is_dir():
-        state = store.load_checkpoint(path)
+        state = load_checkpoint(path)
         whole = path.resolve()
         return Run(f"{whole.parent.parent.name}-{whole.stem}", _config_of(state, source), [(source, _light(state))])
     found = []
     for file in reversed(RunFolder(path).checkpoint_files()):
         try:
-            found.append((str(file), _light(store.load_checkpoint(file))))
+            found.append((str(file), _light(load_checkpoint(file))))
         except CheckpointError as error:
             log.warning("skipped: %s", error)
     if not found:
@@ -70,13 +71,13 @@ def read(source: str) -> Run:
     return Run(path.resolve().name, _config_of(found[-1][1], source), found)
 
 
-def _light(state: store.State) -> store.State:
+def _light(state: State) -> State:
     """What inference needs: all ranks get it from the root."""
     return dataclasses.replace(state, optimizer={}, lpr=None, partial=None)
 
 
-def _config_of(state: store.State, source: str) -> Config:
-    config = models.config_of(state, source)
+def _config_of(state: State, source: str) -> Config:
+    config = config_of(state, source)
     config.model.weights = None
     return _checked(config, source)
 
@@ -131,11 +132,11 @@ class Experiment:
 
     def _correction(self, run: Run, checkpoint: int) -> Correction:
         if run.name not in self._networks:
-            model = models.build(run.config.model, run.config.run.seed).to(self._device).eval()
+            model = zoo.build(run.config.model, run.config.run.seed).to(self._device).eval()
             self._networks[run.name] = model, Correction(model, self.reference)
         model, correction = self._networks[run.name]
         state = run.checkpoints[checkpoint][1]
-        models.assign(model, state.params, state.buffers)
+        assign(model, state.params, state.buffers)
         return correction
 
 

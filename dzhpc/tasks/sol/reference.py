@@ -1,16 +1,19 @@
 """Reference trajectories: what a corrected solver should reproduce, from a file that ``python -m dzhpc.simulate`` wrote."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dzhpc.config import Data
 from dzhpc.data import root_of
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files import h5
 
+KIND = "dzhpc-reference"
 SPLITS = ("train", "valid", "test")
 
 
@@ -77,6 +80,28 @@ def find(section: Data) -> Reference:
 
 def load(path: str | Path) -> Reference:
     """Read a reference file. Raises InputError if it is missing, damaged, or something else."""
-    splits, about = store.load_reference(path)
+    splits, about = read(path)
     parts = {name: Trajectories(torch.from_numpy(states), torch.from_numpy(p)) for name, (states, p) in splits.items()}
     return Reference(**parts, staggered=bool(about["staggered"]), about=about)
+
+
+def save(path: Path, splits: Mapping[str, tuple[np.ndarray, np.ndarray]], about: Mapping[str, object]) -> None:
+    """Write trajectories: for train, valid and test states [S, F, ...] and parameters [S]; ``about`` becomes attributes.
+
+    Raises InputError if they cannot be written; then the old file, if any, is whole.
+    """
+
+    def fill(file: h5.File) -> None:
+        file.create_group("about").attrs.update(about)
+        for split, (states, parameters) in splits.items():
+            file[f"{split}/states"] = np.asarray(states, np.float32)
+            file[f"{split}/parameters"] = np.asarray(parameters, np.float64)
+
+    h5.write(path, KIND, fill, InputError)
+
+
+def read(path: str | Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, object]]:
+    """(splits, about), as given to :func:`save`. Raises InputError."""
+    with h5.opened(Path(path), KIND, InputError) as file:
+        splits = {s: (file[f"{s}/states"][()], file[f"{s}/parameters"][()]) for s in SPLITS}
+        return splits, h5.attributes(file["about"])

@@ -11,16 +11,37 @@ import torch
 
 from dzhpc.config import Config, is_function
 from dzhpc.errors import InputError
-from dzhpc.files import store
+from dzhpc.files import h5
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import duration, say_first
 from dzhpc.job.shared_work import share_out
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
+from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.reference import SPLITS
 from dzhpc.tasks.sol.solvers import Simulation, Solver
 
 log = logging.getLogger("dzhpc")
+KIND = "dzhpc-simulation"
+
+
+def save_part(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, object]) -> None:
+    """Write a simulation, whole or as far as it has come: any arrays; ``about`` becomes attributes. Raises InputError."""
+
+    def fill(file: h5.File) -> None:
+        file.create_group("about").attrs.update(about)
+        for name, array in arrays.items():
+            file[name] = array
+
+    h5.write(path, KIND, fill, InputError)
+
+
+def load_part(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """(arrays, about), as given to :func:`save_part`. Raises InputError."""
+    with h5.opened(Path(path), KIND, InputError) as file:
+        return {name: item[()] for name, item in file.items() if name != "about"}, h5.attributes(file["about"])
+
+
 BITS = ("threads", "torch", "device")  # what the last bits may depend on beside the constants
 
 
@@ -74,7 +95,7 @@ class Simulations:
     def open(self) -> dict[float, int] | None:
         """States already made, by parameter; None if the file is whole. Raises InputError or LaunchError."""
         if self._out.exists():
-            splits, about = store.load_reference(self._out)
+            splits, about = reference.read(self._out)
             given = {f"{split}_parameters": parameters.tolist() for split, (_, parameters) in splits.items()}
             wanted = {f"{split}_parameters": values for split, values in self._lists.items()}
             self._compare(self._out, about | given, self._about | wanted)
@@ -88,7 +109,7 @@ class Simulations:
             raise InputError(f"{self._parts}: cannot be made ({error.strerror}); choose another file with -o") from None
         found = {}
         for p in filter(lambda p: self._path(p).exists(), self._parameters):
-            _, about = store.load_simulation(self._path(p))
+            _, about = load_part(self._path(p))
             self._compare(self._path(p), about, self._about)
             found[p] = int(about["made"])
         return found
@@ -119,7 +140,7 @@ class Simulations:
         """A simulation as it was left, or a new one."""
         if not self._path(parameter).exists():
             return Simulation(parameter)
-        arrays, about = store.load_simulation(self._path(parameter))
+        arrays, about = load_part(self._path(parameter))
         return Simulation(parameter, int(about["made"]), arrays["kept"], arrays["now"])
 
     def work(self, parameter: float) -> Iterator[None]:
@@ -135,7 +156,7 @@ class Simulations:
         """Save this rank's simulation."""
         arrays = {"kept": self._current.kept, "now": self._current.now}
         about = {**self._about, "parameter": parameter, "made": self._current.frames}
-        store.save_simulation(self._path(parameter), arrays, about)
+        save_part(self._path(parameter), arrays, about)
 
     def receive(self, news: list[tuple[float, int]]) -> None:
         """Take note of what there is."""
@@ -151,7 +172,7 @@ class Simulations:
             return False
         kept = {p: self._load(p).kept for p in self._parameters}
         splits = {split: (np.stack([kept[p] for p in ps]), np.array(ps)) for split, ps in self._lists.items()}
-        store.save_reference(self._out, splits, self._about)
+        reference.save(self._out, splits, self._about)
         shutil.rmtree(self._parts, ignore_errors=True)
         log.info("written: %s", self._out)
         return True

@@ -10,7 +10,7 @@ from dzhpc.data import Order
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.method.first_order import Parts
 from dzhpc.method.seeds import generator
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Reference, Trajectories
@@ -39,8 +39,8 @@ class SolTask:
         self._where = self.reference.where()
         self.simulator = make_simulator(task, self.reference, device)
         self._check_keys()
-        models.fill_in(self.config.model, **_sizes(self.reference))
-        self.model = models.build(self.config.model, config.run.seed).to(device)
+        zoo.fill_in(self.config.model, **_sizes(self.reference))
+        self.model = zoo.build(self.config.model, config.run.seed).to(device)
         self.correction = self._laid_out()
         self.windows = AllWindows(self.reference.train, config)
         self.parts = Parts(self.model, config.run.seed) if zo.estimator == "autograd" else None

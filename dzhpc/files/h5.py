@@ -1,0 +1,118 @@
+"""HDF5 files: written whole or not at all, checked before they are read. The only module that imports h5py.
+
+Every file is written under a temporary name, flushed to the disk and renamed, so that a reader never sees half a file. It
+starts with a 512-byte user block that holds a SHA-256 of the rest; the sum is verified before HDF5 parses a byte.
+What a kind of file holds is written down where its content belongs: checkpoints, LPR and metrics beside this module, packed data
+in data, trajectories and certificates with their tasks.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from h5py import Dataset, File, Group
+from torch import Tensor
+
+from dzhpc.errors import DzhpcError, InputError
+
+VERSION = 1
+BLOCK = 512
+MAGIC = b"dzhpc sha256 "
+
+
+def write(path: Path, kind: str, fill: Callable[[File], None], error: type[DzhpcError]) -> None:
+    """Write a file of a kind: ``fill`` puts the content into it. Raises ``error``; then the old file, if any, is whole."""
+    image = io.BytesIO()  # HDF5 leaves a disk that is full with a broken file and noise; plain bytes fail cleanly
+    with File(image, "w", userblock_size=BLOCK) as file:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.attrs.update(format=kind, format_version=VERSION, creator="dzhpc", created=now)
+        fill(file)
+        file.attrs["complete"] = True
+    content = image.getbuffer()[BLOCK:]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write((MAGIC + hashlib.sha256(content).hexdigest().encode()).ljust(BLOCK, b"\0"))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as failure:
+        raise error(f"{path}: cannot be written ({failure.strerror or failure}); free space, or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[File]:
+    """Open a file of ours after its checksum was verified."""
+    try:
+        with open(path, "rb") as file:
+            block = file.read(BLOCK)
+        if not block.startswith(MAGIC):
+            raise error(f"{path}: not a file written by dzhpc, or its beginning is damaged")
+        if _digest(path).encode() != block[len(MAGIC) : len(MAGIC) + 64]:
+            raise error(f"{path}: damaged (its SHA-256 does not match): cut short or altered after it was written")
+        file = File(path, "r", locking=False)
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror or failure})") from None
+    with file:
+        found, version = str(file.attrs["format"]), int(file.attrs["format_version"])
+        if kind is not None and found != kind:
+            raise error(f"{path}: holds {found}, expected {kind}")
+        if version > VERSION:
+            raise error(f"{path}: format version {version}, this program reads up to {VERSION}; update dzhpc")
+        yield file
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(BLOCK)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether the file begins like one of ours."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def describe(path: str | Path) -> str:
+    """What a file of ours holds, as text. Raises InputError for anything else."""
+    lines = []
+    with opened(Path(path), None, InputError) as file:
+        lines += [f"{k} = {v}" for k, v in file.attrs.items()]
+
+        def show(name: str, item) -> None:
+            what = f"{item.dtype} {list(item.shape)}" if isinstance(item, Dataset) else ""
+            lines.append("  ".join(part for part in (f"/{name}", what, *(f"{k}={v}" for k, v in item.attrs.items())) if part))
+
+        file.visititems(show)
+    return "\n".join(lines)
+
+
+def attributes(group: Group) -> dict[str, object]:
+    """Those of a group, as plain Python values."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in group.attrs.items()}
+
+
+def put_tensors(group: Group, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, in their order."""
+    for name, t in tensors.items():
+        group.create_dataset(name, data=t.detach().cpu().contiguous().numpy())
+    group.attrs["order"] = list(tensors)
+
+
+def get_tensors(group: Group) -> dict[str, Tensor]:
+    """The tensors of :func:`put_tensors`, on the CPU."""
+    return {str(name): torch.from_numpy(np.asarray(group[str(name)][()])) for name in group.attrs["order"]}

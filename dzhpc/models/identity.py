@@ -1,0 +1,21 @@
+"""The identity of an architecture, and of its weights."""
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
+    """SHA-256 over names, shapes and dtypes, and over the bytes if ``content``."""
+    digest = hashlib.sha256()
+    for name, t in tensors.items():
+        digest.update(f"{name}:{tuple(t.shape)}:{t.dtype};".encode())
+        if content:
+            digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_sha256(model: nn.Module) -> str:
+    """The identity of an architecture: names, shapes and dtypes of parameters and buffers."""
+    return tensors_sha256({**dict(model.named_parameters()), **dict(model.named_buffers())})

@@ -1,0 +1,67 @@
+"""Weights from elsewhere into a model: starting weights (checkpoints of ours, torch's files), a checkpoint's tensors."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import h5
+from dzhpc.files.runfolder import load_state
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Copy the weights in ``path``: a checkpoint or run folder of ours, or a torch state_dict.
+
+    The latter may lie under "state_dict" and have names with "module.". Raises InputError.
+    """
+    try:
+        if is_ours(path):
+            _, state = load_state(path)
+            assign(_part_for(model, {**state.params, **state.buffers}), state.params, state.buffers)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = weights.get("state_dict", weights)
+            weights = {name.removeprefix("module."): value for name, value in weights.items()}
+            _part_for(model, weights).load_state_dict(weights)
+    except OSError as error:
+        raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
+    except CheckpointError as error:
+        raise InputError(f"model.weights = {path}: {error}") from None
+    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
+        raise InputError(
+            f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+def _part_for(model: nn.Module, weights: dict) -> nn.Module:
+    """The denoiser inside a model, where the weights are a denoiser's alone; else the model."""
+    inner = dict(model.named_children()).get("denoiser")
+    return inner if inner is not None and set(weights) == set(inner.state_dict()) else model
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether this is a run folder, or begins like a checkpoint of ours. Raises OSError."""
+    return Path(path).is_dir() or h5.is_ours(path)
+
+
+@torch.no_grad()
+def assign(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into the model, tied and non-persistent ones included.
+
+    Raises CheckpointError if they differ in name or shape.
+    """
+    for kind, own, given in (
+        ("parameter", dict(model.named_parameters()), params),
+        ("buffer", dict(model.named_buffers()), buffers),
+    ):
+        wrong = sorted(
+            name
+            for name in own.keys() | given.keys()
+            if name not in own or name not in given or own[name].shape != given[name].shape
+        )
+        if wrong:
+            raise CheckpointError(f"the checkpoint is of another model: {kind} {wrong[0]} differs ({len(wrong)} in all)")
+        for name, tensor in own.items():
+            tensor.copy_(given[name])

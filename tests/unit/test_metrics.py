@@ -1,0 +1,26 @@
+"""The record of a run: its rows come back, and those that a restart must not find are gone."""
+
+from dzhpc.files.metrics import Metrics, load_metrics
+
+
+def test_metrics_come_back_and_lose_the_rows_after_a_restored_step(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.h5")
+    for step in range(1, 9):
+        metrics.add_train(step, step / 4, 1 / step, 0.1, 0.5, 2**40 + step, 0.01, 0.001, 10**9)
+        if step % 2 == 0:
+            metrics.add_eval(step, step / 4, 2 / step, step / 10)
+        if step == 5:
+            metrics.flush()
+    metrics.flush()
+    train, evaluation = load_metrics(tmp_path / "metrics.h5")
+    assert train[:, 0].tolist() == list(range(1, 9))
+    assert train[-1].tolist() == [8, 2, 0.125, 0.1, 0.5, 2**40 + 8, 0.01, 0.001, 10**9]
+    assert evaluation[:, 3].tolist() == [0.2, 0.4, 0.6, 0.8]
+
+    again = Metrics(tmp_path / "metrics.h5")
+    again.restore(6, keep_eval=lambda step: step % 4 == 0)
+    again.add_train(7, *[0.0] * 8)
+    again.flush()
+    train, evaluation = load_metrics(tmp_path / "metrics.h5")
+    assert train[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert evaluation[:, 0].tolist() == [4]
