@@ -3,7 +3,6 @@
 import fnmatch
 import inspect
 import pickle
-import tomllib
 from pathlib import Path
 
 import torch
@@ -131,8 +130,8 @@ def is_ours(path: str | Path) -> bool:
 def config_of(state: store.State, source: str) -> configuration.Config:
     """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
     try:
-        return configuration.parse(tomllib.loads(state.config), source)
-    except (InputError, tomllib.TOMLDecodeError) as error:
+        return configuration.parse_written(state.config, source)
+    except InputError as error:
         raise CheckpointError(f"{error}; it was written by another version of dzhpc") from None
 
 
