@@ -49,7 +49,7 @@ class Pattern:
             return 0, len(self.coords)
         if ratio == 0:
             return 0, index.size
-        layers = self._layers()
+        layers = self._task.prunable()
         prunable = sum(len(index.range(name)) for name in layers)
         most = index.size - prunable + round((1 - ratio) * prunable) + len(layers)  # at least one is kept in each
         return 0 if self._config.lpr else self.score_queries, min(most, index.size)
@@ -57,19 +57,13 @@ class Pattern:
     @property
     def score_queries(self) -> int:
         """What scoring once asks; both RGEs bind."""
-        bind, query = self._task.bind_cost, self._task.query_cost
+        bind, query = self._task.cost.bind, self._task.cost.query
         return {"zo-grasp": 2 * (bind + self._config.q * query), "fo-grasp": bind, "random": 0}[self._config.scores]
 
     @property
     def _scores_anew(self) -> bool:
         """Whether a redraw needs ratios first."""
         return self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp")
-
-    def _layers(self) -> list[str]:
-        task = self._task
-        if task.config.task.kind == "objective":
-            return list(task.engine.index.names)
-        return pruning.prunable_layers(task.model, task.engine.index, self._config.prune)
 
     def redraw(self, step: int) -> None:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
@@ -101,7 +95,7 @@ class Pattern:
             buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
         return pruning.lpr_from_scores(
-            scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs
+            scores, index, self._task.prunable(), config.ratio, config.rule, store.model_sha256(task.model), attrs
         )
 
     def _prune_weights(self) -> None:

@@ -23,11 +23,11 @@ def forecast(task) -> str:
     config, engine, index = task.config, task.engine, task.engine.index
     coords = mean_pattern(task)
     sides = 2 if config.zo.difference == "central" else 1
-    per_step = estimators.step_queries(config.zo, len(coords), task.bind_cost, task.query_cost)
+    per_step = estimators.step_queries(config.zo, len(coords), task.cost.bind, task.cost.query)
     steps = min(max(1, round(config.stop.epochs * task.steps_per_epoch)), config.stop.steps or 10**12)
     scores = Pattern(task, None).ahead(0)[0]
     interval = config.eval.every_epochs * task.steps_per_epoch
-    evaluations = -(-steps // interval) * task.evaluation_queries
+    evaluations = -(-steps // interval) * task.cost.evaluation
     total = per_step * steps + scores + evaluations
     base_s, cost = _timed(task, coords)
     lines = [
@@ -52,8 +52,7 @@ def mean_pattern(task) -> np.ndarray:
     config, index = task.config.sparsity, task.engine.index
     if config.ratio == 0:
         return np.arange(index.size)
-    layers = index.names if task.config.task.kind == "objective" else pruning.prunable_layers(task.model, index, config.prune)
-    lpr = pruning.lpr_from_scores(pruning.random_scores(index, 0), index, layers, config.ratio, "signed", "")
+    lpr = pruning.lpr_from_scores(pruning.random_scores(index, 0), index, task.prunable(), config.ratio, "signed", "")
     return pruning.draw(lpr, index, task.config.run.seed, 0)
 
 

@@ -18,7 +18,7 @@ from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.method import estimators, optimizers
 from dzhpc.method.estimators import Partial
-from dzhpc.method.first_order import PARTS
+from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import derive
 from dzhpc.models import zoo as models
 from dzhpc.tasks import Task
@@ -142,10 +142,10 @@ class Trainer:
     def _affords_step(self) -> bool:
         """Whether ``task.max_queries`` leaves room for the next step, its scores, and an evaluation after it."""
         scores, n = self._pattern.ahead(self.step) if self._partial is None else (0, len(self._pattern.coords))
-        return self._affords(scores + self._step_queries(n) + self.task.evaluation_queries)
+        return self._affords(scores + self._step_queries(n) + self.task.cost.evaluation)
 
     def _step_queries(self, n: int) -> int:
-        return estimators.step_queries(self.config.zo, n, self.task.bind_cost, self.task.query_cost)
+        return estimators.step_queries(self.config.zo, n, self.task.cost.bind, self.task.cost.query)
 
     def _train_step(self, progress: Progress) -> None:
         start, comm_before, queries_before = time.perf_counter(), self.world.comm_s, self._queries
@@ -153,8 +153,8 @@ class Trainer:
         self._seed()
         self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
-        if self.task.parts:
-            loss, estimate = self._shared_gradient()
+        if self.task.shared:
+            loss, estimate = self._shared_gradient(self.task.shared)
         else:
             loss = self._bind()
             estimate = self._estimate()
@@ -217,17 +217,17 @@ class Trainer:
             return self._distribution.rge(self._directions, zo.mu, seed, zo.difference, self._partial)
         return self._on_coordinates(engine.index.flatten(estimators.autograd(engine).values()))
 
-    def _shared_gradient(self) -> tuple[float, torch.Tensor]:
+    def _shared_gradient(self, shared: SharedGradient) -> tuple[float, torch.Tensor]:
         """(loss, gradient on S [n]) by autograd from parts of the batch, dealt out to the ranks."""
 
         def rows_of(mine: range) -> np.ndarray:
-            lost = np.full((len(mine), self.task.parts.width), np.nan)
-            return self._distribution.attempt(lambda: self.task.gradient_rows(mine, self.step), lost)
+            lost = np.full((len(mine), shared.width), np.nan)
+            return self._distribution.attempt(lambda: shared.rows(mine, self.step), lost)
 
-        rows = self.world.split(PARTS, rows_of)
+        rows = self.world.split(shared.parts, rows_of)
         if np.isnan(rows).any() and (failure := self._distribution.failure()):
             self._give_up(failure)
-        loss, flat = self.task.parts.join(rows)
+        loss, flat = shared.join(rows)
         return loss, self._on_coordinates(flat)
 
     def _on_coordinates(self, flat: torch.Tensor) -> torch.Tensor:
@@ -281,7 +281,7 @@ class Trainer:
 
     def _check_changes(self, estimate: torch.Tensor) -> None:
         """Raise NumericalError on every rank where no perturbation changed what the black box answered."""
-        zo, key = self.config.zo, self.task.box_key
+        zo, key = self.config.zo, self.task.cost.box
         if not key or zo.estimator == "autograd" or not len(estimate) or estimate.any():
             return
         n = estimators.step_queries(zo, len(estimate), bind_cost=0)
@@ -315,7 +315,7 @@ class Trainer:
             lost = np.full((len(mine), 3), np.nan)
             return self._distribution.attempt(lambda: self.task.evaluate(mine, self.step), lost)
 
-        self._queries += 0 if again else self.task.evaluation_queries
+        self._queries += 0 if again else self.task.cost.evaluation
         rows = self.world.split(self.task.evaluation_parts, evaluate)
         loss, correct, count = (sum(column) for column in rows.T.tolist())
         if math.isnan(count):
@@ -394,7 +394,7 @@ class Trainer:
 
     def _finish(self, reason: Reason) -> None:
         """Final state first; then, unless time is short, a final evaluation."""
-        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step and self._affords(self.task.evaluation_queries)
+        evaluates = reason.exit_code == 0 and self._evaluated_step != self.step and self._affords(self.task.cost.evaluation)
         done = self._on_record or not evaluates
         if self.step == self._first_step and self.step > 0 and reason < Reason.STOP_FILE and done:
             log.info("nothing left to do: %s at step %d", reason.text, self.step)

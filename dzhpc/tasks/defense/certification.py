@@ -16,8 +16,8 @@ from dzhpc.job.log import Line, duration
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.inference import Defense
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
-from dzhpc.tasks.defense.task import Defense
 
 log = logging.getLogger("dzhpc")
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
