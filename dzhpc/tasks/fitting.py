@@ -55,9 +55,7 @@ def try_out(model: nn.Module, inputs: Tensor, expected: list[int], meaning: str,
         raise
     except Exception as error:  # the user's forward may raise anything
         said = " ".join(str(error).split())
-        raise InputError(
-            f"model {name} cannot take inputs {list(inputs.shape)}: {said}; expected {expected}, {meaning}"
-        ) from None
+        raise InputError(f"model {name} cannot take inputs {list(inputs.shape[1:])}: {said}") from None
     finally:
         model.train(training)
     found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

@@ -1,34 +1,11 @@
-"""A task of the user's own, through public doors only: ``task.kind = "package.module:Class"``."""
+"""A task of the user's own, README's, through public doors only: ``task.kind = "package.module:Class"``."""
+
+import re
 
 import pytest
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, sets, tensor
 
-USER = """
-import dzhpc
-import numpy as np
-import torch
-from dzhpc.tasks import Task
-
-
-class Sine(Task):
-    steps_per_epoch = 4
-
-    def __init__(self, config, device, width=8):
-        torch.manual_seed(config.run.seed)  # the same weights on every rank
-        self.config, self.x = config, torch.linspace(-2, 2, 64, device=device)[:, None]
-        self.model = torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)).to(device)
-        self.engine = dzhpc.make_engine(config.zo.engine, self.model, "mse")
-
-    def bind(self, step):
-        part = self.x[step % 4 :: 4]
-        return self.engine.bind(part, part.sin())
-
-    bind_for_scores = bind
-
-    def evaluate(self, parts, step):
-        return np.array([[self.engine.bind(self.x, self.x.sin()), np.nan, 1.0] for _ in parts]).reshape(-1, 3)
-
-
+MORE = """
 class Forgetful(Sine):
     def __init__(self, config, device):
         self.config = config
@@ -42,6 +19,7 @@ class Unfinished(Task):
 class Other:
     pass
 """
+IMPORTS = "import dzhpc\nimport numpy as np\nimport torch\nfrom dzhpc.tasks import Task\n"
 INPUT = """
 [task]
 kind = "sine:Sine"
@@ -62,10 +40,11 @@ every_epochs = 5
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, project):
     """(folder, results on two ranks)."""
     place = tmp_path_factory.mktemp("own-task")
-    (place / "sine.py").write_text(USER)
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", (project / "README.md").read_text(), re.S) if "(Task)" in b)
+    (place / "sine.py").write_text(f"{IMPORTS}\n{recipe}\n{MORE}")
     (place / "input.toml").write_text(INPUT)
 
     def case(name, folder, **keys):

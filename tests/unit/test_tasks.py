@@ -74,7 +74,7 @@ def test_a_model_for_other_classes_or_channels_is_refused(key):
     ("name", "message"),
     [
         ("TooWide", r"model own_models:TooWide gives \[2, 11\] for inputs \[2, 1, 8, 8\]; expected \[2, 10\], a logit per class"),
-        ("Large", r"model own_models:Large cannot take inputs \[2, 1, 8, 8\]: .*shapes cannot be multiplied"),
+        ("Large", r"model own_models:Large cannot take inputs \[1, 8, 8\]: .*shapes cannot be multiplied"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(name, message):
