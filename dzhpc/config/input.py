@@ -59,10 +59,9 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
             raise InputError(f"{source}: {section} must be a [section]")
         table[section][name] = _value(value.strip())
         from_command_line.add((section, name))
-    if ("task", "kind") in from_command_line:  # what the file says of its own kind alone goes with it
-        for name in tasks.only_of(given, table["task"]):
-            if ("task", name) not in from_command_line:
-                del table["task"][name]
+    for name in tasks.idle(given, table["task"]) if isinstance(given, dict) and "task" in table else []:
+        if ("task", name) not in from_command_line:
+            del table["task"][name]
     config = parse(table, source, from_command_line)
     if config.run.name is None:
         config.run.name = Path(path).stem if path else config.model.name

@@ -176,10 +176,21 @@ def foreign(table: dict[str, Any]) -> list[str]:
     return [] if own is OwnKeys else [name for name in table if name not in own.model_fields and belongs_to(name)]
 
 
-def only_of(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The keys in a table ``old`` of [task] that its kind has, but not the kind of the table ``new``."""
+def idle(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys of a file's table ``old`` of [task] that say nothing where ``new``, with the command line's keys, holds.
+
+    Those of the file's own kind, where the command line names another; and those of other kinds that are at their default: 0.1
+    wrote the keys of all kinds into a run folder's input.toml.
+    """
     before, after = (KINDS.get(tag(table), TaskKeys) for table in (old, new))
-    return [name for name in old if (before is OwnKeys or name in before.model_fields) and name not in after.model_fields]
+    replaced = old.get("kind", "classification") != new.get("kind", "classification")
+
+    def says_nothing(name: str) -> bool:
+        if replaced and (before is OwnKeys or name in before.model_fields):
+            return True
+        return after is not OwnKeys and any(old[name] == KINDS[kind].model_fields[name].default for kind in belongs_to(name))
+
+    return [name for name in old if name not in after.model_fields and says_nothing(name)]
 
 
 def first_order(config) -> bool:

@@ -181,23 +181,28 @@ def test_a_kind_on_the_command_line_replaces_that_of_the_file_and_its_keys(tmp_p
     assert config.load().task.max_queries is None
 
 
-def test_a_text_with_the_keys_of_all_kinds_is_that_of_its_own_kind(tmp_path):
-    """What 0.1 wrote into checkpoints; an input file has to be mended by hand."""
-    keys = {
-        k: repr(v) for _, name, kind in config.tables() if name == "task" for k, v in kind().model_dump(exclude_none=True).items()
-    }
-    for kind in ("classification", "defense"):
-        needed = {"kind": repr(kind), "loss": "'mse'", "sigma": "0.5", "unroll": "3"}
-        text = "[task]\n" + "\n".join(f"{key} = {value}" for key, value in (keys | needed).items())
-        old, new = (
-            config.parse_written(text, "step.h5"),
-            config.load(None, [f"task.kind={kind}"] + ["task.loss=mse"] * (kind == "defense")),
-        )
-        changes = [] if kind == "classification" else [("task.sigma", 0.5, 0.25)]
-        assert config.frozen_changes(old, new) == changes
-        assert "task.train_parameters" in refusal(write(tmp_path, text))
+@pytest.mark.parametrize("kind", ["classification", "sol"])
+def test_the_keys_of_all_kinds_that_an_earlier_version_wrote_are_those_of_its_own_kind(tmp_path, kind):
+    """0.1 wrote them into checkpoints and input.toml; in an input file those of other kinds must be at their default."""
+    tables = [keys().model_dump(exclude_none=True) for _, name, keys in config.tables() if name == "task"]
+    everything = {key: value for table in tables for key, value in table.items()} | {"kind": kind}
+
+    def text(**changed):
+        return "[run]\nname = 'a'\n[task]\n" + "\n".join(f"{k} = {v!r}" for k, v in (everything | changed).items())
+
+    new = config.load(None, ["run.name=a", f"task.kind={kind}"])
+    assert config.parse_written(text(sigma=0.5, loss="mse"), "step.h5") == config.load(write(tmp_path, text())) == new
+    changes = [("task.unroll", 3, 16)] if kind == "sol" else []
+    assert config.frozen_changes(config.parse_written(text(unroll=3), "step.h5"), new) == changes
+    path = write(tmp_path, text(sigma=0.5, loss="mse"))
+    assert refusal(path).startswith(f'{path}: task.sigma, task.loss: belong to other kinds than "{kind}"; remove them')
     with pytest.raises(InputError, match=r"step\.h5: unknown key task\.xyzzy"):
-        config.parse_written("[task]\nsigma = 0.5\nxyzzy = 1", "step.h5")
+        config.parse_written(text(xyzzy=1), "step.h5")
+
+
+def test_a_key_of_an_own_task_may_have_the_name_and_default_of_another_kinds(tmp_path):
+    path = write(tmp_path, "[task]\nkind = 'm:T'\nsigma = 0.25\n")
+    assert config.load(path).task.fields == {"sigma": 0.25}
 
 
 def test_a_config_comes_back_from_its_own_toml(tmp_path):
