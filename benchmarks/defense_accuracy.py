@@ -15,7 +15,7 @@ import torch
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb
 from dzhpc.job.world import World
-from dzhpc.tasks.defense.task import evaluation_noise, load_defense
+from dzhpc.tasks.defense.inference import evaluation_noise, load_defense
 
 PART = 500  # images between two ranks' turns
 

@@ -22,9 +22,9 @@ from dzhpc.job.stopping import Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification, spread
+from dzhpc.tasks.defense.inference import load_defense
 from dzhpc.tasks.defense.methods import label_of
 from dzhpc.tasks.defense.smoothing import Certificate, Plan, Smoothed
-from dzhpc.tasks.defense.task import load_defense
 
 
 class Features:

@@ -30,15 +30,13 @@ def main(world: World, args: argparse.Namespace) -> int:
 
 
 def keys() -> str:
-    """Every key with default and meaning, as a Markdown table a section."""
-    lines, section = [], ""
-    for key, default, meaning in configuration.known_keys():
-        head, name = key.split(".")
-        if head != section:
-            section = head
-            doc = configuration.Config.model_fields[head].annotation.__doc__
-            lines += ["", f"## [{head}]", doc, "", "| key | default | meaning |", "|---|---|---|"]
-        lines.append(f"| {name} | {'unset' if default is None else repr(default)} | {meaning} |".replace(" | | ", " | "))
+    """Every key with default and meaning, as a Markdown table a section; [task] has one for each kind."""
+    lines = []
+    for heading, _, section in configuration.tables():
+        lines += ["", f"## {heading}", section.__doc__, "", "| key | default | meaning |", "|---|---|---|"]
+        for name, field in section.model_fields.items():
+            default = "unset" if field.default is None else repr(field.default)
+            lines.append(f"| {name} | {default} | {field.description} |".replace(" | | ", " | "))
     return "\n".join(lines[1:])
 
 

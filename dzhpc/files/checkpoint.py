@@ -1,6 +1,5 @@
 """Checkpoints: all that a run is, after a step."""
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +87,6 @@ def load_checkpoint(path: str | Path) -> State:
 def config_of(state: State, source: str) -> configuration.Config:
     """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
     try:
-        return configuration.parse(tomllib.loads(state.config), source)
-    except (InputError, tomllib.TOMLDecodeError) as error:
+        return configuration.parse_written(state.config, source)
+    except InputError as error:
         raise CheckpointError(f"{error}; it was written by another version of dzhpc") from None

@@ -12,19 +12,22 @@ from dzhpc.method.seeds import derive
 PARTS = 8  # of a batch; fixed, since the cut decides the bits (and what a BatchNorm sees)
 
 
-class Parts:
+class SharedGradient:
     """Rows [1 + d + b] float64 of parts of a batch: loss, gradient, buffers, each for the mean over the whole batch.
 
-    loss: (part number, positions of the batch) -> the mean loss over these positions, with its graph.
+    batch: step -> (its size, loss), where loss: positions of the batch -> the mean loss over them, with its graph.
     """
 
-    def __init__(self, model: torch.nn.Module, seed: int):
-        self._model, self._seed = model, seed
+    parts = PARTS
+
+    def __init__(self, model: torch.nn.Module, seed: int, batch: Callable[[int], tuple[int, Callable[[slice], Tensor]]]):
+        self._model, self._seed, self._batch = model, seed, batch
         self._index = ParameterIndex.of(model)
         self.width = 1 + self._index.size + sum(b.numel() for b in model.buffers())  # of a row
 
-    def rows(self, mine: range, size: int, step: int, loss: Callable[[slice], Tensor]) -> np.ndarray:
-        """[len(mine), 1 + d + b] of the parts ``mine`` of a batch of ``size``; buffers are left as they were."""
+    def rows(self, mine: range, step: int) -> np.ndarray:
+        """[len(mine), 1 + d + b] of the parts ``mine``, numbers below ``parts``, of a step; buffers are left as they were."""
+        size, loss = self._batch(step)
         before = [b.clone() for b in self._model.buffers()]
         rows = []
         for part in mine:

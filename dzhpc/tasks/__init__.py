@@ -1,45 +1,40 @@
-"""Tasks: what is trained. The trainer sees only this protocol."""
+"""Tasks: what is trained. The trainer sees only the protocol."""
 
-from typing import Protocol
+import inspect
 
-import numpy as np
 import torch
 
-from dzhpc.config import Config
-from dzhpc.method.first_order import Parts
-from dzhpc.tasks.classification import Classification
-from dzhpc.tasks.defense.task import DefenseTask
-from dzhpc.tasks.objective import ObjectiveTask
-from dzhpc.tasks.sol.task import SolTask
+from dzhpc.config import Config, import_object
+from dzhpc.errors import InputError
+from dzhpc.tasks.protocol import Cost, Task
 
-
-class Task(Protocol):
-    """A loss to be minimised by queries. All of it is replicated: every rank holds the same."""
-
-    config: Config  # with the fields filled in that the data decide
-    model: torch.nn.Module
-    engine: object  # bind, differences, directional, cut: see dzhpc.engines.full.Full
-    steps_per_epoch: int
-    evaluation_parts: int  # pieces of an evaluation that ranks may share
-    evaluation_queries: int  # what an evaluation asks of the black box, whose questions are counted where there is one
-    query_cost: int  # what one evaluation of the loss asks
-    bind_cost: int  # what one bind asks
-    box_key: str  # names the black box where it is an error that no perturbation changes its answers; "" elsewhere
-    parts: Parts | None  # first-order steps in parts that ranks share, by ``gradient_rows(mine, step)``; None: each rank does all
-
-    def bind(self, step: int) -> float:
-        """Bind the step's batch to the engine: the base loss."""
-
-    def bind_for_scores(self, number: int) -> float:
-        """Bind the ``number``-th batch for pruning scores."""
-
-    def evaluate(self, parts: range, step: int) -> np.ndarray:
-        """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part."""
-
-
-TASKS = {"classification": Classification, "objective": ObjectiveTask, "defense": DefenseTask, "sol": SolTask}
+__all__ = ["TASKS", "Cost", "Task", "make_task"]
+TASKS = {  # by name, so that no task imports what another one needs
+    "classification": "dzhpc.tasks.classification:Classification",
+    "objective": "dzhpc.tasks.objective:ObjectiveTask",
+    "defense": "dzhpc.tasks.defense.task:DefenseTask",
+    "sol": "dzhpc.tasks.sol.task:SolTask",
+}
 
 
 def make_task(config: Config, device: torch.device) -> Task:
-    """The task of ``task.kind``. Raises InputError for data, models or functions that do not fit."""
-    return TASKS[config.task.kind](config, device)
+    """The task of ``task.kind``, one of TASKS or a class of the user's own, which gets the further keys of [task] as arguments.
+
+    Raises InputError for a class that is no task, keys that it does not take, and data, models or functions that do not fit.
+    """
+    kind, keys = config.task.kind, config.task.fields
+    cls = import_object(TASKS.get(kind, kind), "task.kind")
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise InputError(f'task.kind = "{kind}": expected a class derived from dzhpc.tasks.Task')
+    if cls.__abstractmethods__:
+        raise InputError(f'task.kind = "{kind}": has no {", ".join(sorted(cls.__abstractmethods__))}; see dzhpc.tasks.Task')
+    try:
+        inspect.signature(cls).bind(config, device, **keys)
+    except TypeError as error:
+        known = ", ".join(list(inspect.signature(cls).parameters)[2:]) or "none"
+        raise InputError(f'task.kind = "{kind}": {error}; its own keys of [task]: {known}') from None
+    task = cls(config, device, **keys)
+    missing = [name for name in Task.__annotations__ if not hasattr(task, name)]  # the user's class may have forgotten some
+    if missing:
+        raise InputError(f'task.kind = "{kind}": its constructor sets no {", ".join(missing)}; see dzhpc.tasks.Task')
+    return task

@@ -1,6 +1,6 @@
 """The user's own loss of a parameter vector: anything that maps thetas [P, d] to losses [P]."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.full import checked
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.tasks.protocol import Cost, Task
 
 
 class Blocks(nn.Module):
@@ -102,14 +103,11 @@ class ObjectiveEngine:
         return self._box(thetas).to(self.index.dtype)
 
 
-class ObjectiveTask:
+class ObjectiveTask(Task):
     """See :class:`dzhpc.tasks.Task`. An epoch is one step; it runs on the CPU, and the function may use what it likes."""
 
     steps_per_epoch = 1
-    evaluation_parts = 1
-    evaluation_queries = query_cost = bind_cost = 1
-    box_key = ""  # a loss may well be flat somewhere
-    parts = None
+    cost = Cost(evaluation=1)  # no box is named: a loss may well be flat somewhere
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
@@ -137,5 +135,8 @@ class ObjectiveTask:
     def bind_for_scores(self, number: int) -> float:
         return self.engine.bind(number)
 
-    def evaluate(self, parts: range, step: int) -> np.ndarray:
+    def prunable(self) -> list[str]:
+        return list(self.engine.index.names)
+
+    def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
         return np.array([[self.engine.bind(step), np.nan, 1.0] for _ in parts]).reshape(len(parts), 3)

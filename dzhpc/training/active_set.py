@@ -8,7 +8,7 @@ import torch
 
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import load_lpr
-from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, prunable_layers, random_scores, zo_grasp
+from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, random_scores, zo_grasp
 from dzhpc.method.seeds import derive
 from dzhpc.models.identity import model_sha256
 
@@ -49,7 +49,7 @@ class Pattern:
             return 0, len(self.coords)
         if ratio == 0:
             return 0, index.size
-        layers = self._layers()
+        layers = self._task.prunable()
         prunable = sum(len(index.range(name)) for name in layers)
         most = index.size - prunable + round((1 - ratio) * prunable) + len(layers)  # at least one is kept in each
         return 0 if self._config.lpr else self.score_queries, min(most, index.size)
@@ -57,19 +57,13 @@ class Pattern:
     @property
     def score_queries(self) -> int:
         """What scoring once asks; both RGEs bind."""
-        bind, query = self._task.bind_cost, self._task.query_cost
+        bind, query = self._task.cost.bind, self._task.cost.query
         return {"zo-grasp": 2 * (bind + self._config.q * query), "fo-grasp": bind, "random": 0}[self._config.scores]
 
     @property
     def _scores_anew(self) -> bool:
         """Whether a redraw needs ratios first."""
         return self._config.ratio > 0 and (self.lpr is None or self._config.pattern == "regrasp")
-
-    def _layers(self) -> list[str]:
-        task = self._task
-        if task.config.task.kind == "objective":
-            return list(task.engine.index.names)
-        return prunable_layers(task.model, task.engine.index, self._config.prune)
 
     def redraw(self, step: int) -> None:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
@@ -100,7 +94,7 @@ class Pattern:
         for buffer, value in zip(task.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
-        return lpr_from_scores(scores, index, self._layers(), config.ratio, config.rule, model_sha256(task.model), attrs)
+        return lpr_from_scores(scores, index, self._task.prunable(), config.ratio, config.rule, model_sha256(task.model), attrs)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index

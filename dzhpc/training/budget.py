@@ -28,7 +28,7 @@ class Budget:
 
     def of_step(self, n: int) -> int:
         """Queries of a step on n coordinates, its base included."""
-        return self._task.bind_cost + self._estimator.perturbations(n) * self._task.query_cost
+        return self._task.cost.bind + self._estimator.perturbations(n) * self._task.cost.query
 
     def affords(self, queries: int) -> bool:
         """Whether ``task.max_queries`` leaves room for so many."""
@@ -38,7 +38,7 @@ class Budget:
     def affords_step(self, step: int, begun: bool) -> bool:
         """Whether it leaves room for a step, its scores unless it has begun, and an evaluation after it."""
         scores, n = (0, len(self._pattern.coords)) if begun else self._pattern.ahead(step)
-        return self.affords(scores + self.of_step(n) + self._task.evaluation_queries)
+        return self.affords(scores + self.of_step(n) + self._task.cost.evaluation)
 
     def reason(self, step: int, begun: bool, accuracy: float) -> Reason:
         """The limit that is reached before a step, NONE if there is none. accuracy: of the last evaluation, NaN without one."""

@@ -55,10 +55,10 @@ def check_finite(
 
 def check_changes(step: int, estimate: torch.Tensor, estimator: Estimator, task: Task) -> None:
     """Raise NumericalError where no perturbation changed what the black box answered."""
-    if not task.box_key or not estimator.asks or not len(estimate) or estimate.any():
+    if not task.cost.box or not estimator.asks or not len(estimate) or estimate.any():
         return
     n = estimator.perturbations(len(estimate))
     raise NumericalError(
-        f"step {step}: {task.box_key} answered the same under all {n or ''} perturbations: quantised answers? "
+        f"step {step}: {task.cost.box} answered the same under all {n or ''} perturbations: quantised answers? "
         f"raise zo.mu (now {estimator.zo.mu:g})".replace("  ", " ")
     )

@@ -9,7 +9,7 @@ from dzhpc.job import device as devices
 from dzhpc.job.log import duration
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import make_estimator
-from dzhpc.method.scores import draw, lpr_from_scores, prunable_layers, random_scores
+from dzhpc.method.scores import draw, lpr_from_scores, random_scores
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
 
@@ -28,7 +28,7 @@ def forecast(task) -> str:
     budget = Budget(task, estimator, pattern)
     per_step, steps, scores = budget.of_step(len(coords)), budget.last_step, pattern.ahead(0)[0]
     interval = config.eval.every_epochs * task.steps_per_epoch
-    evaluations = -(-steps // interval) * task.evaluation_queries
+    evaluations = -(-steps // interval) * task.cost.evaluation
     total = per_step * steps + scores + evaluations
     base_s, cost = _timed(task, coords)
     lines = [
@@ -53,8 +53,7 @@ def mean_pattern(task) -> np.ndarray:
     config, index = task.config.sparsity, task.engine.index
     if config.ratio == 0:
         return np.arange(index.size)
-    layers = index.names if task.config.task.kind == "objective" else prunable_layers(task.model, index, config.prune)
-    lpr = lpr_from_scores(random_scores(index, 0), index, layers, config.ratio, "signed", "")
+    lpr = lpr_from_scores(random_scores(index, 0), index, task.prunable(), config.ratio, "signed", "")
     return draw(lpr, index, task.config.run.seed, 0)
 
 

@@ -16,7 +16,7 @@ from dzhpc.job.log import duration
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.method.estimators import Partial, make_estimator
-from dzhpc.method.first_order import PARTS
+from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
 from dzhpc.training import checks
@@ -147,25 +147,25 @@ class Trainer:
 
     def _gradient(self) -> tuple[float, torch.Tensor]:
         """(loss at theta, the gradient estimate on S [n]). Raises Interrupted."""
-        if self.task.parts:
-            return self._shared_gradient()
+        if self.task.shared:
+            return self._shared_gradient(self.task.shared)
         if self._estimator.units(len(self._distribution.coords)):  # the join tells all ranks of a black box that failed
             loss = self._distribution.attempt(lambda: self.task.bind(self.state.step))
         else:
             loss = self.task.bind(self.state.step)
         return loss, self._distribution.estimate(self._estimator, self.state.step, self.state.partial)
 
-    def _shared_gradient(self) -> tuple[float, torch.Tensor]:
+    def _shared_gradient(self, shared: SharedGradient) -> tuple[float, torch.Tensor]:
         """(loss, gradient on S [n]) by autograd from parts of the batch, dealt out to the ranks."""
 
         def rows_of(mine: range) -> np.ndarray:
-            lost = np.full((len(mine), self.task.parts.width), np.nan)
-            return self._distribution.attempt(lambda: self.task.gradient_rows(mine, self.state.step), lost)
+            lost = np.full((len(mine), shared.width), np.nan)
+            return self._distribution.attempt(lambda: shared.rows(mine, self.state.step), lost)
 
-        rows = self.world.split(PARTS, rows_of)
+        rows = self.world.split(shared.parts, rows_of)
         if np.isnan(rows).any() and (failure := self._distribution.failure()):
             self._give_up(failure)
-        loss, flat = self.task.parts.join(rows)
+        loss, flat = shared.join(rows)
         return loss, flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class Trainer:
             lost = np.full((len(mine), 3), np.nan)
             return self._distribution.attempt(lambda: self.task.evaluate(mine, self.state.step), lost)
 
-        self.budget.queries += 0 if again else self.task.evaluation_queries
+        self.budget.queries += 0 if again else self.task.cost.evaluation
         rows = self.world.split(self.task.evaluation_parts, evaluate)
         loss, correct, count = (sum(column) for column in rows.T.tolist())
         if math.isnan(count):
@@ -255,7 +255,7 @@ class Trainer:
     def _finish(self, reason: Reason) -> None:
         """Final state first; then, unless time is short, a final evaluation."""
         missing = self._record.evaluated_step != self.state.step
-        evaluates = reason.exit_code == 0 and missing and self.budget.affords(self.task.evaluation_queries)
+        evaluates = reason.exit_code == 0 and missing and self.budget.affords(self.task.cost.evaluation)
         done = self._record.on_record or not evaluates
         if self.state.step == self.state.first_step and self.state.step > 0 and reason < Reason.STOP_FILE and done:
             log.info("nothing left to do: %s at step %d", reason.text, self.state.step)

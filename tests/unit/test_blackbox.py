@@ -185,6 +185,6 @@ def test_a_defence_costs_what_its_classifier_is_asked(tmp_path, monkeypatch, eng
         ask()
         return sum(own_box.asked)
 
-    assert asked(lambda: task.bind(1)) == task.bind_cost == 14
-    assert asked(lambda: task.engine.differences(np.arange(40, 45), 1e-2)) == 5 * task.query_cost == 35
-    assert asked(lambda: task.evaluate(range(task.evaluation_parts), 1)) == task.evaluation_queries == 22
+    assert asked(lambda: task.bind(1)) == task.cost.bind == 14
+    assert asked(lambda: task.engine.differences(np.arange(40, 45), 1e-2)) == 5 * task.cost.query == 35
+    assert asked(lambda: task.evaluate(range(task.evaluation_parts), 1)) == task.cost.evaluation == 22

@@ -141,11 +141,68 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
         (["task.kind=objective"], 'task.kind = "objective": needs task.function'),
         (["task.kind=objective", "task.function=a:B", "zo.estimator=autograd"], 'task.kind = "objective": has no autograd'),
         (["task.kind=objective", "task.function=a:B", "sparsity.scores=fo-grasp"], 'task.kind = "objective": has no autograd'),
-        (["task.function=a:B"], 'task.function: belongs to task.kind = "objective"'),
+        (["task.function=a:B"], '--set: task.function: belongs to task.kind = "objective"'),
+        (["task.kind=sol", "task.sigma=0.5"], '--set: task.sigma: belongs to task.kind = "defense"'),
+        (["task.retries=1"], 'task.retries: belongs to task.kind = "objective", "defense" or "sol"'),
+        (["task.max_queries=1"], 'task.max_queries: belongs to task.kind = "objective", "defense" or "sol"; use stop.queries'),
+        (
+            ["task.sigma=0.5", "task.unroll=3"],
+            'task.sigma, task.unroll: belong to other kinds than "classification"; remove them',
+        ),
+        (["task.kind=magic"], '--set: task.kind = \'magic\': expected one of "classification", "objective", "defense", "sol", '),
+        (["task.kind=3"], "--set: task.kind = 3: expected one of"),
+        (["task.kind=defense"], 'task.kind = "defense": needs task.classifier'),
+        (["task.kind=defense", "task.classifier=a:b", "zo.estimator=autograd"], "a:b: a function has no autograd"),
+        (["task.kind=sol", "zo.engine=reuse"], 'task.kind = "sol": needs zo.engine = "delta" or "full"'),
+        (["task.kind=sol", "task.simulator=mine"], 'task.simulator = "mine": expected projected, phiflow or'),
+        (["zo.estimator=latent"], 'zo.estimator = "latent": needs task.kind = "defense", task.loss = "classifier"'),
+        (["task.kind=defense", "task.loss=mse", "zo.estimator=latent"], 'zo.estimator = "latent": needs task.kind = "defense"'),
+        (["task.kind=defense", "task.simga=1.0"], "--set: unknown key task.simga; did you mean task.sigma?"),
+        (["task.kind=defense", "task.sigma=0.0"], "--set: task.sigma = 0.0: expected greater than 0"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides, message):
     assert message in refusal(None, overrides)
+
+
+def test_a_kind_on_the_command_line_replaces_that_of_the_file_and_its_keys(tmp_path):
+    path = write(tmp_path, '[task]\nkind = "defense"\nclassifier = "a:b"\nsigma = 0.5\nretries = 1\n')
+    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {"kind": "classification"}
+    sol = config.load(path, ["task.kind=sol", "task.retries=2"]).task
+    assert (sol.kind, sol.retries, sol.unroll) == ("sol", 2, 16)
+    own = config.load(path, ["task.kind=mine:Task", "task.size=3"]).task
+    assert own.fields == {"size": 3}
+    assert "task.sigma: belongs to" in refusal(path, ["task.kind=classification", "task.sigma=0.5"])
+    path = write(tmp_path, '[task]\nkind = "mine:Task"\nsize = 3\n')
+    assert config.load(path).task.fields == {"size": 3}
+    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {"kind": "classification"}
+    assert refusal(write(tmp_path, "task = 3")).startswith(f"{path}: task = 3: expected")
+    assert config.load(None, ["task.kind=mine:Task", "task.max_queries=7"]).task.max_queries == 7
+    assert config.load().task.max_queries is None
+
+
+@pytest.mark.parametrize("kind", ["classification", "sol"])
+def test_the_keys_of_all_kinds_that_an_earlier_version_wrote_are_those_of_its_own_kind(tmp_path, kind):
+    """0.1 wrote them into checkpoints and input.toml; in an input file those of other kinds must be at their default."""
+    tables = [keys().model_dump(exclude_none=True) for _, name, keys in config.tables() if name == "task"]
+    everything = {key: value for table in tables for key, value in table.items()} | {"kind": kind}
+
+    def text(**changed):
+        return "[run]\nname = 'a'\n[task]\n" + "\n".join(f"{k} = {v!r}" for k, v in (everything | changed).items())
+
+    new = config.load(None, ["run.name=a", f"task.kind={kind}"])
+    assert config.parse_written(text(sigma=0.5, loss="mse"), "step.h5") == config.load(write(tmp_path, text())) == new
+    changes = [("task.unroll", 3, 16)] if kind == "sol" else []
+    assert config.frozen_changes(config.parse_written(text(unroll=3), "step.h5"), new) == changes
+    path = write(tmp_path, text(sigma=0.5, loss="mse"))
+    assert refusal(path).startswith(f'{path}: task.sigma, task.loss: belong to other kinds than "{kind}"; remove them')
+    with pytest.raises(InputError, match=r"step\.h5: unknown key task\.xyzzy"):
+        config.parse_written(text(xyzzy=1), "step.h5")
+
+
+def test_a_key_of_an_own_task_may_have_the_name_and_default_of_another_kinds(tmp_path):
+    path = write(tmp_path, "[task]\nkind = 'm:T'\nsigma = 0.25\n")
+    assert config.load(path).task.fields == {"sigma": 0.25}
 
 
 def test_a_config_comes_back_from_its_own_toml(tmp_path):
@@ -172,7 +229,6 @@ def test_a_config_comes_back_from_its_own_toml(tmp_path):
         ("model.name=cnn", ("model.name", "resnet20", "cnn")),
         ("model.depth=2", ("model.depth", None, 2)),
         ("data.batch_size=3", ("data.batch_size", 512, 3)),
-        ("task.batch_limit=3", ("task.batch_limit", 1024, 3)),
         ("sparsity.ratio=0.5", ("sparsity.ratio", 0.9, 0.5)),
         ("optim.lr=1.0", ("optim.lr", 0.1, 1.0)),
         ("stop.epochs=3.0", ("stop.epochs", 50.0, 3.0)),
@@ -181,6 +237,16 @@ def test_a_config_comes_back_from_its_own_toml(tmp_path):
 )
 def test_a_changed_frozen_key_is_named_with_both_values(change, expected):
     assert config.frozen_changes(config.load(None, ["run.name=a"]), config.load(None, ["run.name=a", change])) == [expected]
+
+
+@pytest.mark.parametrize(("key", "old", "new"), [("batch_limit", 1024, 3), ("size", None, 2), ("kind", "m:T", "m:S")])
+def test_a_changed_frozen_key_of_a_kind_is_named(key, old, new):
+    assert config.frozen_changes(config.load(), config.load(None, ["task.kind=sol"]))[0] == ("task.kind", "classification", "sol")
+    kind = ["task.kind=m:T"] if old != 1024 else ["task.kind=objective", "task.function=a:B"]
+    change = [*kind, f"task.{key}={new}"]
+    assert config.frozen_changes(config.load(None, kind), config.load(None, change)) == [(f"task.{key}", old, new)]
+    for free in ("task.retries=7", "task.max_queries=7"):
+        assert config.frozen_changes(config.load(None, kind), config.load(None, [*kind, free])) == []
 
 
 FREE = (

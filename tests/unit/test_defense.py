@@ -21,7 +21,7 @@ from dzhpc.models.identity import model_sha256
 from dzhpc.models.resnet import resnet20
 from dzhpc.tasks import make_task
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_network
-from dzhpc.tasks.defense.task import Defense, evaluation_noise, load_defense
+from dzhpc.tasks.defense.inference import Defense, evaluation_noise, load_defense
 
 MODULE = '''
 import numpy as np
@@ -185,7 +185,7 @@ def test_evaluation_counts_the_classifiers_right_answers_with_one_noise_draw_an_
     assert rows.sum(0) == pytest.approx([float(expected), int((answers.argmax(1) == labels).sum()), 20], rel=1e-5)
     few = task_of("data.test_limit=5")
     assert few.data.test.labels.tolist() == [labels[k] for k in (0, 4, 8, 12, 16)]
-    assert few.evaluation_queries == 10
+    assert few.cost.evaluation == 10
 
 
 def test_answers_are_logits_or_probabilities_as_the_first_ones_show():
@@ -205,20 +205,20 @@ def test_first_order_parts_give_the_gradient_of_the_whole_batch_however_they_are
     randomise(task.model)
     loss = task.bind(2)
     exact = task.engine.index.flatten(task.engine.gradient())
-    alone, gradient = task.parts.join(task.gradient_rows(range(PARTS), 2))
+    alone, gradient = task.shared.join(task.shared.rows(range(PARTS), 2))
     dealt = np.empty((PARTS, 1 + task.engine.index.size))
     for rank in range(3):
-        dealt[rank::3] = task.gradient_rows(range(rank, PARTS, 3), 2)
+        dealt[rank::3] = task.shared.rows(range(rank, PARTS, 3), 2)
     assert alone == pytest.approx(loss, rel=1e-6)
     assert torch.allclose(gradient, exact, rtol=1e-4, atol=1e-6)
-    assert torch.equal(task.parts.join(dealt)[1], gradient)
+    assert torch.equal(task.shared.join(dealt)[1], gradient)
 
 
 def test_pre_training_moves_batch_norm_by_the_mean_of_its_parts():
     task = task_of("task.loss=mse", "zo.estimator=autograd", "model.batch_norm=true", "data.batch_size=16", keys=SMALL)
     bn = task.model.model[3]
     clean, noisy = task._batch(0)
-    loss, _ = task.parts.join(task.gradient_rows(range(PARTS), 0))
+    loss, _ = task.shared.join(task.shared.rows(range(PARTS), 0))
     assert int(bn.num_batches_tracked) == 1
     seen = torch.relu(task.model.model[0](noisy))
     means = torch.stack([task.model.model[2](part).mean((0, 2, 3)) for part in seen.split(2)])
@@ -299,7 +299,7 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
         (["zo.estimator=autograd"], "a function has no autograd"),
         (["sparsity.scores=fo-grasp", "sparsity.ratio=0.5"], "a function has no autograd"),
         (["model.name=resnet20", "model.classes=4"], "a denoiser keeps the shape"),
-        (["data.name=digits", "model.channels=3"], "gives .*expected input.*3 channels"),
+        (["data.name=digits", "model.channels=3"], "cannot take inputs .*expected input.*3 channels"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys, message):
@@ -317,7 +317,7 @@ def test_answers_of_another_number_of_classes_are_refused():
 
 def test_float_images_must_be_pixels():
     one = data.Split(torch.full((4, 3, 2, 2), 1.5), torch.zeros(4).long())
-    from dzhpc.tasks.defense.task import as_pixels
+    from dzhpc.tasks.defense.inference import as_pixels
 
     with pytest.raises(InputError, match=r"images from 1.5 to 1.5; a defence needs them in \[0, 1\]"):
         as_pixels(data.DataSet(one, one, torch.zeros(3), torch.ones(3), ["a"]))
@@ -330,8 +330,8 @@ def test_the_gradient_through_a_queried_code_is_that_of_autograd(user):
     clean, noisy = task._batch(1)
     exact = torch.autograd.grad(white_box(task.model(noisy), task._targets(clean)), task.engine.index.parameters)
     asked = task._box.queries
-    _, gradient = task.parts.join(task.gradient_rows(range(PARTS), 1))
-    assert task._box.queries - asked == task.bind_cost == 10 * (2 + 12)
+    _, gradient = task.shared.join(task.shared.rows(range(PARTS), 1))
+    assert task._box.queries - asked == task.cost.bind == 10 * (2 + 12)
     names = [n for n in task.engine.index.names if not n.startswith("decoder")]
     mine, right = task.engine.index.split(gradient), dict(zip(task.engine.index.names, exact, strict=True))
     a, b = (torch.cat([g[n].flatten() for n in names]) for g in (mine, right))

@@ -79,6 +79,13 @@ def test_no_module_imports_itself_in_a_circle(imports):
     assert waiting == {}
 
 
+def test_tasks_do_not_import_each_other(imports):
+    kind = lambda name: name.split(".")[1] if name.count(".") else ""  # noqa: E731
+    tasks, common = {name for name in imports if name.split(".")[0] == "tasks"}, {"", "protocol", "fitting"}
+    assert {kind(name) for name in tasks} == {"classification", "objective", "defense", "sol", *common}
+    assert [(a, b) for a in tasks for b in imports[a] & tasks if kind(b) not in {kind(a), *common}] == []
+
+
 def test_every_module_can_be_imported_alone(imports, project):
     names = [f"dzhpc.{name}".rstrip(".") for name in imports]
     command = [sys.executable, "-c", ALONE, *names]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import spsolve
 
-from dzhpc.config import Task
+from dzhpc.config import SolKeys
 from dzhpc.engines import blackbox
 from dzhpc.errors import BlackBoxError, InputError
 from dzhpc.tasks.sol import phiflow, simulators
@@ -215,7 +215,7 @@ def own(function, monkeypatch, **keys):
     module = type(sys)("own_simulator")
     module.step = function
     monkeypatch.setitem(sys.modules, "own_simulator", module)
-    return make_simulator(Task(simulator="own_simulator:step", **keys), None, CPU)
+    return make_simulator(SolKeys(simulator="own_simulator:step", **keys), None, CPU)
 
 
 def test_the_users_function_is_given_arrays_in_few_calls_and_counted(monkeypatch):
@@ -267,10 +267,10 @@ def test_a_reference_of_another_grid_or_rod_is_refused():
         split = Trajectories(torch.zeros(1, 2, *wake.shape), torch.ones(1))
         return Reference(split, split, split, True, {"radius": wake.radius})
 
-    assert make_simulator(Task(), reference(WAKE), CPU).name == "projected"
+    assert make_simulator(SolKeys(), reference(WAKE), CPU).name == "projected"
     with pytest.raises(InputError, match=r"task.resolution = 32 has states \[2, 33, 65\], the reference \[2, 17, 33\]"):
-        make_simulator(Task(), reference(Wake(16)), CPU)
+        make_simulator(SolKeys(), reference(Wake(16)), CPU)
     with pytest.raises(InputError, match=r"task.radius = 10, the reference was made with 5"):
-        make_simulator(Task(simulator="phiflow"), reference(Wake(32, 5)), CPU)
+        make_simulator(SolKeys(simulator="phiflow"), reference(Wake(32, 5)), CPU)
     assert float(viscosity(RE)[0]) == 0.0625
     assert simulators.make_wake("phiflow", WAKE, CPU).name == "phiflow"

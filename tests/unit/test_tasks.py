@@ -73,8 +73,8 @@ def test_a_model_for_other_classes_or_channels_is_refused(key):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("TooWide", r"model own_models:TooWide gives \[2, 11\] for 2 images; expected \[2, 10\], a logit per class"),
-        ("Large", r"model own_models:Large cannot take images \[1, 8, 8\]: .*shapes cannot be multiplied"),
+        ("TooWide", r"model own_models:TooWide gives \[2, 11\] for inputs \[2, 1, 8, 8\]; expected \[2, 10\], a logit per class"),
+        ("Large", r"model own_models:Large cannot take inputs \[1, 8, 8\]: .*shapes cannot be multiplied"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(name, message):

@@ -13,6 +13,7 @@ from dzhpc.config import Zo
 from dzhpc.errors import InputError
 from dzhpc.job.stopping import Reason
 from dzhpc.method.estimators import make_estimator
+from dzhpc.tasks.protocol import Cost
 from dzhpc.training import record
 from dzhpc.training.budget import Budget
 from dzhpc.training.record import Progress, Step
@@ -68,7 +69,7 @@ def budget(limit=None, **stop):
     stop = {"epochs": 2.0, "steps": None, "queries": None, "target_accuracy": None} | stop
     task = SimpleNamespace(
         config=SimpleNamespace(stop=SimpleNamespace(**stop), task=SimpleNamespace(max_queries=limit)),
-        steps_per_epoch=5, bind_cost=2, query_cost=3, evaluation_queries=4,
+        steps_per_epoch=5, cost=Cost(bind=2, query=3, evaluation=4),
     )  # fmt: skip
     pattern = SimpleNamespace(coords=range(10), ahead=lambda step: (50, 10))
     return Budget(task, make_estimator(Zo(estimator="cge"), 0), pattern)

@@ -18,8 +18,8 @@ from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.models.identity import tensors_sha256
 from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.inference import Defense
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
-from dzhpc.tasks.defense.task import Defense
 
 log = logging.getLogger("dzhpc")
 BITS = ("threads", "device", "torch")  # what counts may depend on beside the parameters; a change is a warning

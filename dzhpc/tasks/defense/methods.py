@@ -13,7 +13,7 @@ from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification
-from dzhpc.tasks.defense.task import load_defense
+from dzhpc.tasks.defense.inference import load_defense
 
 log = logging.getLogger("dzhpc")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dzhpc.errors import InputError
+from dzhpc.tasks import fitting
 from dzhpc.tasks.sol.reference import Reference
 
 
@@ -24,7 +24,9 @@ class Correction:
         self._staggered = reference.staggered
         channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in model.parameters())
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._check(torch.zeros(2, *reference.shape).to(first))
+        states = torch.zeros(2, *reference.shape).to(first)
+        inputs, expected = self.inputs(states, states.new_ones(2)), list(self._seen(states).shape)
+        fitting.try_out(model, inputs, expected, "the numbers that a correction has to be", type(model).__name__)
 
     def __call__(self, states: Tensor, parameters: Tensor) -> Tensor:
         """Corrected states [N, ...] of a simulation with the parameters [N]."""
@@ -56,18 +58,3 @@ class Correction:
         if states.ndim == 4:
             return states
         return states[:, None, None] if states.ndim == 2 else states[:, :, None]
-
-    @torch.no_grad()
-    def _check(self, states: Tensor) -> None:
-        expected, training = list(self._seen(states).shape), self.model.training
-        inputs = self.inputs(states, states.new_ones(len(states)))
-        try:
-            found = list(self.model.eval()(inputs).shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            found = " ".join(str(error).split())
-        finally:
-            self.model.train(training)
-        if found != expected:
-            raise InputError(
-                f"{type(self.model).__name__} gives {found} for inputs {list(inputs.shape)}; a correction has to be {expected}"
-            )

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dzhpc.config import Task, import_object, is_function
+from dzhpc.config import SolKeys, import_object, is_function
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError
 from dzhpc.tasks.sol.reference import Reference
@@ -45,7 +45,7 @@ class OwnSimulator(BlackBox):
 
 
 def make_simulator(
-    task: Task, reference: Reference | None, device: torch.device, dtype: torch.dtype = torch.float32
+    task: SolKeys, reference: Reference | None, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Simulator:
     """The simulator of ``task.simulator`` for the states of a reference; None: for those that the keys of the wake describe.
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dzhpc.config import Task, import_object, is_function
+from dzhpc.config import SolKeys, import_object, is_function
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.tasks.sol.simulators import make_wake
@@ -42,7 +42,7 @@ class WakeSolver:
     One simulation at a time: the bits of each are its own, however many there are and whoever makes them.
     """
 
-    def __init__(self, task: Task, device: torch.device):
+    def __init__(self, task: SolKeys, device: torch.device):
         self._wake, self._device = Wake(task.resolution * task.factor, task.radius), device
         self._task, self._step = task, make_wake(task.simulator, self._wake, device)
         self.about = {
@@ -74,7 +74,7 @@ class WakeSolver:
 class OwnSolver(BlackBox):
     """The user's own: parameter -> states [warm_up + frames, ...] of a whole simulation. Raises as BlackBox does."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: SolKeys):
         function, name = import_object(task.reference, "task.reference"), f"task.reference = {task.reference}"
         super().__init__(lambda p: np.asarray(function(float(p[0])))[None], 1, True, task.retries, name)
         self._warm_up, self._frames = task.warm_up, task.frames
@@ -97,7 +97,7 @@ class OwnSolver(BlackBox):
             )
 
 
-def make_solver(task: Task, device: torch.device) -> Solver:
+def make_solver(task: SolKeys, device: torch.device) -> Solver:
     """The solver for the reference of ``task``. Raises InputError for keys that do not fit each other."""
     own = is_function(task.simulator)
     if own != (task.reference is not None):

@@ -1,6 +1,7 @@
 """Solver in the loop: a network corrects a coarse solver at every step, trained through n unrolled steps by queries."""
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,9 +9,10 @@ import torch
 from dzhpc.config import Config, is_function
 from dzhpc.data import Order
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.method.first_order import Parts
+from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
-from dzhpc.models import zoo
+from dzhpc.tasks import fitting
+from dzhpc.tasks.protocol import Cost, Task
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Reference, Trajectories
@@ -22,15 +24,13 @@ log = logging.getLogger("dzhpc")
 LONGEST = 500  # steps of an evaluation
 
 
-class SolTask:
+class SolTask(Task):
     """See :class:`dzhpc.tasks.Task`. Raises InputError where reference, simulator, network and input do not fit each other.
 
     A training example is a window: unroll + 1 successive frames of a training simulation. Queries are states that the simulator
     is asked to advance. An evaluation is the error (MAE) in rollouts over the ``valid`` simulations, see
     :mod:`dzhpc.tasks.sol.rollout`; a step that has diverged counts with the bound, so it never ends a run.
     """
-
-    box_key = ""  # where the last layer is zero, perturbing the others changes nothing
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config.model_copy(deep=True)
@@ -39,20 +39,20 @@ class SolTask:
         self._where = self.reference.where()
         self.simulator = make_simulator(task, self.reference, device)
         self._check_keys()
-        zoo.fill_in(self.config.model, **_sizes(self.reference))
-        self.model = zoo.build(self.config.model, config.run.seed).to(device)
-        self.correction = self._laid_out()
+        self.model = fitting.build(self.config, device, **_sizes(self.reference))
+        self.correction = fitting.lay_out(self.model, lambda layout: Correction(self.model, self.reference))
         self.windows = AllWindows(self.reference.train, config)
-        self.parts = Parts(self.model, config.run.seed) if zo.estimator == "autograd" else None
-        if zo.engine == "full" or self.parts:  # there the engine only serves scores
+        if zo.estimator == "autograd":
+            self.shared = SharedGradient(self.model, config.run.seed, self._shared_batch)
+        if zo.engine == "full" or self.shared:  # there the engine only serves scores
             self.engine = Unrolled(self.correction, self.simulator, task.unroll)
         else:
             self.engine = UnrolledDelta(self.correction, self.simulator, task.unroll, batch, zo.memory_mb)
         self.steps_per_epoch = self.windows.steps_per_epoch
-        self.bind_cost, self.query_cost = batch * task.unroll, batch * (task.unroll - 1)
         self.evaluation_parts, frames = self.reference.valid.states.shape[:2]
         self._steps = min(LONGEST, frames - 1)
-        self.evaluation_queries = self.evaluation_parts * self._steps
+        # no box is named: where the last layer is zero, perturbing the others changes nothing
+        self.cost = Cost(batch * task.unroll, batch * (task.unroll - 1), self.evaluation_parts * self._steps)
 
     def bind(self, step: int) -> float:
         self.model.train()
@@ -68,8 +68,8 @@ class SolTask:
                 'away: lower zo.mu, or use sparsity.scores = "random")'
             ) from None
 
-    def gradient_rows(self, mine: range, step: int) -> np.ndarray:
-        """See :meth:`dzhpc.method.first_order.Parts.rows`; for the step's windows, whose losses are summed, not averaged."""
+    def _shared_batch(self, step: int) -> tuple[int, Callable[[slice], torch.Tensor]]:
+        """What :class:`dzhpc.method.first_order.SharedGradient` asks for; losses of windows are summed, not averaged."""
         self.model.train()
         windows = self.windows.batch(step)
         count = len(windows.names)
@@ -78,9 +78,9 @@ class SolTask:
             part = windows[positions]
             return self.engine.losses(part).sum() * (count / len(part.names))
 
-        return self.parts.rows(mine, count, step, loss)
+        return count, loss
 
-    def evaluate(self, parts: range, step: int) -> np.ndarray:
+    def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
         self.model.eval()
         rows, valid = np.zeros((len(parts), 3)), self.reference.valid
         for k, part in enumerate(parts):
@@ -106,15 +106,6 @@ class SolTask:
             raise InputError(
                 'sparsity.scores = "fo-grasp": a simulator has no second derivative; use zo-grasp or random, or task.unroll = 1'
             )
-
-    def _laid_out(self) -> Correction:
-        """Channels-last, which convolutions like best, where the model can run so."""
-        try:
-            self.model.to(memory_format=torch.channels_last)
-            return Correction(self.model, self.reference)
-        except InputError:
-            self.model.to(memory_format=torch.contiguous_format)
-            return Correction(self.model, self.reference)
 
 
 class AllWindows:

@@ -1,0 +1,14 @@
+"""The input file: TOML -> validated sections. Every key is documented here, and printed by ``python -m dzhpc.info keys``.
+
+Precedence: defaults < file < ``--set KEY=VALUE``. The defaults are those of ``inputs/resnet20.toml``.
+"""
+
+from dzhpc.config.input import Config, frozen_changes, known_keys, load, parse, parse_written, tables
+from dzhpc.config.names import import_object, is_function
+from dzhpc.config.sections import Data, Model, Optim, Run, Zo
+from dzhpc.config.tasks import SolKeys
+
+__all__ = [
+    "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "frozen_changes", "import_object", "is_function", "known_keys",
+    "load", "parse", "parse_written", "tables",
+]  # fmt: skip

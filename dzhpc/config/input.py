@@ -1,0 +1,182 @@
+"""An input file or a checkpoint's text -> a Config; what was wrong with it; which keys are frozen."""
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from dzhpc.config import tasks
+from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Section, Sparsity, Stop, Zo
+from dzhpc.errors import InputError
+
+FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
+FREE = ("data.root", "task.retries", "task.max_queries")
+SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
+    "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
+    "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
+    "network": "model.name", "dataset": "data.name", "queries": "zo.q",
+}  # fmt: skip
+
+
+class Config(Section):
+    """All sections of one input file."""
+
+    run: Run = Run()
+    task: tasks.AnyTask = tasks.ClassificationKeys()
+    model: Model = Model()
+    data: Data = Data()
+    zo: Zo = Zo()
+    sparsity: Sparsity = Sparsity()
+    optim: Optim = Optim()
+    stop: Stop = Stop()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+
+    def to_toml(self) -> str:
+        """The resolved input; unset keys are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read an input file and apply ``KEY=VALUE`` overrides.
+
+    Raises InputError with file, key, value found and what was expected.
+    """
+    source = str(path) if path else "defaults"
+    table = _read(Path(path)) if path else {}
+    given, from_command_line = copy.deepcopy(table.get("task", {})), set()
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals or key.count(".") != 1:
+            raise InputError(f"--set {text}: expected SECTION.KEY=VALUE, for example --set zo.mu=1e-3")
+        section, name = key.strip().split(".")
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise InputError(f"{source}: {section} must be a [section]")
+        table[section][name] = _value(value.strip())
+        from_command_line.add((section, name))
+    for name in tasks.idle(given, table["task"]) if isinstance(given, dict) and "task" in table else []:
+        if ("task", name) not in from_command_line:
+            del table["task"][name]
+    config = parse(table, source, from_command_line)
+    if config.run.name is None:
+        config.run.name = Path(path).stem if path else config.model.name
+    return config
+
+
+def parse(table: dict[str, Any], source: str, from_command_line: set | frozenset = frozenset()) -> Config:
+    """Validate a table of sections; raises InputError that names ``source`` and the first key at fault."""
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as failure:
+        # an unknown key is usually the cause of the others, so it is named first
+        error = min(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        at_fault = _place(error)
+        where = "--set" if any(place[: len(at_fault)] == at_fault for place in from_command_line) else source
+        raise InputError(f"{where}: {_explain(error, at_fault, table)}") from None
+    for section in Config.model_fields:
+        for fault in getattr(config, section).conflicts(config):
+            raise InputError(f"{source}: {fault}")
+    return config
+
+
+def parse_written(text: str, source: str) -> Config:
+    """The Config of :meth:`Config.to_toml`, as a checkpoint of this or an earlier version holds it. Raises InputError.
+
+    0.1 wrote the keys of all kinds into [task]; those of other kinds never had an effect.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{source}: not valid TOML: {error}") from None
+    if isinstance(task := table.get("task"), dict):
+        for name in tasks.foreign(task):
+            del task[name]
+    return parse(table, source)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML input file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _place(error: dict[str, Any]) -> tuple[str, ...]:
+    """(section, key) at fault, or a section alone. Within [task], pydantic names the kind, too."""
+    if error["type"] == "union_tag_invalid":
+        return "task", "kind"
+    place = error["loc"]
+    return (place[0], *place[2:3]) if place[0] == "task" else place[:2]
+
+
+def _explain(error: dict[str, Any], place: tuple[str, ...], table: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in place)
+    if error["type"] == "union_tag_invalid":
+        kinds = ", ".join(f'"{kind}"' for kind in tasks.KINDS)
+        return f"task.kind = {table['task']['kind']!r}: expected one of {kinds}"
+    if error["type"] == "extra_forbidden":
+        if place[0] == "task" and (names := tasks.foreign(table["task"])):
+            return _of_other_kinds(names, table["task"])
+        return f"unknown key {key}{_suggestion(key)} (`python -m dzhpc.info keys` lists every key)"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    found = error["input"]
+    return f"{key} = {found!r}: expected {expected}" if not isinstance(found, dict) else f"{key}: expected {expected}"
+
+
+def _of_other_kinds(names: list[str], table: dict[str, Any]) -> str:
+    if len(names) > 1:
+        return f'task.{", task.".join(names)}: belong to other kinds than "{tasks.tag(table)}"; remove them'
+    *others, last = (f'"{kind}"' for kind in tasks.belongs_to(names[0]) if kind != tasks.OWN)
+    kinds = f"{', '.join(others)} or {last}" if others else last
+    return f"task.{names[0]}: belongs to task.kind = {kinds}{'; use stop.queries' if names == ['max_queries'] else ''}"
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _, _ in known_keys()]
+    last = key.split(".")[-1]
+    same_name = [name for name in known if name.split(".")[-1] == last]
+    near = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.7)
+    near_name = [n for n in known if difflib.SequenceMatcher(None, n.split(".")[-1], last).ratio() > 0.75]
+    best = [*([SYNONYMS[last]] if last in SYNONYMS else []), *same_name, *near, *near_name]
+    return f"; did you mean {best[0]}?" if best else ""
+
+
+def tables() -> Iterator[tuple[str, str, type[Section]]]:
+    """(heading, name, class) of every section; [task] comes once for each kind."""
+    for name, info in Config.model_fields.items():
+        if name == "task":
+            yield from ((f'[task], kind = "{kind}"', name, keys) for kind, keys in tasks.KINDS.items())
+        else:
+            yield f"[{name}]", name, info.annotation
+
+
+def known_keys() -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, meaning) of every key, in the order of the sections; keys of several kinds come several times."""
+    for _, section, keys in tables():
+        for name, field in keys.model_fields.items():
+            yield f"{section}.{name}", field.default, field.description or ""
+
+
+def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of frozen keys that differ; those must not change on restart."""
+    a, b = _flatten(old), _flatten(new)
+    frozen = (key for key in [*a, *(set(b) - set(a))] if key.startswith(FROZEN) and key not in FREE)
+    return [(key, a.get(key), b.get(key)) for key in frozen if a.get(key) != b.get(key)]
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, table in config.model_dump().items() for key, value in table.items()}

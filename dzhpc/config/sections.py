@@ -1,0 +1,200 @@
+"""The sections of an input file but [task]: every key with its type, its default and its meaning."""
+
+import datetime
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _seconds(value: Any) -> Any:
+    """Seconds from a number, "H:MM:SS", or a TOML local time."""
+    if isinstance(value, datetime.time):
+        return value.hour * 3600.0 + value.minute * 60 + value.second
+    if isinstance(value, str) and value.count(":") in (1, 2) and all(part.isdigit() for part in value.split(":")):
+        hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in value.split(":")])[-3:]
+        return hours * 3600.0 + minutes * 60 + seconds
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the input file: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    def conflicts(self, config) -> Iterator[str]:
+        """Keys that are each valid, but not together, or not with another section of the Config ``config``: a line each."""
+        return iter(())
+
+
+class Run(Section):
+    """Where and how the job runs; free on restart, but for the seed."""
+
+    name: str | None = Field(None, description="the run folder's name; None: the input file's name")
+    dir: str = Field("runs", description="the folder in which run folders lie")
+    seed: int = Field(0, ge=0, description="every random number is a function of (seed, purpose, step)")
+    threads: Count = Field(1, description="CPU threads per rank; bits may differ between thread counts")
+    share_gpu: bool = Field(False, description="let several ranks use one GPU; otherwise that is an error")
+    mixed_nodes: bool = Field(False, description="let ranks differ in processor type or compiler, and so in bits; else an error")
+    deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
+    check_every: Count = Field(100, description="compare a hash of all replicated state over the ranks every so many steps")
+
+
+class Model(Section):
+    """The network. Further keys are its constructor's own arguments (depth, width, classes, ...)."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = Field(
+        "resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, ae-ds, corrector, or "package.module:Class"'
+    )
+    weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
+    trainable: list[str] | None = Field(
+        None, description='train only parameters whose names match one of these patterns, e.g. ["model.38.*"]; the others stay'
+    )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    """The data set. Root: this key, else $DZHPC_DATA, else data/."""
+
+    name: str = Field(
+        "cifar10",
+        description='digits, cifar10, imagefolder, packed, or "package.module:function"; sol: NAME.h5, made by `simulate`',
+    )
+    root: str | None = Field(None, description="the folder that holds <name>.h5 or <name>/; free on restart")
+    path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
+    image_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="imagefolder: resize and centre-crop to this many pixels"
+    )
+    batch_size: Count = Field(512, description="images (sol: windows) per step; every rank sees the same batch")
+    train_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="train on a random subset of this many images (sol: windows)"
+    )
+    test_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="evaluate on this many images, evenly spaced over the test set"
+    )
+    augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
+    mean: list[float] | None = Field(
+        None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own"
+    )
+    std: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
+
+
+class Zo(Section):
+    """The gradient estimate."""
+
+    estimator: Literal["cge", "rge", "autograd", "latent"] = Field(
+        "cge",
+        description="coordinate-wise, random directions, first-order, or (defense, model ae-ds) coordinate-wise on the code of "
+        "an autoencoder and the chain rule before it",
+    )
+    engine: Literal["full", "reuse", "delta"] = Field(
+        "delta", description="how differences are evaluated; objectives have their own"
+    )
+    mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
+    q: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="rge: directions per step; None: the number of active coordinates"
+    )
+    difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
+    )
+    memory_mb: Positive | None = Field(
+        None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
+    )
+
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        if self.precision != "fp32" and self.engine != "delta":
+            yield f'zo.precision = "{self.precision}": only zo.engine = "delta" has it'
+
+
+class Sparsity(Section):
+    """Which coordinates are perturbed."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="the fraction of prunable weights that is pruned")
+    target: Literal["gradients", "weights"] = Field(
+        "gradients", description="prune the gradient, or the weights themselves (static)"
+    )
+    scores: Literal["zo-grasp", "fo-grasp", "random"] = Field(
+        "zo-grasp", description="where the layer-wise pruning ratios come from"
+    )
+    rule: Literal["signed", "magnitude"] = Field(
+        "signed",
+        description="prune the largest signed scores (Wang et al. 2020), or keep the largest absolute ones (the authors' code)",
+    )
+    pattern: Literal["dynamic", "static", "regrasp"] = Field(
+        "dynamic", description="redraw S by the ratios; keep the first (M2); score anew at every redraw (M1)"
+    )
+    prune: Literal["weights", "all"] = Field(
+        "weights", description="conv and linear weights only (others stay active), or every parameter"
+    )
+    redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
+    redraw_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="draw a new S every so many steps instead")
+    q: Count = Field(192, description="zo-grasp: directions per RGE")
+    lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
+
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        if self.target == "weights" and self.pattern != "static":
+            yield f'sparsity.pattern = "{self.pattern}": sparsity.target = "weights" needs "static"'
+        if self.pattern == "regrasp" and self.lpr:
+            yield 'sparsity.lpr: a fixed file contradicts pattern = "regrasp", which scores anew; remove one of them'
+
+
+class Optim(Section):
+    """The optimiser (torch.optim) and its learning-rate schedule, evaluated at every step."""
+
+    name: Literal["sgd", "adam"] = Field("sgd", description="torch.optim.SGD or Adam")
+    lr: Positive = Field(0.1, description="the peak learning rate")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(5e-4, description="L2, added to the gradient")
+    nesterov: bool = Field(False, description="sgd")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(3.0, description="linear from 0 to lr")
+    milestones: list[float] = Field([], description="step: the epochs at which lr is multiplied by gamma")
+    gamma: Positive = Field(0.1, description="step: see milestones")
+
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
+        if self.schedule == "step" and not self.milestones:
+            yield 'optim.schedule = "step": needs optim.milestones, the epochs at which lr drops'
+
+
+class Stop(Section):
+    """When the run ends."""
+
+    epochs: Positive = Field(50.0, description="the length of the run and of its schedule (an objective's epoch is one step)")
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="end early at this step; the schedule is unaltered")
+    queries: Annotated[int, Field(ge=1)] | None = Field(None, description="end after the step that reaches this many queries")
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="end when an evaluation reaches it")
+    walltime: Seconds | None = Field(None, description="stop (exit 75) this long after training began, in seconds or H:MM:SS")
+
+
+class Checkpoint(Section):
+    """When the state is written; a final checkpoint always is."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="write every so many steps")
+    every_minutes: Positive = Field(10.0, description="write when the last one is this old")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="how many of the newest files stay")
+    on_full: Literal["stop", "continue"] = Field(
+        "stop", description="a checkpoint that cannot be written (disk full) ends the run (exit 3), or is left out with a warning"
+    )
+
+
+class Eval(Section):
+    """Evaluation on the test set; a final one is always made."""
+
+    every_epochs: Count = Field(1, description="evaluate every so many epochs")
+    batch_size: Count = Field(1000, description="test images in one forward pass; ranks share the passes")

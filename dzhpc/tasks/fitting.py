@@ -1,0 +1,63 @@
+"""Fitting a network to the data: what the data decide of its constructor's arguments, its memory layout, and a first try."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dzhpc.config import Config
+from dzhpc.errors import DzhpcError, InputError
+from dzhpc.models import zoo
+
+log = logging.getLogger("dzhpc")
+T = TypeVar("T")
+
+
+def build(config: Config, device: torch.device, **sizes: int) -> nn.Module:
+    """The network of ``config.model``; sizes are filled in there, where it takes them and the input leaves them out.
+
+    Raises InputError as :func:`dzhpc.models.zoo.build` does.
+    """
+    zoo.fill_in(config.model, **sizes)
+    return zoo.build(config.model, config.run.seed).to(device)
+
+
+def lay_out(model: nn.Module, trial: Callable[[torch.memory_format], T], images: bool = True) -> T:
+    """``trial(layout)`` with the model's weights in that layout: the first one in which it raises no InputError.
+
+    Channels-last is 2 to 4 times faster, but a network that calls ``view`` may refuse it; without images there is only the other.
+    """
+    if images:
+        try:
+            return trial(_with(model, torch.channels_last))
+        except InputError:
+            pass
+    found = trial(_with(model, torch.contiguous_format))
+    if images:
+        log.info("model %s cannot run in channels-last layout; using the slower contiguous one", type(model).__name__)
+    return found
+
+
+def _with(model: nn.Module, layout: torch.memory_format) -> torch.memory_format:
+    model.to(memory_format=layout)
+    return layout
+
+
+def try_out(model: nn.Module, inputs: Tensor, expected: list[int], meaning: str, name: str) -> None:
+    """Run the model once, in eval mode. Raises InputError unless it gives the shape ``expected``, which is ``meaning``."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(inputs)
+    except DzhpcError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        said = " ".join(str(error).split())
+        raise InputError(f"model {name} cannot take inputs {list(inputs.shape[1:])}: {said}") from None
+    finally:
+        model.train(training)
+    found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found != expected:
+        raise InputError(f"model {name} gives {found} for inputs {list(inputs.shape)}; expected {expected}, {meaning}")

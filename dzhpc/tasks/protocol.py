@@ -1,0 +1,80 @@
+"""What a task is to the trainer: a loss to be minimised by queries, and all that the loop asks of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dzhpc.config import Config
+from dzhpc.method import scores
+from dzhpc.method.first_order import SharedGradient
+
+if TYPE_CHECKING:
+    from dzhpc.engines.protocol import Engine
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is asked of the task's black box, in queries; without a black box an evaluation of the loss counts as one.
+
+    bind: what one bind asks. query: what one evaluation of the loss at perturbed parameters asks. evaluation: what a whole
+    evaluation asks, which is nothing where nobody but us answers it. box: names the black box where it is an error that no
+    perturbation changes its answers (quantised ones, say); "" where that may happen to a healthy run.
+    """
+
+    bind: int = 1
+    query: int = 1
+    evaluation: int = 0
+    box: str = ""
+
+
+class Task(ABC):
+    """A loss to be minimised by queries. All of it is replicated: every rank holds the same, with the same bits.
+
+    A task is made by ``Class(config, device)``; keys of [task] that belong to a class of the user's own are further arguments.
+    config: the input, with the fields filled in that the data decide; frozen keys of a restart are compared with it.
+    model: holds the parameters; parameters that require no gradient have no coordinates.
+    engine: over the same parameters, in the same order.
+    steps_per_epoch: at least 1. evaluation_parts: pieces of an evaluation that ranks may share, at least 1.
+    shared: the step of a first-order estimator in parts that ranks share; None: each rank binds and differentiates the whole.
+
+    Methods may raise InputError for what cannot work, NumericalError for what has stopped working, BlackBoxError where the black
+    box fails for good; any of them on some ranks only.
+    """
+
+    config: Config
+    model: torch.nn.Module
+    engine: "Engine"
+    steps_per_epoch: int
+    evaluation_parts: int = 1
+    cost: Cost = Cost()
+    shared: SharedGradient | None = None
+
+    @abstractmethod
+    def bind(self, step: int) -> float:
+        """Bind the batch of ``step`` (0, 1, ...), a function of (seed, step) alone, to the engine: the loss at theta.
+
+        The model is left in the mode in which it is trained; this is the only call that moves BatchNorm's running statistics.
+        """
+
+    @abstractmethod
+    def bind_for_scores(self, number: int) -> float:
+        """Bind the ``number``-th batch for pruning scores, a function of (seed, number) alone: the loss at theta."""
+
+    @abstractmethod
+    def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
+        """[len(parts), 3] float64: summed loss, correct answers (NaN where that has no meaning), and count of each part.
+
+        parts: numbers below ``evaluation_parts``, a part's row being the same whoever computes it. step: those done so far.
+        Parameters and buffers are left as they were.
+        """
+
+    def prunable(self) -> Sequence[str]:
+        """Names of the parameters that pruning chooses among, in the engine's order; the others stay active.
+
+        Convolutional and linear weights, or all parameters (``sparsity.prune``).
+        """
+        return scores.prunable_layers(self.model, self.engine.index, self.config.sparsity.prune)
