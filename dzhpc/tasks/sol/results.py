@@ -6,7 +6,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from dzhpc.config import frozen_changes
+from dzhpc.config import FREE, frozen_changes
 from dzhpc.errors import InputError
 from dzhpc.tasks.sol.evaluation import Run
 from dzhpc.tasks.sol.rollout import DIVERGED, Rollout
@@ -50,7 +50,7 @@ def group(runs: list[Run | None], rollouts: list[Rollout]) -> list[Method]:
 
 
 def _differ_in_seed(a: Run, b: Run) -> bool:
-    return [key for key, _, _ in frozen_changes(a.config, b.config)] == ["run.seed"]
+    return [key for key, _, _ in frozen_changes(a.config, b.config, FREE)] == ["run.seed"]
 
 
 def horizons(asked: list[int] | None, frames: int) -> list[int]:
