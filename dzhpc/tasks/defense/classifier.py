@@ -11,7 +11,7 @@ from dzhpc.config import Config, Model, import_object, is_function
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
 from dzhpc.errors import InputError
 from dzhpc.files.runfolder import load_state
-from dzhpc.models import zoo as models
+from dzhpc.models import zoo
 from dzhpc.models.frozen import Frozen
 
 log = logging.getLogger("dzhpc")
@@ -38,15 +38,15 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
     mean, std = data_set.mean, data_set.std
     if _is_ours(path):
         file, state = load_state(path)
-        own, model = models.config_of(state, file), models.load_model(file)
+        own, model = zoo.config_of(state, file), zoo.load_model(file)
         mean, std = own.data.mean or mean, own.data.std or std
     else:
         if not task.classifier_model:
             raise InputError(f"task.classifier = {path}: a torch file knows no network; name it in task.classifier_model")
         section = Model(name=task.classifier_model, weights=path)
         try:
-            models.fill_in(section, classes=len(data_set.classes), in_channels=data_set.train.images.shape[1])
-            model = models.build(section, 0)
+            zoo.fill_in(section, classes=len(data_set.classes), in_channels=data_set.train.images.shape[1])
+            model = zoo.build(section, 0)
         except InputError as error:
             text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
             raise InputError(text) from None
@@ -59,7 +59,7 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
 
 def _is_ours(path: str) -> bool:
     try:
-        return models.is_ours(path)
+        return zoo.is_ours(path)
     except OSError as error:
         raise InputError(f"task.classifier = {path}: cannot be read ({error.strerror or error})") from None
 
