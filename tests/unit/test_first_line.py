@@ -7,7 +7,8 @@ import pytest
 
 CODE = """
 import argparse, logging, pathlib, sys
-from dzhpc.job import log as metrics, spmd
+from dzhpc.job import log as metrics
+from dzhpc.job.launch import run_verb
 from dzhpc.errors import InputError
 log = logging.getLogger("dzhpc")
 
@@ -28,7 +29,7 @@ def main(world, args):
 
 parser = argparse.ArgumentParser()
 parser.add_argument("how", nargs="*")
-spmd.run_verb(parser, main)
+run_verb(parser, main)
 """
 AFTER = ["begun in here", "early: ['one']", "careful", "later", "begun again"]
 
