@@ -15,8 +15,7 @@ from dzhpc.method import estimators
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import Partial
 
-PIECES = 128  # directions are shared out in so many pieces at most,
-AT_ONCE = 16  # of at most so many directions for a network, or of as many thetas as a user's loss takes in one call
+PIECES = 128  # directions are shared out in so many pieces at most, of at most ``engine.at_once``
 
 
 class Interrupted(Exception):
@@ -116,7 +115,7 @@ class Distribution:
         return next(k for k, piece in enumerate(self._pieces(q)) if direction in piece) % self._world.size
 
     def _pieces(self, n: int) -> list[range]:
-        size = max(1, min(getattr(self._engine, "batch_limit", AT_ONCE), -(-n // PIECES)))
+        size = max(1, min(self._engine.at_once, -(-n // PIECES)))
         return [range(k, min(k + size, n)) for k in range(0, n, size)]
 
     def _joined(self, n: int, mine: list[range], evaluate: Callable[[range], np.ndarray], partial: Partial | None) -> np.ndarray:

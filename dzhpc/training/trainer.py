@@ -376,7 +376,7 @@ class Trainer:
             "run.threads": str(self.config.run.threads),
             "device": self.task.engine.index.device.type,
             "torch": str(torch.__version__),
-            "compiled": str(getattr(self.task.engine, "compiling", False)),
+            "compiled": self.task.engine.environment["compiled"],
         }
 
     def _check_replicas(self) -> None:

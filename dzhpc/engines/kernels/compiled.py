@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Programs:
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self._say = say
         self._reason = _obstacle(device, dtype)
+        self.seconds = 0.0  # spent here
         self._shared: dict[tuple, Callable] = {}
         self._called: dict[tuple, Program] = {}
         self._winograd: winograd.Winograd | None = None
@@ -62,12 +64,18 @@ class Programs:
                 self._say(f"3 x 3 convolutions are torch's: {error}")
         return self._winograd
 
+    @property
+    def names(self) -> str:
+        """The kernels of our own in use, which bits depend on: such as "winograd fp32, bf16", or "none"."""
+        return f"winograd {', '.join(winograd.types())}" if self.winograd else "none"
+
     def is_worth_it(self, elements: int) -> bool:
         """Whether a function whose largest tensor has so many elements should be compiled."""
         return elements > SMALL and self.compiling
 
     def build(self, function: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Program:
         """The program of a function for tensors like these."""
+        start = time.perf_counter()
         traced = make_fx(function)(*tensors)
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         used = [k for k, node in enumerate(placeholders) if node.users]
@@ -78,6 +86,7 @@ class Programs:
         key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._shared:
             self._shared[key] = self._compile(traced, given) if self.is_worth_it(_largest(traced)) else traced.forward
+        self.seconds += time.perf_counter() - start
         return Program(self._shared[key], used, constants)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

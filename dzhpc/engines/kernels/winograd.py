@@ -67,11 +67,20 @@ def is_possible() -> bool:
     return all(_processor().get(name) for name in BASE)
 
 
+def types() -> list[str]:
+    """Precisions of changes that it serves on this processor."""
+    return ["fp32", "bf16"] if _has_halves() else ["fp32"]
+
+
+def _has_halves() -> bool:
+    """Whether bfloat16 gains: torch's own products are faster with AMX."""
+    return bool(_processor().get("avx512_bf16") and not _processor().get("amx_bf16"))
+
+
 def fits(conv: nn.Conv2d, data: Tensor) -> bool:
     """Whether changes [P, B, C, H, W] pass through this layer so, and faster than by torch."""
     plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
-    halves = _processor().get("avx512_bf16") and not _processor().get("amx_bf16")  # torch's own are faster with AMX
-    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and halves)
+    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and _has_halves())
     if not (plain and known and conv.padding_mode == "zeros" and data.ndim == 5):
         return False
     wide = min(conv.in_channels, conv.out_channels) >= NARROW

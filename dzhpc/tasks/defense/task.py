@@ -15,7 +15,7 @@ from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
-from dzhpc.engines.full import mse
+from dzhpc.engines.losses import mse
 from dzhpc.errors import InputError
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.first_order import Parts
