@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dzhpc import config as configuration
 from dzhpc import report
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import DzhpcError
 from dzhpc.files import store
 from dzhpc.files.runfolder import RunFolder
@@ -98,10 +99,8 @@ def try_out(task: Task) -> None:
 
     Raises InputError. Buffers are left as they were.
     """
-    buffers = [b.clone() for b in task.model.buffers()]
-    task.bind(0)
-    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    with Pinned(task.model, task.engine.index.device).unchanged():
+        task.bind(0)
     if task.config.sparsity.lpr:
         read_lpr(task)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import InputError
 from dzhpc.files import store
 from dzhpc.method import scores as pruning
@@ -87,22 +88,23 @@ class Pattern:
         """Scores, and the ratios that they give, at the present theta; BatchNorm's running statistics stay as they are."""
         config, task = self._config, self._task
         index, seed = task.engine.index, derive(self._seed, "scores", number)
-        buffers = [b.clone() for b in task.model.buffers()]
-        if config.scores == "zo-grasp":
-            log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
-            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
-            scores = pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
-        elif config.scores == "fo-grasp":
-            scores = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
-        else:
-            scores = pruning.random_scores(index, seed)
+        with Pinned(task.model, index.device).unchanged():
+            scores = self._scores(number, seed)
         self.queries += self.score_queries
-        for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
         return pruning.lpr_from_scores(
             scores, index, self._layers(), config.ratio, config.rule, store.model_sha256(task.model), attrs
         )
+
+    def _scores(self, number: int, seed: int) -> torch.Tensor:
+        config, task = self._config, self._task
+        if config.scores == "zo-grasp":
+            log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
+            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
+            return pruning.zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+        if config.scores == "fo-grasp":
+            return pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+        return pruning.random_scores(task.engine.index, seed)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index
