@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import DzhpcError
 from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
@@ -60,10 +61,8 @@ def try_out(task: Task) -> None:
 
     Raises InputError. Buffers are left as they were.
     """
-    buffers = [b.clone() for b in task.model.buffers()]
-    task.bind(0)
-    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    with Pinned(task.model, task.engine.index.device).unchanged():
+        task.bind(0)
     if task.config.sparsity.lpr:
         read_lpr(task)
 

@@ -21,7 +21,7 @@ MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
 SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/shm without
 NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun could not open its own port; we were not started
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
-TIMINGS = {"train/step_s", "train/comm_s"}
+TIMINGS = {"train/step_s", "train/comm_s", "train/peak_bytes"}  # and memory: they depend on a rank's slice
 OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
 
 

@@ -15,7 +15,7 @@ from dzhpc.engines.delta import origins as seeds
 from dzhpc.engines.delta import rules
 from dzhpc.engines.delta.change import Change, Operation, Seed, channels_apart, fills_vectors, flat, is_apart
 from dzhpc.engines.kernels.compiled import Program, Programs
-from dzhpc.engines.traced import Network
+from dzhpc.engines.traced import Traced, name_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _Passes:
 class Propagation:
     """The rules of a network's operations, applied to the base values of the batch that it ran last."""
 
-    def __init__(self, network: Network, dtype: torch.dtype, travel: torch.dtype, programs: Programs, say: Callable[[str], None]):
+    def __init__(self, network: Traced, dtype: torch.dtype, travel: torch.dtype, programs: Programs, say: Callable[[str], None]):
         self.network, self._dtype, self._travel = network, dtype, travel
         self._programs, self._say = programs, say
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
@@ -57,10 +57,10 @@ class Propagation:
         self._caches.clear()
 
     @property
-    def cached_bytes(self) -> int:
-        """Memory of what was derived from the batch's base values."""
+    def storages(self) -> dict[int, int]:
+        """{address: bytes} of the memory of what was derived from the batch's base values."""
         found = [t for cache in self._caches.values() for v in cache.values() for t in (v if isinstance(v, tuple) else (v,))]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
 
     def seed(self, node: fx.Node, parameter: Tensor, local: np.ndarray, mu: float) -> Seed | None:
         """Where the chunk of a parameter's coordinates ``local`` [P] begins: ``node`` reads it; None where no rule is known."""
@@ -308,8 +308,3 @@ def _each(changes, function: Callable[[Change], Change]):
     if isinstance(changes, list):
         return [_each(c, function) for c in changes]
     return None if changes is None else function(changes)
-
-
-def name_of(node: fx.Node) -> str:
-    """What a user would call an operation."""
-    return getattr(node.target, "__name__", str(node.target))

@@ -65,6 +65,11 @@ class Programs:
                 self._say(f"3 x 3 convolutions are torch's: {error}")
         return self._winograd
 
+    @property
+    def names(self) -> str:
+        """The kernels of our own in use, which bits depend on: such as "winograd fp32, bf16", or "none"."""
+        return f"winograd {', '.join(winograd.types())}" if self.winograd else "none"
+
     def is_worth_it(self, elements: int) -> bool:
         """Whether a function whose largest tensor has so many elements should be compiled."""
         return elements > SMALL and self.compiling

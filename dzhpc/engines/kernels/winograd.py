@@ -69,12 +69,21 @@ def is_possible() -> bool:
     return processor.capabilities().issuperset(BASE)
 
 
+def types() -> list[str]:
+    """Precisions of changes that it serves on this processor."""
+    return ["fp32", "bf16"] if _has_halves() else ["fp32"]
+
+
+def _has_halves() -> bool:
+    """Whether bfloat16 gains: torch's own products are faster with AMX."""
+    have = processor.capabilities()
+    return "avx512_bf16" in have and "amx_bf16" not in have
+
+
 def fits(conv: nn.Conv2d, data: Tensor) -> bool:
     """Whether changes [P, B, C, H, W] pass through this layer so, and faster than by torch."""
     plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
-    have = processor.capabilities()
-    halves = "avx512_bf16" in have and "amx_bf16" not in have  # torch's own are faster with AMX
-    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and halves)
+    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and _has_halves())
     if not (plain and known and conv.padding_mode == "zeros" and data.ndim == 5):
         return False
     wide = min(conv.in_channels, conv.out_channels) >= NARROW
