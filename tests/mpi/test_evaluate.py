@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mpi_launch import Case, batch
+from mpi_launch import Case, batch, mpirun
 from PIL import Image
 
 from dzhpc import config
