@@ -36,34 +36,34 @@ def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
     model, inputs, labels = bench.problem(args, torch.device("cpu"))
     coords = bench.coordinates(model, inputs, labels, args)
-    engine = make_engine("delta", model, "cross_entropy", args.precision)
-    engine.bind(inputs, labels)
-    engine.differences(coords, 5e-3)
     found: dict = {}
+    advance = Propagation.advance
 
-    class Timed(Propagation):
-        def advance(self, run, changes):
-            before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
-            start = time.perf_counter()
-            super().advance(run, changes)
-            seconds = time.perf_counter() - start
-            out = [changes[n].data for n in run.nodes if n in changes]
-            module = self._module(run.nodes[0])
-            if isinstance(module, torch.nn.Conv2d):
-                one = next(iter(before.values())).channel is not None
-                work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
-                found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
-            else:
-                entering = [c.data for c in before.values() if isinstance(c, Change)]
-                moved = sum(t.numel() * t.element_size() for t in [*out, *entering, *entering])
-                found_add("passes" if run.fused else "linear and views", seconds, 0, moved)
+    def timed(self, run, changes):
+        before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
+        start = time.perf_counter()
+        advance(self, run, changes)
+        seconds = time.perf_counter() - start
+        out = [changes[n].data for n in run.nodes if n in changes]
+        module = self.operations.module(run.nodes[0])
+        if isinstance(module, torch.nn.Conv2d):
+            one = next(iter(before.values())).channel is not None
+            work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
+            found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
+        else:
+            entering = [c.data for c in before.values() if isinstance(c, Change)]
+            moved = sum(t.numel() * t.element_size() for t in [*out, *entering, *entering])
+            found_add("passes" if run.fused else "linear and views", seconds, 0, moved)
 
     def found_add(kind: str, seconds: float, work: float, moved: float) -> None:
         row = found.setdefault(kind, [0.0, 0.0, 0.0])
         for k, v in enumerate((seconds, work, moved)):
             row[k] += v
 
-    engine._propagation.__class__ = Timed
+    engine = make_engine("delta", model, "cross_entropy", args.precision)
+    engine.bind(inputs, labels)
+    engine.differences(coords, 5e-3)
+    Propagation.advance = timed
     best: tuple = ({}, np.inf)
     for _ in range(args.repeats):
         found.clear()

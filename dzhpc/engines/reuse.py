@@ -4,7 +4,7 @@ Base features are kept once per batch; a query re-runs only the operations downs
 for a direction over all parameters, of the first of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Reuse(Full):
         super().__init__(model, loss)
         self._memory_mb = memory_mb
         self._keep_all = False
+        self._whole: Container[type] = ()  # layers of users that a trace does not look into
         self._modes: list[bool] | None = None
 
     @property
@@ -37,7 +38,7 @@ class Reuse(Full):
     def _run_base(self) -> Tensor:
         modes = [m.training for m in self.model.modules()]
         if modes != self._modes:  # train and eval trace differently
-            self._network = Network(self.model, self.index.parameters, self._keep_all, self.name)
+            self._network = Network(self.model, self.index.parameters, self._keep_all, self.name, self._whole)
             self._check_trace()
             self._modes = modes
         outputs = self._run_network()

@@ -24,13 +24,13 @@ OUT_OF_PLACE = {
 class Network:
     """A module as a graph of operations. ``run`` is the base pass; ``tail`` re-runs what depends on one parameter, or on any.
 
-    engine: who asks, for the errors. Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way
-    that cannot be undone.
+    engine: who asks, for the errors. whole: layers of users that are kept whole, too. Raises InputError if torch.fx cannot trace
+    the module, or if it overwrites a value in a way that cannot be undone.
     """
 
-    def __init__(self, model: torch.nn.Module, parameters: list[Tensor], keep_all: bool = False, engine: str = "reuse"):
+    def __init__(self, model: torch.nn.Module, parameters: list[Tensor], keep_all: bool = False, engine: str = "reuse", whole=()):
         name = type(model).__name__
-        graph = _trace(model, name, engine)
+        graph = _trace(model, name, engine, whole)
         self.module = fx.GraphModule(model, graph)
         _remove_in_place(self.module, name, engine)
         _take_by_position(self.module)
@@ -152,11 +152,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self, whole):
+        super().__init__()
+        self._whole = whole
 
-def _trace(model: torch.nn.Module, name: str, engine: str) -> fx.Graph:
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: torch.nn.Module, name: str, engine: str, whole) -> fx.Graph:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        graph = _Tracer().trace(model)
+        graph = _Tracer(whole).trace(model)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         text = f"{' '.join(str(error).split())}{_place(error)}"
         raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dzhpc.engines.delta import rules
-from dzhpc.engines.delta.change import Change, Seed, flat
+from dzhpc.engines.delta.change import Change, Origin, flattened
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
-from dzhpc.engines.delta.propagation import Propagation, Run, name_of
+from dzhpc.engines.delta.fused import Run
+from dzhpc.engines.delta.propagation import Propagation, name_of
+from dzhpc.engines.delta.rules import table
 from dzhpc.engines.full import LOSSES
-from dzhpc.engines.kernels.compiled import Programs
+from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.reuse import Reuse
 from dzhpc.errors import InputError, message_of
 from dzhpc.job import device as devices
@@ -52,12 +53,12 @@ class Delta(Reuse):
 
     def __init__(self, model: nn.Module, loss: str | Callable, precision: str = "fp32", memory_mb: float | None = None):
         super().__init__(model, loss)
-        self._keep_all = True
+        self._keep_all, self._whole = True, table.MODULES
         self._limit = memory_mb * 2**20 if memory_mb else None
         self._loss_name = next((name for name, f in LOSSES.items() if f is self.loss), None)
         self._said: set[str] = set()
         self._travel = torch.bfloat16 if precision == "bf16" else self.index.dtype
-        self._programs = Programs(self.index.device, self.index.dtype, self._say_once)
+        self._kernels = Kernels(self.index.device, self.index.dtype, self._say_once)
         self._propagation: Propagation | None = None
         self._all_plans: dict[torch.Size, list[_Plan]] = {}  # for each shape of a batch
         self._narrow = precision == "bf16" or self.index.dtype != torch.float32  # whether float64 base values gain nothing
@@ -92,7 +93,7 @@ class Delta(Reuse):
     @property
     def compiling(self) -> bool:
         """Whether a compiler is at work; bits differ between with and without."""
-        return self._programs.compiling
+        return self._kernels.programs.compiling
 
     @property
     def cached_bytes(self) -> int:
@@ -107,7 +108,7 @@ class Delta(Reuse):
 
     def _run_network(self) -> Tensor:
         if self._propagation is None or self._propagation.network is not self._network:
-            self._propagation = Propagation(self._network, self.index.dtype, self._travel, self._programs, self._say_once)
+            self._propagation = Propagation(self._network, self.index.dtype, self._travel, self._kernels, self._say_once)
             self._all_plans.clear()
         if self._inputs.shape not in self._all_plans:
             outputs, learned = super()._run_network(), {}
@@ -151,7 +152,7 @@ class Delta(Reuse):
             if any(a in nodes for a in keywords):
                 plan.refusal = f"{name_of(node)} takes a changing keyword argument"
             value = self._network.value(node) if node.op != "output" else node
-            if not isinstance(value, (Tensor, fx.Node)) and rules.find(node, None) is not rules.split:
+            if not isinstance(value, (Tensor, fx.Node)) and not table.find(node, None).lists:
                 plan.refusal = f"{name_of(node)} gives no tensor"
             if isinstance(value, Tensor) and not value.is_floating_point():
                 plan.refusal = f"{name_of(node)} gives integers or truth values"
@@ -184,7 +185,7 @@ class Delta(Reuse):
                 changes = {a: c for a, c in changes.items() if any(a in run.leaving for run in runs) or a is first}
             if self._propagation.waits(first, runs):
                 changes.pop(first)
-            widest = max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values())))
+            widest = max(c.data.numel() * c.data.element_size() for c in flattened(list(changes.values())))
             learned[kind] = (widest, runs, _last_read(runs, plan.nodes[-1].args[0]))
         plan.widest, plan.runs, plan.last_read = learned[kind]
 
@@ -215,7 +216,7 @@ class Delta(Reuse):
         first, output = plan.nodes[0], plan.nodes[-1].args[0]
         seed = self._propagation.seed(first, parameter, coords - self.index.offsets[owner], mu)
         waits = self._propagation.waits(first, plan.runs)
-        changes: dict[fx.Node, Change | Seed | list[Change]] = {first: seed if waits else seed.now()}
+        changes: dict[fx.Node, Change | Origin | list[Change]] = {first: seed if waits else seed.now()}
         for run, done in zip(plan.runs, plan.last_read, strict=True):
             self._propagation.advance(run, changes)
             for node in done:
@@ -238,8 +239,8 @@ class Delta(Reuse):
         if self._base_loss is None:
             return self._subtracted_losses(change[:count])
         if self._loss_name == "mse":
-            return self._programs.call(mse_difference, self._base_loss, change)[:count]
-        return self._programs.call(cross_entropy_difference, self._base_loss, change, self._targets)[:count]
+            return self._kernels.call(mse_difference, self._base_loss, change)[:count]
+        return self._kernels.call(cross_entropy_difference, self._base_loss, change, self._targets)[:count]
 
     def _subtracted_losses(self, change: Tensor) -> Tensor:
         """Absolute values, for a loss that is a black box: all coordinates in one call where it has ``many``."""

@@ -1,0 +1,1 @@
+"""Rules: how a change travels through each kind of operation. :mod:`table` lists them."""
