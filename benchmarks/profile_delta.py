@@ -101,7 +101,7 @@ if __name__ == "__main__":
     print(f"whole: {1e3 * total / n:.3f} ms a query\n")
     print("| work | share of the time | ms a query | GFLOP a query | GFLOP/s | MB a query | GB/s |")
     print("|---" * 7 + "|")
-    kinds["the rest: seeds, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
+    kinds["the rest: origins, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
     for kind, (seconds, flops, moved) in sorted(kinds.items(), key=lambda item: -item[1][0]):
         cells = [f"{100 * seconds / total:.0f} %", f"{1e3 * seconds / n:.3f}"]
         cells += [f"{flops / n / 1e9:.3f}", f"{flops / seconds / 1e9:.0f}"] if flops else ["", ""]

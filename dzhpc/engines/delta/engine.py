@@ -93,7 +93,7 @@ class Delta(Reuse):
     @property
     def compiling(self) -> bool:
         """Whether a compiler is at work; bits differ between with and without."""
-        return self._kernels.programs.compiling
+        return self._kernels.compiling
 
     @property
     def cached_bytes(self) -> int:

@@ -12,6 +12,7 @@ from dzhpc.engines.delta.rules.rule import Rule
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.traced import Network
 
+#: operation -> the change of its output, for a chunk of P coordinates; a list where the output is one
 Changes = dict[fx.Node, Change | list[Change]]
 
 

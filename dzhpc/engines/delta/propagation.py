@@ -29,7 +29,7 @@ class Propagation:
 
     def __init__(self, network: Network, dtype: torch.dtype, travel: torch.dtype, kernels: Kernels, say: Callable[[str], None]):
         self.network, self.operations = network, Operations(network, dtype, travel, kernels)
-        self._programs, self._say = kernels.programs, say
+        self._kernels, self._say = kernels, say
         self._fused = Fused(self.operations)
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
 
@@ -61,7 +61,7 @@ class Propagation:
 
     def waits(self, node: fx.Node, runs: list[Run]) -> bool:
         """Whether an origin may be left to the first run, which makes it in its registers."""
-        return bool(runs) and runs[0].fused and self._programs.compiling and all(u in runs[0].nodes for u in node.users)
+        return bool(runs) and runs[0].fused and self._kernels.compiling and all(u in runs[0].nodes for u in node.users)
 
     def try_out(self, nodes: list[fx.Node], changes: Changes) -> None:
         """Add to ``changes`` those of all nodes, one by one and without a compiler."""

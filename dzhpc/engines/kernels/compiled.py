@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Programs:
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self._say = say
         self._reason = _obstacle(device, dtype)
+        self.seconds = 0.0  # spent on making programs
         self._shared: dict[tuple, Callable] = {}
         self._called: dict[tuple, Program] = {}
 
@@ -53,6 +55,7 @@ class Programs:
 
     def build(self, function: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Program:
         """The program of a function for tensors like these."""
+        start = time.perf_counter()
         traced = make_fx(function)(*tensors)
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         used = [k for k, node in enumerate(placeholders) if node.users]
@@ -63,6 +66,7 @@ class Programs:
         key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._shared:
             self._shared[key] = self.compile(traced, given) if self.is_worth_it(largest(traced)) else traced.forward
+        self.seconds += time.perf_counter() - start
         return Program(self._shared[key], used, constants)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A kernel of one's own joins by ``PROVIDERS["conv2d"].insert(0, MyKernel)``, MyKernel a class as :class:`Convolution` describes it.
 """
 
+import time
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
@@ -60,6 +61,17 @@ class Kernels:
         self.programs = Programs(device, dtype, say)
         self._device, self._say = device, say
         self._made: dict[type, object | None] = {}  # None: it could not be
+        self._seconds = 0.0
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a compiler is at work; says once why not."""
+        return self.programs.compiling
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far on making kernels and programs."""
+        return self._seconds + self.programs.seconds
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """``function(*tensors)``, compiled at the first call."""
@@ -73,7 +85,7 @@ class Kernels:
     @property
     def names(self) -> str:
         """What bits depend on, such as "winograd fp32, bf16", or "none"; makes all that this machine could use."""
-        if not self.programs.compiling:
+        if not self.compiling:
             return "none"
         providers = [(p, p.types(self._device)) for of_kind in PROVIDERS.values() for p in of_kind]
         here = [(p, types) for p, types in providers if types and self._make(p) is not None]
@@ -81,9 +93,11 @@ class Kernels:
 
     def _make(self, provider: type):
         if provider not in self._made:
+            start = time.perf_counter()
             try:
                 self._made[provider] = provider()
             except OSError as error:
                 self._made[provider] = None
                 self._say(f"kernel {provider.name} is not used: {error}")
+            self._seconds += time.perf_counter() - start
         return self._made[provider]
