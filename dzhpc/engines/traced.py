@@ -8,7 +8,7 @@ import copy
 import operator
 import os
 import traceback
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Container, Iterator, Set
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +23,13 @@ from dzhpc.errors import InputError
 class Traced:
     """A module as a graph of operations, and the values of its last base pass.
 
-    engine: who asks, for the errors. Raises InputError if torch.fx cannot trace the module, or if it overwrites a value in a way
-    that cannot be undone.
+    engine: who asks, for the errors. whole: layers of users that are kept whole, too. Raises InputError if torch.fx cannot trace
+    the module, or if it overwrites a value in a way that cannot be undone.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor], engine: str = "reuse"):
+    def __init__(self, model: nn.Module, parameters: list[Tensor], engine: str = "reuse", whole: Container[type] = ()):
         name = type(model).__name__
-        self.module = fx.GraphModule(model, _trace(model, name, engine))
+        self.module = fx.GraphModule(model, _trace(model, name, engine, whole))
         remove_in_place(self.module, name, engine)
         take_by_position(self.module)
         self.order = {node: k for k, node in enumerate(self.module.graph.nodes)}
@@ -118,8 +118,11 @@ class Traces:
     pass, or whose trace does not reproduce it.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor], loss: Loss, pinned: Pinned, engine: str):
+    def __init__(
+        self, model: nn.Module, parameters: list[Tensor], loss: Loss, pinned: Pinned, engine: str, whole: Container[type] = ()
+    ):
         self._model, self._parameters, self._loss, self._pinned, self._engine = model, parameters, loss, pinned, engine
+        self._whole = whole
         self._made_for: object = None  # modes of the modules, axes of the inputs
         self._traced: Traced | None = None
 
@@ -127,7 +130,7 @@ class Traces:
         """The trace for a batch. A new one was run once and holds the ``wanted`` values; buffers are as at ``start`` again."""
         made_for = (self._modes(), inputs.ndim)  # train and eval trace differently
         if made_for != self._made_for:
-            traced = Traced(self._model, self._parameters, self._engine)
+            traced = Traced(self._model, self._parameters, self._engine, self._whole)
             self._compare(traced, inputs, targets, start, wanted)
             self._traced, self._made_for = traced, made_for
         return self._traced
@@ -199,11 +202,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self, whole: Container[type]):
+        super().__init__()
+        self._whole = whole
 
-def _trace(model: nn.Module, name: str, engine: str) -> fx.Graph:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: nn.Module, name: str, engine: str, whole: Container[type]) -> fx.Graph:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        graph = _Tracer().trace(model)
+        graph = _Tracer(whole).trace(model)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         text = f"{' '.join(str(error).split())}{_place(error)}"
         raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None

@@ -96,13 +96,13 @@ def check(name, precision, caplog):
 # each compiles for ten seconds or so: the others differ in rules, not in what a compiler does with them
 @pytest.mark.parametrize(("name", "precision"), [("cnn", "fp32"), ("resnet", NARROWEST), ("normed", NARROWEST)])
 def test_close_to_float64_with_a_compiler(name, precision, caplog, monkeypatch):
-    compiled, compile_one = [], programs.Programs._compile
+    compiled, compile_one = [], programs.Programs.compile
 
     def counted(self, traced, tensors):
-        compiled.append(programs._largest(traced))
+        compiled.append(programs.largest(traced))
         return compile_one(self, traced, tensors)
 
-    monkeypatch.setattr(programs.Programs, "_compile", counted)
+    monkeypatch.setattr(programs.Programs, "compile", counted)
     engine = check(name, precision, caplog)
     if engine.environment["compiled"] == "False":
         pytest.skip("no compiler here")

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dzhpc
-from dzhpc.engines.delta import origins as seeds
-from dzhpc.engines.delta import rules
+from dzhpc.engines.delta import origins
+from dzhpc.engines.delta.rules import table
+from dzhpc.engines.delta.rules.rule import Rule
 
 EXAMPLES = int(os.environ.get("DZHPC_EXAMPLES", "120"))
 MUS = (5e-3, 1e-4)
-SEEN: set = set()  # the operations that changes went through, and the seeds that they came from
+NAMES = [name for name in table.FUNCTIONS if isinstance(name, str)]
+SEEN: set = set()  # the operations that changes went through, and the origins that they came from
 
 
 class Said(logging.Handler):
@@ -116,7 +118,7 @@ def compare(model, x, draw, mus=MUS):
     for p in full.index.parameters:
         coords += {first, first + p.numel() - 1, first + draw.integer(0, p.numel() - 1)}
         first += p.numel()
-    with mock.patch.object(rules, "fallback", _no_fallback), said:
+    with mock.patch.object(table, "FALLBACK", Rule(_no_fallback, several=True)), said:
         base = full.bind(x.clone(), targets)
         delta.bind(x.clone(), targets)
         for mu in mus:
@@ -137,7 +139,7 @@ def _no_fallback(op):
 def note(delta):
     """What the changes of an engine went through."""
     names: dict = {}
-    for name in rules.FUNCTIONS:
+    for name in NAMES:
         for home in (torch, F, operator):
             names.setdefault(getattr(home, name, None), set()).add(name)
     for owner, route in enumerate(delta.routes):
@@ -204,6 +206,6 @@ def test_random_networks(number, keys, shape, train):
     run(number, keys, shape, train)
 
 
-def test_every_rule_and_every_seed_was_at_work():
-    expected = {*rules.MODULES, *rules.FUNCTIONS, *seeds.SEEDS, "a parameter by itself"}
+def test_every_rule_and_every_origin_was_at_work():
+    expected = {*table.MODULES, *NAMES, *origins.ORIGINS, "a parameter by itself"}
     assert expected - SEEN == set()

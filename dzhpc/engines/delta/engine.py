@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dzhpc.engines.delta.change import Change, Seed
+from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.losschange import LossChange
 from dzhpc.engines.delta.plan import Plans, Route, Sized
 from dzhpc.engines.delta.propagation import Propagation
-from dzhpc.engines.kernels.compiled import Programs
+from dzhpc.engines.delta.rules import table
+from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.losses import Loss, loss_of
 from dzhpc.engines.network import NetworkEngine, untouched
 from dzhpc.engines.protocol import AT_ONCE
@@ -62,9 +63,9 @@ class Delta(NetworkEngine):
         self._said: set[str] = set()
         self._travel = travel or (torch.bfloat16 if precision == "bf16" else dtype)
         self._narrow = self._travel != torch.float32 or dtype != torch.float32  # whether float64 base values gain nothing
-        self._programs = Programs(self.index.device, dtype, self._say_once)
-        self._loss_change = LossChange(self.loss, dtype, self._programs)
-        self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "delta")
+        self._kernels = Kernels(self.index.device, dtype, self._say_once)
+        self._loss_change = LossChange(self.loss, dtype, self._kernels)
+        self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "delta", whole=table.MODULES)
         self._traced: Traced | None = None
         self._tails: Tails | None = None  # for what no rule serves
         self._propagation: Propagation | None = None
@@ -77,12 +78,12 @@ class Delta(NetworkEngine):
     @property
     def environment(self) -> dict[str, str]:
         """See :class:`dzhpc.engines.protocol.Engine`; says once why nothing is compiled, where that is so."""
-        return {"compiled": str(self._programs.compiling), "kernels": self._programs.names}
+        return {"compiled": str(self._kernels.compiling), "kernels": self._kernels.names}
 
     @property
     def compile_s(self) -> float:
         """Seconds spent compiling so far."""
-        return self._programs.seconds
+        return self._kernels.seconds
 
     @property
     def peak_bytes(self) -> int:
@@ -147,8 +148,8 @@ class Delta(NetworkEngine):
         """Plan a new trace, which still holds the values of its first run."""
         if traced is self._traced:
             return
-        propagation = Propagation(traced, self.index.dtype, self._travel, self._programs, self._say_once)
-        self._plans = Plans(traced, propagation, self.index, lambda: self._programs.compiling)
+        propagation = Propagation(traced, self.index.dtype, self._travel, self._kernels, self._say_once)
+        self._plans = Plans(traced, propagation, self.index, lambda: self._kernels.compiling)
         self._traced, self._propagation, self._tails = traced, propagation, Tails(traced, len(self.index.names))
 
     def _run_base(self, inputs: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class Delta(NetworkEngine):
         first, output = nodes[0], nodes[-1].args[0]
         seed = self._propagation.seed(first, self.index.parameters[owner], coords - self.index.offsets[owner], mu)
         waits = self._propagation.waits(first, sized.runs)
-        changes: dict[fx.Node, Change | Seed | list[Change]] = {first: seed if waits else seed.now()}
+        changes: dict[fx.Node, Change | Origin | list[Change]] = {first: seed if waits else seed.now()}
         for run, done in zip(sized.runs, sized.last_read, strict=True):
             self._propagation.advance(run, changes)
             for node in done:

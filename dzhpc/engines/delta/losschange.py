@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
-from dzhpc.engines.kernels.compiled import Programs
+from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.losses import LOSSES, Loss, ManyLoss
 
 
 class LossChange:
     """l(outputs + change) - l(outputs): by the difference's own formula for a loss that has one, else by subtraction."""
 
-    def __init__(self, loss: Loss, dtype: torch.dtype, programs: Programs):
-        self._loss, self._dtype, self._programs = loss, dtype, programs
+    def __init__(self, loss: Loss, dtype: torch.dtype, kernels: Kernels):
+        self._loss, self._dtype, self._kernels = loss, dtype, kernels
         self._name = next((name for name, f in LOSSES.items() if f is loss), None)
         self._outputs: Tensor | None = None
         self._targets: Tensor | None = None
@@ -31,8 +31,8 @@ class LossChange:
         if self._prepared is None:
             return self._subtracted(change[:count], base)
         if self._name == "mse":
-            return self._programs.call(mse_difference, self._prepared, change)[:count]
-        return self._programs.call(cross_entropy_difference, self._prepared, change, self._targets)[:count]
+            return self._kernels.call(mse_difference, self._prepared, change)[:count]
+        return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets)[:count]
 
     def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         if self._name == "cross_entropy":

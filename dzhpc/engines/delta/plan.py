@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dzhpc.engines.delta import rules
-from dzhpc.engines.delta.change import Change, flat
-from dzhpc.engines.delta.propagation import Propagation, Run
+from dzhpc.engines.delta.change import Change, flattened
+from dzhpc.engines.delta.fused import Run
+from dzhpc.engines.delta.propagation import Propagation
+from dzhpc.engines.delta.rules import table
 from dzhpc.engines.traced import Traced, name_of
 from dzhpc.method.coordinates import ParameterIndex
 
@@ -93,7 +94,7 @@ class Plans:
             if any(a in nodes for a in keywords):
                 refusal = f"{name_of(node)} takes a changing keyword argument"
             value = self._traced.value(node) if node.op != "output" else node
-            if not isinstance(value, (Tensor, fx.Node)) and rules.find(node, None) is not rules.split:
+            if not isinstance(value, (Tensor, fx.Node)) and not table.find(node, None).lists:
                 refusal = f"{name_of(node)} gives no tensor"
             if isinstance(value, Tensor) and not value.is_floating_point():
                 refusal = f"{name_of(node)} gives integers or truth values"
@@ -119,7 +120,7 @@ class Plans:
             changes = {a: c for a, c in changes.items() if any(a in run.leaving for run in runs) or a is first}
         if self._propagation.waits(first, runs):
             changes.pop(first)
-        widest = max(c.data.numel() * c.data.element_size() for c in flat(list(changes.values())))
+        widest = max(c.data.numel() * c.data.element_size() for c in flattened(list(changes.values())))
         return Sized(widest, runs, _last_read(runs, output.args[0]))
 
 
