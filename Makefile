@@ -10,8 +10,8 @@ run: venv
 
 test: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile tests/slurm tests/unit # a third: Slurm's jobs wait more than they compute
-	$(VENV)/bin/python -m pytest -q tests/mpi tests/regression
+	# three at a time, from those that wait most to those that compute
+	$(VENV)/bin/python -m pytest -q --durations=25 -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/mpi tests/regression tests/unit
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import dzhpc
 from dzhpc import config, data
-from dzhpc.engines.full import Full
+from dzhpc.engines.protocol import WhiteBox
 from dzhpc.errors import InputError
 from dzhpc.job import processor
 from dzhpc.models.cnn import SimpleCNN
@@ -126,7 +126,7 @@ def batch(case: Case, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return clean + 25 / 255 * torch.randn_like(clean), clean
 
 
-def coordinates(engine: Full, count: int) -> np.ndarray:
+def coordinates(engine: WhiteBox, count: int) -> np.ndarray:
     """At least ``count`` coordinates (all, if there are fewer), equally many of each parameter, without repetition."""
     draw, sizes = np.random.default_rng(0), [p.numel() for p in engine.index.parameters]
     share = -(-count // len(sizes))
@@ -173,7 +173,7 @@ def row(case: Case, args: argparse.Namespace, inputs: Tensor, labels: Tensor) ->
     return lines
 
 
-def bound(kind: str, precision: str, model: nn.Module, loss: str, inputs: Tensor, targets: Tensor) -> Full:
+def bound(kind: str, precision: str, model: nn.Module, loss: str, inputs: Tensor, targets: Tensor) -> WhiteBox:
     """An engine with its batch."""
     engine = dzhpc.make_engine(kind, model, loss, precision)
     engine.bind(inputs, targets)

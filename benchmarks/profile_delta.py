@@ -36,34 +36,34 @@ def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
     model, inputs, labels = benchmark.problem(args, torch.device("cpu"))
     coords = benchmark.coordinates(model, inputs, labels, args)
-    engine = make_engine("delta", model, "cross_entropy", args.precision)
-    engine.bind(inputs, labels)
-    engine.differences(coords, 5e-3)
     found: dict = {}
+    advance = Propagation.advance
 
-    class Timed(Propagation):
-        def advance(self, run, changes):
-            before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
-            start = time.perf_counter()
-            super().advance(run, changes)
-            seconds = time.perf_counter() - start
-            out = [changes[n].data for n in run.nodes if n in changes]
-            module = self._module(run.nodes[0])
-            if isinstance(module, torch.nn.Conv2d):
-                one = next(iter(before.values())).channel is not None
-                work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
-                found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
-            else:
-                entering = [c.data for c in before.values() if isinstance(c, Change)]
-                moved = sum(t.numel() * t.element_size() for t in [*out, *entering, *entering])
-                found_add("passes" if run.fused else "linear and views", seconds, 0, moved)
+    def timed(self, run, changes):
+        before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
+        start = time.perf_counter()
+        advance(self, run, changes)
+        seconds = time.perf_counter() - start
+        out = [changes[n].data for n in run.nodes if n in changes]
+        module = self.operations.module(run.nodes[0])
+        if isinstance(module, torch.nn.Conv2d):
+            one = next(iter(before.values())).channel is not None
+            work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
+            found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
+        else:
+            entering = [c.data for c in before.values() if isinstance(c, Change)]
+            moved = sum(t.numel() * t.element_size() for t in [*out, *entering, *entering])
+            found_add("passes" if run.fused else "linear and views", seconds, 0, moved)
 
     def found_add(kind: str, seconds: float, work: float, moved: float) -> None:
         row = found.setdefault(kind, [0.0, 0.0, 0.0])
         for k, v in enumerate((seconds, work, moved)):
             row[k] += v
 
-    engine._propagation.__class__ = Timed
+    engine = make_engine("delta", model, "cross_entropy", args.precision)
+    engine.bind(inputs, labels)
+    engine.differences(coords, 5e-3)
+    Propagation.advance = timed
     best: tuple = ({}, np.inf)
     for _ in range(args.repeats):
         found.clear()
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     print(f"whole: {1e3 * total / n:.3f} ms a query\n")
     print("| work | share of the time | ms a query | GFLOP a query | GFLOP/s | MB a query | GB/s |")
     print("|---" * 7 + "|")
-    kinds["the rest: seeds, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
+    kinds["the rest: origins, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
     for kind, (seconds, flops, moved) in sorted(kinds.items(), key=lambda item: -item[1][0]):
         cells = [f"{100 * seconds / total:.0f} %", f"{1e3 * seconds / n:.3f}"]
         cells += [f"{flops / n / 1e9:.3f}", f"{flops / seconds / 1e9:.0f}"] if flops else ["", ""]

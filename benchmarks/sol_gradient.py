@@ -110,13 +110,13 @@ def shares(task: SolTask, coords: np.ndarray, mu: float) -> tuple[float, float, 
 
     convolutions = [m for m in task.model.modules() if isinstance(m, nn.Conv2d)]
     hooks = [m.register_forward_hook(count) for m in convolutions]
-    forward, simulator = task.model.forward, task.engine.simulator
-    task.model.forward, task.engine.simulator = timed("network", forward), timed("solver", simulator)
+    forward, simulator = task.model.forward, task.engine.loss.simulator
+    task.model.forward, task.engine.loss.simulator = timed("network", forward), timed("solver", simulator)
     start = time.perf_counter()
     task.engine.differences(coords, mu)
     devices.synchronize(device)
     whole = time.perf_counter() - start
-    task.model.forward, task.engine.simulator = forward, simulator
+    task.model.forward, task.engine.loss.simulator = forward, simulator
     for hook in hooks:
         hook.remove()
     return spent["network"] / whole, spent["solver"] / whole, flop / spent["network"]

@@ -4,7 +4,12 @@ import datetime
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from dzhpc.config.names import is_function
+
+ESTIMATORS = ("cge", "rge", "autograd", "latent")
 
 
 def _seconds(value: Any) -> Any:
@@ -18,6 +23,13 @@ def _seconds(value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
     except OverflowError:
         return float("inf")
+
+
+def _estimator(value: str) -> str:
+    if value in ESTIMATORS or is_function(value):
+        return value
+    names = ", ".join(f"'{name}'" for name in ESTIMATORS)
+    raise PydanticCustomError("estimator", f"Input should be {names} or 'package.module:Class'")
 
 
 LARGEST = 2**31 - 1  # of what is counted at once: more fits no array
@@ -95,10 +107,10 @@ class Data(Section):
 class Zo(Section):
     """The gradient estimate."""
 
-    estimator: Literal["cge", "rge", "autograd", "latent"] = Field(
+    estimator: Annotated[str, AfterValidator(_estimator)] = Field(
         "cge",
-        description="coordinate-wise, random directions, first-order, or (defense, model ae-ds) coordinate-wise on the code of "
-        "an autoencoder and the chain rule before it",
+        description="cge: coordinate-wise; rge: random directions; autograd: first-order; latent (defense, model ae-ds): "
+        'coordinate-wise on the code of an autoencoder, and the chain rule before it; or "package.module:Class"',
     )
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"

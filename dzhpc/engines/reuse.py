@@ -4,80 +4,124 @@ Base features are kept once per batch; a query re-runs only the operations downs
 for a direction over all parameters, of the first of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
-from dzhpc.engines.full import Full
-from dzhpc.engines.traced import Network
+from dzhpc.engines.full import CHUNK
+from dzhpc.engines.losses import Loss, loss_of
+from dzhpc.engines.network import NetworkEngine, untouched
+from dzhpc.engines.protocol import AT_ONCE, PLAIN
+from dzhpc.engines.traced import Traced, Traces, closure, need_module
 from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex, cut
 
 
-class Reuse(Full):
-    """As :class:`Full`, to the same bits, at the cost of a partial forward pass per coordinate.
+class Reuse(NetworkEngine):
+    """As :class:`dzhpc.engines.full.Full`, to the same bits, at the cost of a partial forward pass per coordinate.
 
-    Raises InputError for a model that torch.fx cannot trace, that draws random numbers in its forward pass, or whose trace
-    does not reproduce it.
+    memory_mb: a batch whose kept features need more MiB is refused (None: no limit). Raises InputError for what is no
+    module, has no parameters, or names no loss; ``bind`` raises it for a model that :class:`dzhpc.engines.traced.Traces` refuses.
     """
 
-    def __init__(self, model: torch.nn.Module, loss: str | Callable, memory_mb: float | None = None):
-        if not isinstance(model, torch.nn.Module):
-            raise InputError(f'engine "{self.name}" needs a torch.nn.Module; use engine = "full" for other callables')
-        super().__init__(model, loss)
+    at_once, compile_s, environment = AT_ONCE, 0.0, PLAIN
+
+    def __init__(self, model: nn.Module, loss: str | Loss, memory_mb: float | None = None):
+        need_module(model, "reuse")
+        self.model, self.loss = model, loss_of(loss)
+        super().__init__(ParameterIndex.of(model), model)
         self._memory_mb = memory_mb
-        self._keep_all = False
-        self._modes: list[bool] | None = None
+        self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "reuse")
+        self._tails: Tails | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._outputs: Tensor | None = None  # at theta
 
     @property
-    def name(self) -> str:
-        """As ``zo.engine`` has it."""
-        return type(self).__name__.lower()
+    def peak_bytes(self) -> int:
+        """Memory of the kept features; 0 before the first ``bind``."""
+        return self._tails.traced.kept_bytes if self._tails else 0
 
-    def _run_base(self) -> Tensor:
-        modes = [m.training for m in self.model.modules()]
-        if modes != self._modes:  # train and eval trace differently
-            self._network = Network(self.model, self.index.parameters, self._keep_all, self.name)
-            self._check_trace()
-            self._modes = modes
-        outputs = self._run_network()
-        self.peak_bytes = self._network.kept_bytes
+    @torch.no_grad()
+    def bind(self, inputs: Tensor, targets: Tensor) -> float:
+        """As :meth:`dzhpc.engines.full.Full.bind`. Raises InputError for features that need more than ``memory_mb``, too."""
+        self._begin()
+        self._batch = inputs, targets
+        with untouched(inputs, self.model):
+            traced = self._traces.current(inputs, targets, self._start, frozenset())
+            if self._tails is None or self._tails.traced is not traced:
+                self._tails = Tails(traced, len(self.index.names))
+            self._outputs = traced.run(inputs, self._tails.wanted)
+            self._check_memory()
+            base = self.loss(self._outputs, targets)
+        return self._bound(base)
+
+    def cut(self, coords: np.ndarray) -> list[range]:
+        """As :meth:`dzhpc.engines.full.Full.cut`."""
+        return cut(self.index.owner(coords), CHUNK)
+
+    @torch.no_grad()
+    def differences(self, coords: Iterable[int], mu: float) -> Tensor:
+        """As :meth:`dzhpc.engines.full.Full.differences`."""
+        return self._one_by_one(coords, mu)
+
+    def explain(self) -> str:
+        """See :class:`dzhpc.engines.protocol.Engine`."""
+        if self._tails is None:
+            raise InputError("no batch was ever bound: call engine.bind(inputs, targets) first")
+        traced, lines = self._tails.traced, ["engine reuse: what lies downstream of a parameter, one coordinate at a time"]
+        for owner, name in enumerate(self.index.names):
+            lines.append(f"{name}: {len(traced.downstream(owner))} of {len(traced.order)} operations")
+        return "\n".join(lines)
+
+    def _check_memory(self) -> None:
         if self._memory_mb is not None and self.peak_bytes > self._memory_mb * 2**20:
             raise InputError(
                 f"zo.memory_mb = {self._memory_mb:g}: the kept features of this batch need {self.peak_bytes / 2**20:.0f} MiB; "
                 f'raise it, use a smaller data.batch_size, or engine = "full"'
             )
-        self._outputs = outputs
-        return outputs
 
-    def _run_network(self) -> Tensor:
-        return self._network.run(self._inputs)
+    def _loss(self, owner: int | None) -> Tensor:
+        return self.loss(self._tails.outputs(owner, self._outputs), self._batch[1])
 
-    def _run_perturbed(self, owner: int | None) -> Tensor:
-        outputs = self._network.tail(owner)
-        return self._outputs if outputs is None else outputs
+    def _loss_with_graph(self) -> Tensor:
+        return self.loss(self.model(self._batch[0]), self._batch[1])
 
-    def _check_trace(self) -> None:
-        """Compare trace and model once: the safety net under aliasing and control flow that a trace cannot see."""
-        random: list[str] = []
 
-        def note_random(node):
-            if not random and any(not torch.equal(a, b) for a, b in zip(self._rng, self._rng_states(), strict=True)):
-                random.append(getattr(node.target, "__name__", str(node.target)))
+class Tails:
+    """The tails of a traced network: the operations downstream of a parameter, or of any, made when they are first asked for."""
 
-        try:
-            traced = self._network.run(self._inputs, observe=note_random)
-        finally:
-            self._rewind()
-        if random:
-            raise InputError(
-                f"{type(self.model).__name__} draws random numbers in {random[0]} (dropout?), which a partial pass "
-                f'(engine "{self.name}") cannot repeat; use engine = "full"'
-            )
-        expected = self.model(self._inputs)
-        self._rewind()
-        a, b = self.loss(traced, self._targets), self.loss(expected, self._targets)
-        if not torch.allclose(a, b, rtol=1e-5, equal_nan=True):
-            raise InputError(
-                f'engine "{self.name}": the trace of {type(self.model).__name__} does not reproduce it; use engine = "full"'
-            )
+    def __init__(self, traced: Traced, parameters: int):
+        self.traced = traced
+        self._made: dict[tuple[fx.Node, ...], fx.GraphModule] = {}
+        starts = {traced.users(owner) for owner in [*range(parameters), None]}
+        self._frontiers = {users: self._frontier(users) for users in starts}
+        #: what the base pass must keep
+        self.wanted = frozenset(node for found in self._frontiers.values() for node in found or ())
+
+    def outputs(self, parameter: int | None, base: Tensor) -> Tensor:
+        """Outputs after a change of parameter number ``parameter``, of any if None; ``base`` where they do not depend on it."""
+        users = self.traced.users(parameter)
+        frontier = self._frontiers[users]
+        if frontier is None:
+            return base
+        if users not in self._made:
+            self._made[users] = self._cut_off(users, frontier)
+        return self._made[users](*map(self.traced.value, frontier))
+
+    def _frontier(self, users: tuple[fx.Node, ...]) -> list[fx.Node] | None:
+        """The base values that a tail takes, in order; None where the output does not depend on ``users``."""
+        downstream = closure(users, lambda node: node.users)
+        if not any(node.op == "output" for node in downstream):
+            return None
+        found = {a for node in downstream for a in node.all_input_nodes if a not in downstream}
+        return sorted(found, key=self.traced.order.get)
+
+    def _cut_off(self, users: tuple[fx.Node, ...], frontier: list[fx.Node]) -> fx.GraphModule:
+        """The operations downstream of ``users`` as a module of its own, over values of the frontier."""
+        tail = fx.Graph()
+        copies = {node: tail.placeholder(f"kept_{k}") for k, node in enumerate(frontier)}
+        for node in sorted(closure(users, lambda node: node.users), key=self.traced.order.get):
+            copies[node] = tail.node_copy(node, copies.__getitem__)
+        return fx.GraphModule(self.traced.module, tail)

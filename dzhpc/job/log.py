@@ -29,7 +29,7 @@ class _Console(logging.Handler):
 
 
 class _Held(logging.Handler):
-    """Keeps records from the handlers behind it until it is released; ``flush`` does that, so that the end of a process does."""
+    """Keeps records from the handlers behind it until it lets go of them, at the latest when the process ends (``flush``)."""
 
     def __init__(self, *behind: logging.Handler):
         super().__init__()
@@ -40,9 +40,9 @@ class _Held(logging.Handler):
         self._records.append(record)
 
     def flush(self) -> None:
-        self.release()
+        self.let_go()
 
-    def release(self, *first: object) -> None:
+    def let_go(self, *first: object) -> None:
         """Step aside, let ``first`` be said where it is given, then all that was kept."""
         if self not in log.handlers:
             return
@@ -68,7 +68,7 @@ def say_first(text: str, *args: object) -> None:
     """The line that says how the run began; what was logged before it comes after it. Later ones are lines like others."""
     held = next((handler for handler in log.handlers if isinstance(handler, _Held)), None)
     if held:
-        held.release(text, *args)
+        held.let_go(text, *args)
     else:
         log.info(text, *args)
 

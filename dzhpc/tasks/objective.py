@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dzhpc.config import Config, import_object
 from dzhpc.engines.blackbox import BlackBox
-from dzhpc.engines.full import checked
+from dzhpc.engines.network import checked
+from dzhpc.engines.protocol import PLAIN
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.tasks.protocol import Cost, Task
@@ -34,22 +35,19 @@ class Losses(BlackBox):
 
 
 class ObjectiveEngine:
-    """The engine interface over a user's loss: a chunk of coordinates is one call.
+    """See :class:`dzhpc.engines.protocol.Engine`; over a user's loss, a chunk of coordinates in one call.
 
     function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit.
     """
 
+    peak_bytes, compile_s, environment = 0, 0.0, PLAIN
+
     def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, retries: int, name: str):
         self.index = ParameterIndex.of(model)
-        self.peak_bytes, self.compile_s, self.environment = 0, 0.0, {"compiled": "False"}
-        self.batch_limit = self.at_once = batch_limit
+        self.at_once = batch_limit
         self._box = Losses(lambda thetas: function(thetas, self._step), batch_limit, numpy, retries, name)
-        self.unbind()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """See :class:`dzhpc.engines.full.Full`; what the user's function depends on is not known."""
-        return {"compiled": "False", "kernels": "none"}
+        self._step: int | None = None
+        self._base: Tensor | None = None
 
     @property
     def queries(self) -> int:
@@ -58,7 +56,7 @@ class ObjectiveEngine:
 
     def bind(self, step: int) -> float:
         """The loss at theta; later differences are at this step."""
-        self._step: int | None = step
+        self._step = step
         self._base = self._losses(self._theta()[None])[0]
         return float(self._base)
 
@@ -68,7 +66,7 @@ class ObjectiveEngine:
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Chunks of positions: small enough to be shared out, never more than a call may hold."""
-        size = max(1, min(self.batch_limit, -(-len(coords) // 16)))
+        size = max(1, min(self.at_once, -(-len(coords) // 16)))
         return [range(k, min(k + size, len(coords))) for k in range(0, len(coords), size)]
 
     def differences(self, coords, mu: float) -> Tensor:
@@ -76,7 +74,7 @@ class ObjectiveEngine:
         coords = torch.tensor(checked(coords), dtype=torch.int64)
         self.index.owner(coords.numpy())
         theta, values = self._theta(), []
-        for part in coords.split(self.batch_limit):
+        for part in coords.split(self.at_once):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
             values.append(self._losses(thetas) - self._base)
@@ -87,12 +85,16 @@ class ObjectiveEngine:
         theta, values, part = self._theta(), [], []
         for u in directions:
             part.append(theta + mu * u)
-            if len(part) == self.batch_limit:
+            if len(part) == self.at_once:
                 values.append(self._losses(torch.stack(part)) - self._base)
                 part = []
         if part:
             values.append(self._losses(torch.stack(part)) - self._base)
         return torch.cat(values) if values else theta.new_zeros(0)
+
+    def explain(self) -> str:
+        """See :class:`dzhpc.engines.protocol.Engine`."""
+        return f"the task's own loss, of at most {self.at_once} thetas in a call"
 
     def _theta(self) -> Tensor:
         if self._step is None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dzhpc.config import paths
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import load_lpr
 from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, random_scores, zo_grasp
@@ -82,20 +83,21 @@ class Pattern:
         """Scores, and the ratios that they give, at the present theta; BatchNorm's running statistics stay as they are."""
         config, task = self._config, self._task
         index, seed = task.engine.index, derive(self._seed, "scores", number)
-        buffers = [b.clone() for b in task.model.buffers()]
+        with Pinned(task.model, index.device).unchanged():
+            scores = self._scores(number, seed)
+        self.queries += self.score_queries
+        attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
+        return lpr_from_scores(scores, index, self._task.prunable(), config.ratio, config.rule, model_sha256(task.model), attrs)
+
+    def _scores(self, number: int, seed: int) -> torch.Tensor:
+        config, task = self._config, self._task
         if config.scores == "zo-grasp":
             log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
             bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
-            scores = zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
-        elif config.scores == "fo-grasp":
-            scores = fo_grasp(task.engine, lambda: task.bind_for_scores(number))
-        else:
-            scores = random_scores(index, seed)
-        self.queries += self.score_queries
-        for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
-        attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
-        return lpr_from_scores(scores, index, self._task.prunable(), config.ratio, config.rule, model_sha256(task.model), attrs)
+            return zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+        if config.scores == "fo-grasp":
+            return fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+        return random_scores(task.engine.index, seed)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index

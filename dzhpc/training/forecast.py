@@ -3,8 +3,8 @@
 import time
 
 import numpy as np
-import torch
 
+from dzhpc.engines.pinned import Pinned
 from dzhpc.job import device as devices
 from dzhpc.job.log import duration
 from dzhpc.method.coordinates import balance
@@ -37,6 +37,7 @@ def forecast(task) -> str:
         f"queries: {per_step:,} a step, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
         f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
         f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
+        engine.explain(),
         f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",
     ]
     if estimator.by_coordinate:
@@ -60,25 +61,22 @@ def mean_pattern(task) -> np.ndarray:
 def _timed(task, coords: np.ndarray) -> tuple[float, np.ndarray]:
     """(seconds of a base pass, estimated seconds of each chunk)."""
     engine = task.engine
-    buffers = [b.clone() for b in task.model.buffers()]
-    task.bind(0)  # warm-up: tracing, caches
-    start = time.perf_counter()
-    task.bind(0)
-    base_s = time.perf_counter() - start
-    chunks = engine.cut(coords)
-    picked = sorted({int(k) for k in np.linspace(0, len(chunks) - 1, CHUNKS)})
-    per_coordinate = []
-    for k in picked:
-        part = coords[chunks[k].start : chunks[k].stop]
-        engine.differences(part[:1], task.config.zo.mu)  # compiles what has to be compiled
-        devices.synchronize(engine.index.device)
+    with Pinned(task.model, task.engine.index.device).unchanged():
+        task.bind(0)  # warm-up: tracing, caches
         start = time.perf_counter()
-        engine.differences(part, task.config.zo.mu)
-        devices.synchronize(engine.index.device)
-        per_coordinate.append((time.perf_counter() - start) / len(part))
-    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-        with torch.no_grad():
-            buffer.copy_(value)
+        task.bind(0)
+        base_s = time.perf_counter() - start
+        chunks = engine.cut(coords)
+        picked = sorted({int(k) for k in np.linspace(0, len(chunks) - 1, CHUNKS)})
+        per_coordinate = []
+        for k in picked:
+            part = coords[chunks[k].start : chunks[k].stop]
+            engine.differences(part[:1], task.config.zo.mu)  # compiles what has to be compiled
+            devices.synchronize(engine.index.device)
+            start = time.perf_counter()
+            engine.differences(part, task.config.zo.mu)
+            devices.synchronize(engine.index.device)
+            per_coordinate.append((time.perf_counter() - start) / len(part))
     cost = np.interp(range(len(chunks)), picked, per_coordinate) * [len(chunk) for chunk in chunks]
     return base_s, cost
 

@@ -13,6 +13,7 @@ import torch
 
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import message_of
 from dzhpc.files import h5
 from dzhpc.files.checkpoint import State, load_checkpoint
@@ -88,10 +89,8 @@ def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] |
 def try_out(task: Task) -> None:
     """Bind a batch once, and see that a checkpoint can hold all tensors. Raises InputError. Buffers are left as they were."""
     h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
-    buffers = [b.clone() for b in task.model.buffers()]
-    task.bind(0)
-    for buffer, value in zip(task.model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    with Pinned(task.model, task.engine.index.device).unchanged():
+        task.bind(0)
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:

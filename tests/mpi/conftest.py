@@ -1,9 +1,13 @@
-"""A folder with the user's module and input files, for one test module. Engine `reuse` starts fastest: nothing is compiled."""
+"""A folder with the user's module and input files, for one test module; and the end of the MPI jobs that the modules share.
+
+Engine `reuse` starts fastest: nothing is compiled.
+"""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from mpi_launch import Job
 
 DIGITS = """
 [model]
@@ -73,6 +77,12 @@ epochs = 60
 [checkpoint]
 every_steps = 5
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _jobs():
+    yield
+    Job.close_all()
 
 
 @pytest.fixture(scope="module")

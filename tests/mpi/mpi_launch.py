@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -20,8 +21,9 @@ BESIDE = Path(sys.executable).parent / "mpirun"
 MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
 SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/shm without
 NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun could not open its own port; we were not started
+ENVIRONMENT = dict(os.environ)  # of the jobs that run batches: what single tests change is not meant for them
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
-TIMINGS = {"train/step_s", "train/comm_s"}
+TIMINGS = {"train/step_s", "train/comm_s", "train/peak_bytes"}  # and memory: they depend on a rank's slice
 OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
 
 
@@ -122,20 +124,102 @@ def launched(command: Sequence[object], cwd: Path, **options) -> Result:
     return run(command, cwd, **options) if NO_LISTENER in result.err else result
 
 
-def batch(ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 240) -> dict[str, Result]:
-    """Several command lines in one MPI job (see several.py): name -> result. All ranks must leave with one exit code.
+class Job:
+    """An MPI job whose ranks run batches of command lines one after another (see several.py), until the tests are over."""
 
-    A case that ends the whole job, or that hangs, has the code ABORTED or HUNG; those after it get another job.
+    running: ClassVar[dict[int, "Job"]] = {}  # by the number of ranks
+
+    def __init__(self, ranks: int):
+        self._ranks, self._batches = ranks, 0
+        self._folder = Path(tempfile.mkdtemp(prefix=f"job-{ranks}-"))
+        words = [MPIRUN, "-n", ranks, sys.executable, Path(__file__).with_name("several.py"), self._folder, os.getpid()]
+        with open(self._folder / "noise", "wb") as noise:
+            self._process = subprocess.Popen(
+                [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=noise, stderr=noise, start_new_session=True,
+                env=ENVIRONMENT,
+            )  # fmt: skip
+
+    @classmethod
+    def of(cls, ranks: int) -> "Job":
+        """The running job of so many ranks, or a new one."""
+        if ranks not in cls.running:
+            cls.running[ranks] = cls(ranks)
+        return cls.running[ranks]
+
+    def processes(self) -> list[int]:
+        """The ranks."""
+        return children(self._process.pid)
+
+    def run(self, files: Path, cwd: Path, cases: Sequence[Case], timeout: float, meanwhile: Callable | None) -> tuple[int, str]:
+        """Run a batch, whose results come into ``files``: 0, or what became of the job, which then is over; and its words."""
+        lines = [{"name": c.name, "verb": c.verb, "args": [str(a) for a in c.args], "env": dict(c.env)} for c in cases]
+        work = {"cwd": str(cwd), "files": str(files), "cases": lines}
+        heard = (self._folder / "noise").stat().st_size
+        (self._folder / "part").write_text(json.dumps(work))
+        (self._folder / "part").rename(self._folder / f"{self._batches}.json")
+        self._batches += 1
+        code = HUNG
+        try:
+            if meanwhile is not None:
+                meanwhile(self)
+            code = self._wait(files, self._ranks * len(cases), timeout)
+            return code, (self._folder / "noise").read_bytes()[heard:].decode().replace("\0", "")
+        finally:
+            if code != 0:
+                stop(self._process)
+                self.close()
+
+    def _wait(self, files: Path, total: int, timeout: float) -> int:
+        done, end = 0, time.monotonic() + timeout
+        while done < total:
+            if self._process.poll() is not None:
+                return ABORTED
+            if time.monotonic() > end:
+                return HUNG
+            time.sleep(0.02)
+            if (now := len(list(files.glob("*.code.*")))) > done:
+                done, end = now, time.monotonic() + timeout
+        return 0
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Let all jobs end."""
+        for job in cls.running.values():
+            job.dismiss()
+        for job in list(cls.running.values()):
+            job.close()
+
+    def dismiss(self) -> None:
+        """Let the job end when it has nothing left to do."""
+        (self._folder / "end").touch()
+
+    def close(self) -> None:
+        """Wait for the end of the job and remove its folder."""
+        Job.running = {ranks: job for ranks, job in Job.running.items() if job is not self}
+        self.dismiss()
+        try:
+            wait(self._process, 60)
+        finally:
+            shutil.rmtree(self._folder)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def batch(
+    ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 180, meanwhile: Callable[[Job], None] | None = None
+) -> dict[str, Result]:
+    """Several command lines on the ranks of one MPI job: name -> result. All ranks must leave with one exit code.
+
+    A case that ends the whole job, or for which ``timeout`` seconds are not enough, has the code ABORTED or HUNG; those after it
+    get another job. ``meanwhile(job)`` may disturb the ranks.
     """
     files = Path(tempfile.mkdtemp(dir=cwd, prefix=f"job-{ranks}-"))
-    job = [{"name": c.name, "verb": c.verb, "args": [str(a) for a in c.args], "env": dict(c.env)} for c in cases]
-    (files / "job.json").write_text(json.dumps(job))
-    command = [MPIRUN, "-n", ranks, sys.executable, Path(__file__).with_name("several.py"), files / "job.json"]
-    code, noise = ABORTED, ""
-    try:
-        noise = launched(command, cwd, timeout=timeout).err
-    except AssertionError:
-        code = HUNG
+    code, noise = Job.of(ranks).run(files, cwd, cases, timeout, meanwhile)
+    if NO_LISTENER in noise:  # as launched()
+        code, noise = Job.of(ranks).run(files, cwd, cases, timeout, meanwhile)
     finished = [c.name for c in cases if len(list(files.glob(f"{c.name}.code.*"))) == ranks]
     results = {name: _collect(files, name, ranks) for name in finished}
     if len(finished) < len(cases):

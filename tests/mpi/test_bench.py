@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from mpi_launch import run, sets
+from mpi_launch import Case, batch, run, sets
 
 from dzhpc.job import processor
 
@@ -43,5 +43,7 @@ def test_scaling(place):
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(place):
-    bench(place, "gradient", "--model", "resnet21").error(2, "resnet21")
-    bench(place, "scaling", "digits.toml", "--ranks", "one").error(2, "--ranks")
+    cases = {"model": ["gradient", "--model", "resnet21"], "ranks": ["scaling", "digits.toml", "--ranks", "one"]}
+    done = batch(1, place, [Case(name, "bench", args) for name, args in cases.items()])
+    done["model"].error(2, "resnet21")
+    done["ranks"].error(2, "--ranks")

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, launched, sets
+from mpi_launch import Case, Result, assert_same, batch, contents, sets
 
+from dzhpc.files import store
 from dzhpc.tasks.defense import certificates
 
 INPUT = """
@@ -52,11 +52,6 @@ def nearest(images):
     return -((images.reshape(len(images), 1, -1) - MEANS) ** 2).sum(-1)
 '''
 PLAN = ["--images", "13", "--n0", "30", "--n", "500", "--batch", "40", "--sigma", "0.4"]
-QUICK = (
-    "from dzhpc import certify; from dzhpc.job import shared_work; from dzhpc.job.launch import run_verb; "
-    "shared_work.SAVE_EVERY = shared_work.SEND_EVERY = 0.1; "
-    "run_verb(certify.parser(), certify.main)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +87,14 @@ def disturbed(place):
 
     def disturb(name: str, which, number: int) -> tuple[Result, list]:
         file = place / name / "defense.h5"
-        rows = lambda: certificates.load(file)[0] if file.exists() else []  # noqa: E731
+        rows = lambda: store.load_certificates(file)[0] if file.exists() else []  # noqa: E731
 
-        def meanwhile(process) -> None:
+        def meanwhile(_) -> None:
             until(lambda: sum(row.done for row in rows()) >= 5, "five images")
             os.kill(which(asked(place, name)[1]), number)
 
-        command = [MPIRUN, "-n", 3, sys.executable, "-c", QUICK, "defense.toml", *PLAN, "-o", name]
-        env = os.environ | {"ASKED": name, "SLOW": "1"}
-        return launched(command, place, env=env, meanwhile=meanwhile), rows()
+        case = Case(name, "certify", ["defense.toml", *PLAN, "-o", name], {"ASKED": name, "SLOW": "1", "SAVE_EVERY": "0.1"})
+        return batch(3, place, [case], meanwhile=meanwhile)[name], rows()
 
     return {"stopped": disturb("stopped", min, signal.SIGUSR1), "killed": disturb("killed", max, signal.SIGKILL)}
 
@@ -226,7 +220,7 @@ def test_a_kill_half_way_costs_little(place, disturbed, done):
 
 def test_a_broken_classifier_ends_it_on_all_ranks_and_what_is_known_is_kept(place, done):
     done["broken"].error(6, "rank 1: task.classifier = prototypes:nearest: RuntimeError: out of order")
-    assert [row.idx for row in certificates.load(place / "broken" / "defense.h5")[0]] != []
+    assert [row.idx for row in store.load_certificates(place / "broken" / "defense.h5")[0]] != []
 
 
 def test_the_file_stop_ends_it_in_good_order(place, done):

@@ -95,7 +95,8 @@ def done(place):
         "empty": ["empty", "-o", "none"], "gone": ["gone", "-o", "none"], "text": ["net", "--steps", "ten", "-o", "none"],
         "far": ["net", "--steps", "31", "-o", "none"], "nowhere": ["net", "--data-root", "empty", "-o", "none"],
     }  # fmt: skip
-    return found | batch(3, place, [Case(name, "evaluate", args) for name, args in cases.items()])
+    drawn = Case("drawn", "evaluate", ["net", "wild", "-o", "drawn"], {"DRAW": "1"})
+    return found | batch(3, place, [*(Case(name, "evaluate", args) for name, args in cases.items()), drawn])
 
 
 def rows(place: Path, folder: str) -> list[list[str]]:
@@ -140,8 +141,8 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(done):
     done["nowhere"].error(2, "empty/decay.h5: no such file; make it with `python -m dzhpc.simulate INPUT -o empty/decay.h5`")
 
 
-def test_figures_are_drawn(place):
-    said = mpirun(2, "evaluate", "net", "wild", "-o", "drawn", cwd=place).succeeded().out
+def test_figures_are_drawn(place, done):
+    said = done["drawn"].succeeded().out
     assert "written: drawn/evaluation.md, drawn/evaluation.tsv, drawn/errors.png, drawn/states.png, drawn/states.gif" in said
     for name in ("errors.png", "states.png"):
         assert (place / "drawn" / name).stat().st_size > 10_000

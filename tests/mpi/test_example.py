@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from mpi_launch import assert_same, bits, checkpoints, mpirun
+from mpi_launch import Case, assert_same, batch, bits, checkpoints
 
 from dzhpc.config import import_object
 from dzhpc.files.checkpoint import load_checkpoint
@@ -17,7 +17,7 @@ def example(project, tmp_path_factory):
     for name in ("own_loss.py", "own_loss.toml"):
         shutil.copy(project / "examples" / name, folder)
     for ranks in (1, 2):
-        mpirun(ranks, "train", "own_loss.toml", "--run-dir", ranks, "--quiet", cwd=folder).succeeded()
+        batch(ranks, folder, [Case("train", "train", ["own_loss.toml", "--run-dir", ranks, "--quiet"])])["train"].succeeded()
     return folder
 
 

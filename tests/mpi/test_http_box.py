@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, mpirun, sets
+from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, sets
 
 from dzhpc.config import import_object
 from dzhpc.engines.blackbox import BlackBox
@@ -57,10 +57,8 @@ def server(folder, port: int):
         process.stdout.close()
 
 
-def test_a_server_that_is_killed_and_restarted_is_survived_and_changes_no_bit(example, monkeypatch):
-    port = free_port()
-    monkeypatch.setenv("BOX_URL", f"http://127.0.0.1:{port}/")
-    again = []
+def test_a_server_that_is_killed_and_restarted_is_survived_and_changes_no_bit(example):
+    port, again = free_port(), []
 
     def until(condition, what: str) -> None:
         end = time.monotonic() + 60
@@ -79,7 +77,9 @@ def test_a_server_that_is_killed_and_restarted_is_survived_and_changes_no_bit(ex
             again[0].__enter__()
 
         try:
-            outside = mpirun(2, "train", "defense.toml", "--run-dir", "outside", *SHORT, cwd=example, meanwhile=meanwhile)
+            words = ["defense.toml", "--run-dir", "outside", *SHORT]
+            case = Case("outside", "train", words, {"BOX_URL": f"http://127.0.0.1:{port}/"})
+            outside = batch(2, example, [case], meanwhile=meanwhile)["outside"]
         finally:
             for each in again:
                 each.__exit__(None, None, None)

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi_launch import MPIRUN, Case, Result, assert_same, batch, contents, run, sets
+from mpi_launch import Case, Result, assert_same, batch, contents, sets
 
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.simulation import load_part
@@ -57,11 +56,6 @@ def trajectory(parameter):
     return states
 '''
 LONG = sets(task__warm_up=300, task__frames=100)
-QUICK = (
-    "from dzhpc import simulate; from dzhpc.job import shared_work; from dzhpc.job.launch import run_verb; "
-    "shared_work.SAVE_EVERY = 0.1; "
-    "run_verb(simulate.parser(), simulate.main)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +79,15 @@ def disturbed(place):
     """Jobs of three ranks of which one gets a signal in the middle: name -> (result, states made by then)."""
 
     def disturb(name: str, number: int) -> tuple[Result, dict[float, int]]:
-        def meanwhile(process) -> None:
-            end, ranks = time.monotonic() + 60, []
-            while not (any(0 < count < 400 for count in made(place, name).values()) and len(ranks) == 3):
+        def meanwhile(job) -> None:
+            end = time.monotonic() + 60
+            while not any(0 < count < 400 for count in made(place, name).values()):
                 assert time.monotonic() < end
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                ranks = sorted(int(child) for child in children)
                 time.sleep(0.01)
-            os.kill(ranks[1], number)
+            os.kill(job.processes()[1], number)
 
-        command = [MPIRUN, "-n", 3, sys.executable, "-c", QUICK, "wake.toml", "-o", f"{name}.h5", *LONG]
-        return run(command, place, meanwhile=meanwhile), made(place, name)
+        case = Case(name, "simulate", ["wake.toml", "-o", f"{name}.h5", *LONG], {"SAVE_EVERY": "0.1"})
+        return batch(3, place, [case], meanwhile=meanwhile)[name], made(place, name)
 
     return {"stopped": disturb("stopped", signal.SIGUSR1), "killed": disturb("killed", signal.SIGKILL)}
 

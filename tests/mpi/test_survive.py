@@ -48,18 +48,20 @@ def shared(place):
     del os.environ[SHARED_MEMORY]
 
 
-def until(condition, what: str, timeout: float = 60) -> None:
+def until(condition, what: str, timeout: float = 60):
+    """Wait until ``condition()`` is true, and return it."""
     end = time.monotonic() + timeout
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, f"not within {timeout} s: {what}"
         time.sleep(0.02)
+    return found
 
 
-def at(place: Path, rank: int) -> tuple[int, int]:
-    """(step, process) that a rank wrote down, (-1, 0) before it did."""
+def at(place: Path, rank: int, step: int) -> int | None:
+    """The process of a rank, once it has written down that it is at ``step`` or later; the file may just be written."""
     path = place / f"at.{rank}"
     text = path.read_text().split() if path.exists() else []
-    return (int(text[0]), int(text[1])) if len(text) == 2 else (-1, 0)
+    return int(text[1]) if len(text) == 2 and int(text[0]) >= step else None
 
 
 def alive(pid: int) -> bool:
@@ -69,18 +71,24 @@ def alive(pid: int) -> bool:
         return False
 
 
+def train(place: Path, ranks: int, name: str, *args: object, env: dict | None = None, meanwhile=None) -> Result:
+    """A run in one of the MPI jobs that are shared; it is no use where the job's own end matters."""
+    case = Case(name, "train", [*args, "--run-dir", name], env or {})
+    return batch(ranks, place, [case], timeout=90, meanwhile=meanwhile)[name]
+
+
 def interrupted(place: Path, ranks: int, name: str, args: list, rank: int, step: int, after: float = 0.0) -> Result:
     """A run whose rank ``rank`` alone gets USR1 in a long step ``step``."""
     for old in place.glob("at.*"):
         old.unlink()
     (place / "long").touch()
 
-    def meanwhile(process: subprocess.Popen) -> None:
-        until(lambda: (place / name / "log.txt").exists() and at(place, rank)[0] >= step, f"step {step}")
+    def meanwhile(_) -> None:
+        process = until(lambda: (place / name / "log.txt").exists() and at(place, rank, step), f"step {step}")
         time.sleep(after)
-        os.kill(at(place, rank)[1], signal.SIGUSR1)
+        os.kill(process, signal.SIGUSR1)
 
-    result = mpirun(ranks, "train", *args, "--run-dir", name, *SOON, cwd=place, meanwhile=meanwhile, timeout=60)
+    result = train(place, ranks, name, *args, *SOON, meanwhile=meanwhile)
     (place / "long").unlink()
     return result
 
@@ -153,19 +161,19 @@ def test_scoring_left_unfinished(place, stopped, continued):
 def test_the_stop_file_in_a_long_step(place):
     """Exit 0, and the step is completed by the next start all the same."""
     (place / "long").touch()
-    args = [*LONG, "--run-dir", "file", *SOON, *sets(run__deadline_margin=0.2)]
+    args = [*LONG, *SOON, *sets(run__deadline_margin=0.2)]
     for old in place.glob("at.*"):
         old.unlink()
 
-    def meanwhile(_: subprocess.Popen) -> None:
-        until(lambda: at(place, 0)[0] >= 1, "step 1")
+    def meanwhile(_) -> None:
+        until(lambda: at(place, 0, 1), "step 1")
         (place / "file" / "STOP").touch()
 
-    result = mpirun(1, "train", *args, cwd=place, meanwhile=meanwhile, timeout=60)
+    result = train(place, 1, "file", *args, meanwhile=meanwhile)
     (place / "long").unlink()
     assert result.succeeded().out.count("left unfinished") == 1
     assert not (place / "file" / "STOP").exists()
-    assert "completing step" in mpirun(2, "train", *args, cwd=place).succeeded().out
+    assert "completing step" in train(place, 2, "file", *args).succeeded().out
     assert_same(bits(place / "whole-cge", but=("config",)), bits(place / "file", but=("config",)))
 
 
@@ -178,20 +186,19 @@ def test_killed_launcher(place, continued, shared, ranks):
     (place / "long").touch()
 
     def meanwhile(process: subprocess.Popen) -> None:
-        until(lambda: all(at(place, rank)[0] >= 2 for rank in range(ranks)), "step 2")
-        pids.extend(at(place, rank)[1] for rank in range(ranks))
+        pids.extend(until(lambda rank=rank: at(place, rank, 2), "step 2") for rank in range(ranks))
         os.kill(process.pid, signal.SIGKILL)
         until(lambda: not any(map(alive, pids)), "the ranks' end", 5)
 
-    args = [*LONG, "--run-dir", name, *SOON, "--set", "checkpoint.every_steps=1"]
-    result = mpirun(ranks, "train", *args, cwd=place, meanwhile=meanwhile)
+    args = [*LONG, *SOON, "--set", "checkpoint.every_steps=1"]
+    result = mpirun(ranks, "train", *args, "--run-dir", name, cwd=place, meanwhile=meanwhile)
     (place / "long").unlink()
     assert result.code == -signal.SIGKILL and len(pids) == ranks
     assert list(shared.iterdir()) == []
     assert (place / name / "lock.json").exists()
     if ranks == 1:
         return
-    rest = mpirun(2, "train", *args, cwd=place).succeeded()
+    rest = train(place, 2, name, *args).succeeded()
     assert f"took over the run folder from process {pids[0]} on host {socket.gethostname()}, which has ended" in rest.out
     assert not (place / name / "lock.json").exists()
     assert_same(bits(place / "whole-cge", but=("config",)), bits(place / name, but=("config",)))
@@ -215,13 +222,13 @@ def test_root_dies_while_it_writes_a_checkpoint(place, shared):
     """At most the steps since the previous one are lost, and what it left is never taken for a checkpoint."""
     args = ["objective.toml", *sets(task__function="userland:DiesWriting", zo__estimator="rge", zo__q=2, zo__mu=1e-3)]
     args += sets(stop__steps=6, checkpoint__every_steps=1, optim__lr=1e-3)
-    mpirun(1, "train", *args, "--run-dir", "writing-whole", cwd=place).succeeded()
+    train(place, 1, "writing-whole", *args).succeeded()
     (place / "die").touch()
     assert mpirun(2, "train", *args, "--run-dir", "writing", cwd=place).code == 128 + signal.SIGKILL
     assert list(shared.iterdir()) == []
     folder = place / "writing"
     assert attributes(checkpoints(folder)[-1], "state")["step"] in (2, 3)  # the third was being written, or just renamed
-    result = mpirun(1, "train", *args, "--run-dir", "writing", cwd=place).succeeded()
+    result = train(place, 1, "writing", *args).succeeded()
     assert re.match(r"restarting at step [23] from", result.out)
     assert not list(folder.rglob("*.tmp"))
     assert_same(bits(place / "writing-whole"), bits(folder))
@@ -231,7 +238,7 @@ def test_full_disk_for_a_while(place):
     """on_full = "continue": a warning for each checkpoint that is left out, and the run ends as if nothing had been."""
     args = ["objective.toml", *sets(task__function="userland:FullForAWhile", checkpoint__every_steps=1, stop__steps=9)]
     shutil.rmtree(place / "while", ignore_errors=True)
-    result = mpirun(2, "train", *args, "--run-dir", "while", *sets(checkpoint__on_full="continue"), cwd=place)
+    result = train(place, 2, "while", *args, *sets(checkpoint__on_full="continue"))
     assert result.code == 0, result.err
     lines = result.err.splitlines()
     assert len(lines) == 4 and all("cannot be written" in line and "going on without this checkpoint" in line for line in lines)
@@ -247,17 +254,17 @@ def test_two_jobs_on_one_run_folder(place):
     for old in place.glob("at.*"):
         old.unlink()
     (place / "long").touch()
-    args, second = [*LONG, "--run-dir", "both", *SOON], []
+    args, second = [*LONG, *SOON], []
 
-    def meanwhile(process: subprocess.Popen) -> None:
-        until(lambda: at(place, 0)[0] >= 1, "step 1")
+    def meanwhile(_) -> None:
+        until(lambda: at(place, 0, 1), "step 1")
         files = {p.name for p in (place / "both").rglob("*")}
         for more in ([], ["--restart", "never"]):
-            second.append(mpirun(2, "train", *args, *more, cwd=place, timeout=60))
+            second.append(train(place, 2, "both", *args, *more))
         assert files <= {p.name for p in (place / "both").rglob("*")}
         (place / "long").unlink()
 
-    first = mpirun(1, "train", *args, cwd=place, env=dict(os.environ, SLURM_JOB_ID="4711"), meanwhile=meanwhile)
+    first = train(place, 1, "both", *args, env={"SLURM_JOB_ID": "4711"}, meanwhile=meanwhile)
     assert first.succeeded().out.count("stopped at step 6") == 1
     for result in second:
         line = result.said_once(4, "both: in use by process ", f"on host {socket.gethostname()} (Slurm job 4711)", "--run-dir")

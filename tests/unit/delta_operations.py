@@ -349,7 +349,7 @@ def functional(piece):
     return lambda draw, x: piece(draw, x, functional=True)
 
 
-#: key in rules.MODULES (a class) or rules.FUNCTIONS (a name) -> the piece that has it
+#: key in table.MODULES (a class) or table.FUNCTIONS (a name) -> the piece that has it
 PIECES = {
     nn.Conv2d: image(convolution), "conv2d": image(functional(convolution)), nn.Linear: linear, "linear": functional(linear),
     nn.BatchNorm1d: lambda draw, x: batch_norm_1d(draw, x) if x.ndim < 4 else None, nn.BatchNorm2d: image(batch_norm_2d),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dzhpc.engines.full import LOSSES
+from dzhpc.engines.losses import LOSSES
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
 

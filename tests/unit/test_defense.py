@@ -47,6 +47,16 @@ def of_three(images):
     return np.zeros((len(images), 3))
 
 
+class Flat(nn.Conv2d):
+    """Calls view, which channels-last features refuse."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(x).view(x.shape[0], -1).view(x.shape)
+
+
 def images():
     draw = np.random.default_rng(0)
     sets = [(draw.integers(0, 256, (n, 3, 8, 8), np.uint8), np.arange(n) % 4) for n in (40, 20)]
@@ -306,6 +316,12 @@ def test_what_does_not_fit_is_refused(keys, message):
     dropped = tuple(k for k in FUNCTION if not (keys[0].startswith("model.name") and k.startswith("model.")))
     with pytest.raises(InputError, match=message):
         task_of(*keys, keys=dropped)
+
+
+def test_a_denoiser_that_needs_the_contiguous_layout_has_it():
+    task = task_of("model.name=own_defense:Flat", keys=[k for k in FUNCTION if not k.startswith("model.")])
+    assert task.model.weight.is_contiguous() and not task.model.weight.is_contiguous(memory_format=torch.channels_last)
+    assert task.bind(0) > 0 and task.evaluate(range(4), 0)[:, 2].sum() == 20
 
 
 def test_answers_of_another_number_of_classes_are_refused():

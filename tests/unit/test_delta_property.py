@@ -1,5 +1,6 @@
 """Random networks of every operation that engine delta has rules for: its differences are those of `full`, without fall-backs."""
 
+import logging
 import operator
 import os
 from unittest import mock
@@ -14,12 +15,35 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dzhpc
-from dzhpc.engines.delta import origins as seeds
-from dzhpc.engines.delta import rules
+from dzhpc.engines.delta import origins
+from dzhpc.engines.delta.rules import table
+from dzhpc.engines.delta.rules.rule import Rule
 
 EXAMPLES = int(os.environ.get("DZHPC_EXAMPLES", "120"))
 MUS = (5e-3, 1e-4)
-SEEN: set = set()  # the operations that changes went through, and the seeds that they came from
+NAMES = [name for name in table.FUNCTIONS if isinstance(name, str)]
+SEEN: set = set()  # the operations that changes went through, and the origins that they came from
+
+
+class Said(logging.Handler):
+    """What the package logs while ``with`` lasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self._log = [], logging.getLogger("dzhpc")
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def __enter__(self):
+        self._before = self._log.level
+        self._log.setLevel(logging.INFO)
+        self._log.addHandler(self)
+        return self
+
+    def __exit__(self, *error):
+        self._log.removeHandler(self)
+        self._log.setLevel(self._before)
 
 
 class Draw:
@@ -89,13 +113,12 @@ def compare(model, x, draw, mus=MUS):
     loss = draw.choice(["cross_entropy", "mse"])
     targets = torch.randint(0, 3, (len(x),)) if loss == "cross_entropy" else torch.randn(len(x), 3).double()
     full, delta = (dzhpc.make_engine(kind, model, loss) for kind in ("full", "delta"))
-    said: list[str] = []
-    delta._say_once = said.append
+    said = Said()
     coords, first = [], 0
     for p in full.index.parameters:
         coords += {first, first + p.numel() - 1, first + draw.integer(0, p.numel() - 1)}
         first += p.numel()
-    with mock.patch.object(rules, "fallback", _no_fallback):
+    with mock.patch.object(table, "FALLBACK", Rule(_no_fallback, several=True)), said:
         base = full.bind(x.clone(), targets)
         delta.bind(x.clone(), targets)
         for mu in mus:
@@ -104,8 +127,8 @@ def compare(model, x, draw, mus=MUS):
             # what full loses by subtraction: a few units in the last place of the loss
             error, room = (found - expected).norm(), 1e-8 * expected.norm() + 1e-14 * len(coords) * (1 + abs(base))
             assert error <= room, (float(error), float(expected.norm()), mu)
-    assert not [plan.refusal for plan in delta._plans if plan.refusal]
-    assert not [line for line in said if "rule" in line or "one coordinate" in line]
+    assert not [route.refusal for route in delta.routes if route.refusal]
+    assert not [line for line in said.lines if "rule" in line or "one coordinate" in line]
     note(delta)
 
 
@@ -116,12 +139,12 @@ def _no_fallback(op):
 def note(delta):
     """What the changes of an engine went through."""
     names: dict = {}
-    for name in rules.FUNCTIONS:
+    for name in NAMES:
         for home in (torch, F, operator):
             names.setdefault(getattr(home, name, None), set()).add(name)
-    for owner, plan in enumerate(delta._plans):
-        for node in plan.nodes[:-1]:
-            module = delta._network.module.get_submodule(node.target) if node.op == "call_module" else None
+    for owner, route in enumerate(delta.routes):
+        for node in route.nodes[:-1]:
+            module = delta.model.get_submodule(node.target) if node.op == "call_module" else None
             own = dict(module.named_parameters()) if module else {}
             SEEN.update((type(module), name) for name, p in own.items() if p is delta.index.parameters[owner])
             SEEN.update([type(module)] if module else {node.target} if node.op == "call_method" else names.get(node.target, ()))
@@ -183,6 +206,6 @@ def test_random_networks(number, keys, shape, train):
     run(number, keys, shape, train)
 
 
-def test_every_rule_and_every_seed_was_at_work():
-    expected = {*rules.MODULES, *rules.FUNCTIONS, *seeds.SEEDS, "a parameter by itself"}
+def test_every_rule_and_every_origin_was_at_work():
+    expected = {*table.MODULES, *NAMES, *origins.ORIGINS, "a parameter by itself"}
     assert expected - SEEN == set()

@@ -1,6 +1,7 @@
 """Engines: the differences are right to the bit, everything is put back, and a partial pass costs what it should."""
 
 import copy
+import inspect
 import time
 
 import pytest
@@ -27,9 +28,13 @@ from nets import (
 from torch import nn
 
 import dzhpc
+from dzhpc.engines.network import NetworkEngine
+from dzhpc.engines.protocol import Engine, WhiteBox
 from dzhpc.errors import InputError
 from dzhpc.method import scores as pruning
 from dzhpc.models.cnn import SimpleCNN
+from dzhpc.tasks.objective import ObjectiveEngine
+from dzhpc.tasks.sol.unrolled import UnrolledDelta
 
 KINDS = ("full", "reuse")
 
@@ -386,3 +391,42 @@ def test_reuse_costs_at_most_1_2_times_a_hand_written_partial_pass():
     while ratios[-1] > 1.2 and len(ratios) < 3:  # the machine may be busy
         ratios.append(ratio())
     assert min(ratios) <= 1.2
+
+
+def subclasses(kind):
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
+def test_an_engine_is_abstract_or_final():
+    found = subclasses(NetworkEngine)
+    assert UnrolledDelta in found and len(found) == 1 + 3 + 1 + 2
+    for kind in found:
+        assert inspect.isabstract(kind) == bool(kind.__subclasses__())
+        given = {name for base in kind.__mro__[1:] for name, f in vars(base).items() if inspect.isfunction(f)}
+        required = {name for base in kind.__mro__[1:] for name in getattr(base, "__abstractmethods__", ())}
+        assert set(vars(kind)) & given <= required | {"__init__"}  # nothing that does something is replaced
+
+
+@pytest.mark.parametrize("kind", sorted(subclasses(NetworkEngine) | {ObjectiveEngine}, key=lambda kind: kind.__name__))
+def test_engines_have_all_that_the_protocol_asks(kind):
+    if inspect.isabstract(kind):
+        pytest.skip("abstract")
+    protocol = Engine if kind is ObjectiveEngine else WhiteBox
+    asked = {name for base in protocol.__mro__ for name in vars(base) if not name.startswith("_")}
+    set_at_start = {"index", "queries", "at_once", "peak_bytes"}
+    assert {"cut", "explain", "differences"} <= asked
+    assert asked - set(dir(kind)) <= set_at_start
+
+
+@pytest.mark.parametrize("kind", ["full", "reuse"])
+def test_chunks_of_single_queries_need_no_batch(kind):
+    engine = dzhpc.make_engine(kind, tanh_net(4, 5, 4), "mse")
+    assert engine.cut(torch.arange(22).numpy()) == [range(k, min(k + 4, 20)) for k in range(0, 20, 4)] + [range(20, 22)]
+
+
+def test_explain_says_what_runs_again():
+    engine = bound("reuse", Unused().double(), vectors())
+    head, *lines = engine.explain().splitlines()
+    assert "one coordinate at a time" in head
+    assert lines[:2] == ["never: 0 of 4 operations", "fc.weight: 2 of 4 operations"]
+    assert "one coordinate at a time" in bound("full", Unused().double(), vectors()).explain()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nets import Quadratic, tanh_net, vectors
 
 import dzhpc
-from dzhpc.engines.full import LOSSES
+from dzhpc.engines.losses import LOSSES
 from dzhpc.method.estimators import direction, rge_slopes, rge_sum
 from dzhpc.models.resnet import resnet20
 

@@ -6,7 +6,8 @@ from nets import InPlace, Unused, vectors
 from torch import nn
 
 import dzhpc
-from dzhpc.engines.traced import Network
+from dzhpc.engines.reuse import Tails
+from dzhpc.engines.traced import Traced
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex
 
@@ -49,18 +50,19 @@ def test_a_bind_runs_the_model_once_after_the_first_of_its_mode():
 
 def test_an_output_that_does_not_depend_on_a_parameter_has_no_tail():
     model = Unused().double()
-    network = Network(model, ParameterIndex.of(model).parameters)
-    output = network.run(vectors()[0])
-    names = ParameterIndex.of(model).names
-    assert [name for k, name in enumerate(names) if network.tail(k) is None] == ["never", "idle.weight", "idle.bias"]
-    assert torch.equal(network.tail(names.index("fc.weight")), output)
+    index = ParameterIndex.of(model)
+    traced = Traced(model, index.parameters)
+    tails, other = Tails(traced, len(index.names)), torch.zeros(())
+    output = traced.run(vectors()[0], tails.wanted)
+    assert [n for k, n in enumerate(index.names) if tails.outputs(k, other) is other] == ["never", "idle.weight", "idle.bias"]
+    assert torch.equal(tails.outputs(index.names.index("fc.weight"), other), output)
 
 
 def test_kept_bytes_count_what_tails_read_and_shared_storage_once():
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2), nn.Linear(2, 4)).double()
-    network = Network(model, list(model.parameters()))
-    network.run(vectors()[0])
-    assert network.kept_bytes == 8 * 6 * (4 + 16 + 2)
+    traced = Traced(model, list(model.parameters()))
+    traced.run(vectors()[0], Tails(traced, 6).wanted)
+    assert traced.kept_bytes == 8 * 6 * (4 + 16 + 2)
 
 
 def test_the_users_in_place_modules_stay_in_place():
@@ -88,6 +90,6 @@ def test_an_overwriting_operation_without_another_form_is_refused_by_its_name(wr
 
     model = Writes().double()
     with pytest.raises(InputError, match=f'Writes overwrites a tensor by {target} .*use engine = "full"'):
-        Network(model, list(model.parameters()))
+        Traced(model, list(model.parameters()))
     with pytest.raises(InputError, match='engine "delta" cannot undo'):
         dzhpc.make_engine("delta", model, "mse").bind(*vectors())

@@ -181,12 +181,12 @@ def test_the_loss_is_that_of_the_formula(small):
     for b in range(3):
         state, re = windows.states[b, :1], windows.parameters[b : b + 1]
         for i in range(3):
-            state = full.correction(full.simulator(state, re), re)
+            state = full.loss.correction(full.loss.simulator(state, re), re)
             for c in (0, 1):
                 for error in (state[0, c] - windows.states[b, i + 1, c])[small.where()[c]].tolist():
                     total += 0.5 * (error / sigma[c]) ** 2 / 3
-    assert float(full._base) == pytest.approx(total, rel=1e-9)
-    assert float(delta._base) == pytest.approx(total, rel=1e-9)
+    assert full.bind(windows) == pytest.approx(total, rel=1e-9)
+    assert delta.bind(windows) == pytest.approx(total, rel=1e-9)
 
 
 @pytest.mark.parametrize("unroll", [1, 2, 4])
@@ -239,15 +239,15 @@ def test_directions_are_differences_of_the_same_loss(small):
 
 def test_the_simulator_is_asked_for_its_first_step_once(small):
     for engine in in_the_loop(small, 4):
-        engine.simulator.queries = 0
+        engine.loss.simulator.queries = 0
         engine.bind(windows_of(small, 4, torch.float64))
         engine.differences(np.arange(5), 1e-3)
-        assert engine.simulator.queries == 3 * 4 + 5 * 3 * 3
+        assert engine.loss.simulator.queries == 3 * 4 + 5 * 3 * 3
 
 
 def test_chunks_fit_into_the_memory_or_not_one_does(small):
     _, delta = in_the_loop(small, 1)
-    make = lambda mb: UnrolledDelta(delta.correction, delta.simulator, 1, 3, mb)  # noqa: E731
+    make = lambda mb: UnrolledDelta(delta.loss.correction, delta.loss.simulator, 1, 3, mb)  # noqa: E731
     each = 3 * 3 * 8 * 4 * 8 * 16 / 2**20  # copies, windows, bytes, channels, cells
     coords = np.arange(delta.index.size)
     assert max(map(len, make(5.5 * each).cut(coords))) == 5
@@ -277,7 +277,7 @@ class Cliff:
 
 @pytest.fixture
 def cliff():
-    """(engine of a kind over a cliff, mean of each channel after the first step, in the window that may fall)."""
+    """(engine of a kind over a cliff, mean of each channel after the first step, in the window that may fall; the windows)."""
     train = Trajectories(3 + torch.randn(2, 4, 2, 6).double(), torch.tensor([1.0, 2.0]).double())
     reference = Reference(train, train, train, False, {})
     model = randomised(Corrector(2, (3,), dims=1).double())
@@ -291,13 +291,13 @@ def cliff():
         return engine
 
     first = correction(0.9 * windows.states[:1, 0], windows.parameters[:1])[0]
-    return make, first.mean(1).tolist()
+    return make, first.mean(1).tolist(), windows
 
 
 @pytest.mark.parametrize("beyond", [np.nan, np.inf, -1e30, 1e3])
 @pytest.mark.parametrize("kind", ["full", "delta"])
 def test_a_diverging_query_is_left_out_and_named_and_spoils_no_other(cliff, kind, beyond, caplog):
-    make, means = cliff
+    make, means, windows = cliff
     smooth, steep, coords, mu = make(kind), make(kind, 0, means[0] + 1e-3, beyond), np.arange(80), 0.01
     assert smooth.index.size == 80
     falls = []
@@ -305,8 +305,7 @@ def test_a_diverging_query_is_left_out_and_named_and_spoils_no_other(cliff, kind
         _, element = smooth.index.element(j)
         saved = element.clone()
         element += mu
-        windows = smooth._windows
-        first = smooth.correction(0.9 * windows.states[:1, 0], windows.parameters[:1])
+        first = smooth.loss.correction(0.9 * windows.states[:1, 0], windows.parameters[:1])
         falls.append(bool(first[0, 0].mean() > means[0] + 1e-3))
         element.copy_(saved)
     assert 0 < sum(falls) < 40
@@ -318,13 +317,13 @@ def test_a_diverging_query_is_left_out_and_named_and_spoils_no_other(cliff, kind
     name = steep.index.describe(int(np.flatnonzero(falls)[0]))
     said = f"{name} diverges when perturbed (first, unrolled step 2): it stays out of this step"
     assert [record.getMessage() for record in caplog.records] == [said]
-    steep.bind(steep._windows)
+    steep.bind(windows)
     assert caplog.records[-1].getMessage() == f"{sum(falls)} perturbed queries in all diverged in the step before"
 
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
 def test_where_all_queries_diverge_the_estimate_is_no_number(cliff, kind):
-    make, means = cliff
+    make, means, _ = cliff
     engine = make(kind, 1, means[1] + 1e-4, np.nan)
     biases = engine.index.range("layers.2.bias")
     assert engine.differences(biases[:1], 0.01).all()  # of the other channel
@@ -334,20 +333,20 @@ def test_where_all_queries_diverge_the_estimate_is_no_number(cliff, kind):
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
 def test_a_correction_that_diverges_unperturbed_ends_the_run(cliff, kind):
-    make, means = cliff
+    make, means, _ = cliff
     with pytest.raises(NumericalError, match="first, unrolled step 2: the corrected solver diverges, before any weight"):
         make(kind, 0, means[0] - 1e-4, np.inf)
 
 
 def test_the_bound_is_in_standard_deviations_from_the_reference(cliff):
-    make, _ = cliff
-    engine = make("full")
-    sigma = engine.correction.sigma[:, 0].numpy()
+    make, _, windows = cliff
+    loss = make("full").loss
+    sigma = loss.correction.sigma[:, 0].numpy()
     for times, beyond in ((0.99, False), (1.01, True)):
-        states = engine._windows.states[:, :1] + times * DIVERGED * torch.from_numpy(sigma)
-        residuals = (states - engine._windows.states[:, 1:2]) * 0 + times * DIVERGED * torch.from_numpy(sigma)
-        losses = engine._weighed(residuals.transpose(0, 1).square())
-        assert bool((losses > engine._most).all()) == bool((losses > engine._most).any()) == beyond
+        states = windows.states[:, :1] + times * DIVERGED * torch.from_numpy(sigma)
+        residuals = (states - windows.states[:, 1:2]) * 0 + times * DIVERGED * torch.from_numpy(sigma)
+        losses = loss.weighed(residuals.transpose(0, 1).square())
+        assert bool((losses > loss.most).all()) == bool((losses > loss.most).any()) == beyond
 
 
 # the task

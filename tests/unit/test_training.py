@@ -9,10 +9,11 @@ import torch
 from nets import tanh_net, vectors
 
 import dzhpc
-from dzhpc.config import Zo
+from dzhpc import config
+from dzhpc.config import Zo, sections
 from dzhpc.errors import InputError
 from dzhpc.job.stopping import Reason
-from dzhpc.method.estimators import make_estimator
+from dzhpc.method.estimators import ESTIMATORS, make_estimator
 from dzhpc.tasks.protocol import Cost
 from dzhpc.training import record
 from dzhpc.training.budget import Budget
@@ -62,7 +63,15 @@ def test_numbers_of_units_do_not_depend_on_their_pieces_and_combine_to_the_estim
 
 def test_an_estimator_that_is_none_is_named():
     with pytest.raises(InputError, match=r"zo\.estimator = math:sqrt: expected a subclass of"):
-        make_estimator(SimpleNamespace(estimator="math:sqrt"), 0)
+        make_estimator(Zo(estimator="math:sqrt"), 0)
+    with pytest.raises(
+        InputError, match=r"zo.estimator = 'fga': expected 'cge', 'rge', 'autograd', 'latent' or 'package.module:Class'"
+    ):
+        config.parse({"zo": {"estimator": "fga"}}, "input")
+
+
+def test_the_names_of_estimators_are_those_of_the_input():
+    assert tuple(ESTIMATORS) == sections.ESTIMATORS
 
 
 def budget(limit=None, **stop):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dzhpc.engines.kernels.winograd import Winograd
+from dzhpc.engines.kernels.find import Kernels
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Change:
 
 
 @dataclass
-class Seed:
+class Origin:
     """The change that a parameter's own operation makes, not made yet: a compiled pass can make it where it is used."""
 
     make: Callable[..., Tensor]  # data of the change from ``tensors``, by torch operations alone
@@ -72,9 +72,7 @@ class Operation:
     value: object  # the base output
     module: nn.Module | None = None
     cache: dict = field(default_factory=dict)  # of this operation and batch: what only depends on base values
-    compiled: Callable | None = None  # (function, *tensors) -> a compiled function's result; None: there is no compiler
-    winograd: Winograd | None = None  # None: there is none here, or it is not worth it
-    centred: Callable[[], Tensor] | None = None  # of the base output, where a BatchNorm behind wants means
+    kernels: Kernels | None = None  # None: torch alone, where there is no compiler, or too little work for one
 
     def cached(self, name: object, make: Callable):
         """``make()``, computed once a batch."""
@@ -105,30 +103,6 @@ def shifted(x, change, k: int):
     return x + Change(change.data[k : k + 1], channel, change.axis).dense(x)[0]
 
 
-def flat(changes: list) -> list:
+def flattened(changes: list) -> list:
     """All changes, those in list arguments included."""
     return [c for item in changes for c in (item if isinstance(item, list) else [item])]
-
-
-def channels_apart(images: Tensor) -> Tensor:
-    """The same values [..., B, C, H, W], each channel for itself with the batch innermost: shifts and strides stay contiguous."""
-    if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):  # twice as fast as at one go
-        b, c, h, w = images.shape
-        transposed = images.permute(0, 2, 3, 1).reshape(b, -1).t().contiguous()  # [H W C, B]
-        return transposed.view(h, w, c, b).permute(2, 0, 1, 3).contiguous().movedim(-1, -4)
-    return images.movedim(-4, -1).contiguous().movedim(-1, -4)
-
-
-def channels_last(images: Tensor) -> Tensor:
-    """The same values [..., B, C, H, W], the channels innermost: what convolutions like best."""
-    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-
-def is_apart(data: Tensor) -> bool:
-    """Whether dense changes [P, B, C, H, W] have their batch innermost."""
-    return data.ndim == 5 and data.stride(1) == 1 and data.shape[1] > 1
-
-
-def fills_vectors(channels: int) -> bool:
-    """Whether rows of so many channels fill the vectors of a CPU; channels are better kept apart where they do not."""
-    return channels % 16 == 0

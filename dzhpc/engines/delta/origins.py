@@ -7,6 +7,9 @@
 | weight c of a normalisation | mu times the normalised x_c, on channel c |
 | bias c | mu on channel c |
 | a parameter used by itself | mu at its place |
+
+A layer of one's own joins by ``ORIGINS[MyLayer, "weight"] = function``: (operation, place, mu) -> :class:`Origin`, or None where
+it cannot; place: indices into the parameter, a tensor [P] an axis; mu: a tensor without axes.
 """
 
 from collections.abc import Callable
@@ -17,69 +20,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dzhpc.engines.delta import rules
-from dzhpc.engines.delta.change import Operation, Seed, channels_apart
+from dzhpc.engines.delta.change import Operation, Origin
+from dzhpc.engines.delta.layout import channels_apart
+from dzhpc.engines.windows import borders, padded, seen, window_of
 
 
-def seed(op: Operation, name: str, local: np.ndarray, mu: float) -> Seed | None:
+def of_module(op: Operation, name: str, local: np.ndarray, mu: float) -> Origin | None:
     """What mu e_j on parameter ``name`` of ``op.module`` does to the output, j in ``local`` [P]; None where no rule is known."""
     hooked = op.module._forward_hooks or op.module._forward_pre_hooks  # what they do is not known
-    rule = None if hooked else SEEDS.get((type(op.module), name))
+    rule = None if hooked else ORIGINS.get((type(op.module), name))
     place = np.unravel_index(local, op.module.get_parameter(name).shape)
     found = rule(op, [_tensor(k, op.value) for k in place], op.value.new_tensor(mu)) if rule else None
     return found and replace(found, name=name)
 
 
-def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Seed:
+def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Origin:
     """What mu e_j does to a parameter that the network reads by itself."""
 
     def make(place: Tensor, mu: Tensor) -> Tensor:
         ones = place[:, None] == torch.arange(parameter.numel(), device=place.device)
         return (ones * mu).reshape(-1, *parameter.shape)
 
-    return Seed(make, [_tensor(local, parameter), parameter.new_tensor(mu)], None)
+    return Origin(make, [_tensor(local, parameter), parameter.new_tensor(mu)], None)
 
 
 def _tensor(places: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(places)).to(like.device)
 
 
-def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Seed | None:
+def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin | None:
     conv = op.module
     if op.x.ndim != 4:  # one image without a batch axis
         return None
     out_channel, in_channel, kh, kw = place
     in_channel = in_channel + out_channel // (conv.out_channels // conv.groups) * (conv.in_channels // conv.groups)
-    padded = op.cached("padded", lambda: _apart(rules.padded(op.x, rules.borders(conv), conv.padding_mode)))
-    size, window = op.value.shape[-2:], rules.window_of(conv)
+    images = op.cached("padded", lambda: _apart(padded(op.x, borders(conv), conv.padding_mode)))
+    window = window_of(conv)
 
-    def make(padded: Tensor, i: Tensor, kh: Tensor, kw: Tensor, mu: Tensor) -> Tensor:
-        channels, batch, rows, columns = padded.stride()
-        (sh, sw), (dh, dw) = window.stride, window.dilation
-        seen = padded.as_strided(  # [C, kernel, B, H', W']: what each kernel position sees, nothing copied
-            (padded.shape[0], *window.kernel, padded.shape[1], *size),
-            (channels, dh * rows, dw * columns, batch, sh * rows, sw * columns),
-        )
-        return seen[i, kh, kw] * mu
+    def make(images: Tensor, i: Tensor, kh: Tensor, kw: Tensor, mu: Tensor) -> Tensor:
+        return seen(images, window)[i, kh, kw] * mu
 
-    return Seed(make, [padded, in_channel, kh, kw, mu], out_channel)
+    return Origin(make, [images, in_channel, kh, kw, mu], out_channel)
 
 
-def _linear_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+def _linear_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin:
     features = op.cached("features", lambda: op.x.movedim(-1, 0).contiguous())
-    return Seed(lambda features, i, mu: features[i] * mu, [features, place[1], mu], place[0], op.value.ndim - 1)
+    return Origin(lambda features, i, mu: features[i] * mu, [features, place[1], mu], place[0], op.value.ndim - 1)
 
 
 def _bias(axis: int) -> Callable:
     """mu on one channel, or at one place of a LayerNorm over several axes."""
 
-    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Origin:
         if len(place) > 1:
             shape, inner = op.value.shape, op.module.bias.shape
-            return Seed(lambda mu, *place: (_at(place, inner, len(shape)) * mu).expand(-1, *shape), [mu, *place], None)
+            return Origin(lambda mu, *place: (_at(place, inner, len(shape)) * mu).expand(-1, *shape), [mu, *place], None)
         k = axis % op.value.ndim
         shape = [len(place[0]), *(n for i, n in enumerate(op.value.shape) if i != k)]
-        return Seed(lambda mu: mu.expand(shape), [mu], place[0], k)
+        return Origin(lambda mu: mu.expand(shape), [mu], place[0], k)
 
     return rule
 
@@ -87,13 +85,13 @@ def _bias(axis: int) -> Callable:
 def _scale(axis: int) -> Callable:
     """mu times the normalised input on one channel, or at one place of a LayerNorm over several axes."""
 
-    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Seed:
+    def rule(op: Operation, place: list[Tensor], mu: Tensor) -> Origin:
         if len(place) > 1:
             x, inner = op.cached("normalised", lambda: _without_affine(op.module, op.x)), op.module.weight.shape
-            return Seed(lambda x, mu, *place: _at(place, inner, x.ndim) * x * mu, [x, mu, *place], None)
+            return Origin(lambda x, mu, *place: _at(place, inner, x.ndim) * x * mu, [x, mu, *place], None)
         k = axis % op.value.ndim
         normalised = op.cached("normalised", lambda: _apart(_without_affine(op.module, op.x), k))
-        return Seed(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k)
+        return Origin(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k)
 
     return rule
 
@@ -124,8 +122,8 @@ def _without_affine(m: nn.Module, x: Tensor) -> Tensor:
     return F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
 
 
-SEEDS: dict[tuple[type, str], Callable] = {(nn.Conv2d, "weight"): _conv_weight, (nn.Linear, "weight"): _linear_weight}
+ORIGINS: dict[tuple[type, str], Callable] = {(nn.Conv2d, "weight"): _conv_weight, (nn.Linear, "weight"): _linear_weight}
 for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm):
-    SEEDS[_kind, "weight"], SEEDS[_kind, "bias"] = _scale(1), _bias(1)
-SEEDS[nn.LayerNorm, "weight"], SEEDS[nn.LayerNorm, "bias"] = _scale(-1), _bias(-1)
-SEEDS[nn.Conv2d, "bias"], SEEDS[nn.Linear, "bias"] = _bias(-3), _bias(-1)
+    ORIGINS[_kind, "weight"], ORIGINS[_kind, "bias"] = _scale(1), _bias(1)
+ORIGINS[nn.LayerNorm, "weight"], ORIGINS[nn.LayerNorm, "bias"] = _scale(-1), _bias(-1)
+ORIGINS[nn.Conv2d, "bias"], ORIGINS[nn.Linear, "bias"] = _bias(-3), _bias(-1)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dzhpc.engines.kernels import winograd
 from dzhpc.job import processor
 
 SMALL = 2**17  # elements: less work than this is not worth a compiler's second
@@ -41,11 +40,9 @@ class Programs:
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self._say = say
         self._reason = _obstacle(device, dtype)
-        self.seconds = 0.0  # spent here
+        self.seconds = 0.0  # spent on making programs
         self._shared: dict[tuple, Callable] = {}
         self._called: dict[tuple, Program] = {}
-        self._winograd: winograd.Winograd | None = None
-        self._can_convolve = device.type == "cpu" and winograd.is_possible()
 
     @property
     def compiling(self) -> bool:
@@ -53,17 +50,6 @@ class Programs:
         if self._reason:
             self._say(f"not compiled: {self._reason}")
         return not self._reason
-
-    @property
-    def winograd(self) -> winograd.Winograd | None:
-        """The compiled convolution, where there can be one; says once why it failed."""
-        if self._winograd is None and self._can_convolve and self.compiling:
-            try:
-                self._winograd = winograd.Winograd(next(filter(shutil.which, COMPILERS)))
-            except OSError as error:
-                self._can_convolve = False
-                self._say(f"3 x 3 convolutions are torch's: {error}")
-        return self._winograd
 
     def is_worth_it(self, elements: int) -> bool:
         """Whether a function whose largest tensor has so many elements should be compiled."""
@@ -81,7 +67,7 @@ class Programs:
         given = [tensors[k] for k in used] + constants
         key = (traced.code, tuple((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._shared:
-            self._shared[key] = self._compile(traced, given) if self.is_worth_it(_largest(traced)) else traced.forward
+            self._shared[key] = self.compile(traced, given) if self.is_worth_it(largest(traced)) else traced.forward
         self.seconds += time.perf_counter() - start
         return Program(self._shared[key], used, constants)
 
@@ -92,8 +78,8 @@ class Programs:
             self._called[key] = self.build(lambda *given: [function(*given)], list(tensors))
         return self._called[key](tensors.__getitem__)[0]
 
-    def _compile(self, traced: fx.GraphModule, tensors: list[Tensor]) -> Callable:
-        """By torch's compiler itself: torch.compile around it would look at every argument again at every call."""
+    def compile(self, traced: fx.GraphModule, tensors: list[Tensor]) -> Callable:
+        """A trace as a program for tensors like these; torch.compile would look at every argument again at every call."""
         options = {
             "cpp.vec_isa_ok": True,  # the processor's own word on its vectors, not seconds of test compilations
             "realize_reads_threshold": 64,  # memory between operations is what costs, not a few of them done twice
@@ -115,18 +101,23 @@ class Programs:
             return traced.forward
 
 
+def compiler() -> str | None:
+    """The first C++ compiler that is found."""
+    return next(filter(shutil.which, COMPILERS), None)
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why nothing is compiled, if nothing is."""
     if dtype == torch.float64:
         return "float64 is for comparisons, and not worth a compiler's seconds"
-    if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+    if device.type == "cpu" and compiler() is None:
         return "no C++ compiler (g++ or clang++) was found"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
     return ""
 
 
-def _largest(traced: fx.GraphModule) -> int:
+def largest(traced: fx.GraphModule) -> int:
     """Elements of the largest tensor that a trace makes."""
     values = [node.meta.get("val") for node in traced.graph.nodes if node.op == "call_function"]
     return max((v.numel() for v in values if isinstance(v, Tensor)), default=0)

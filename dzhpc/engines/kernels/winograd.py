@@ -12,12 +12,15 @@ import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dzhpc.engines.kernels.compiled import compiler as first_compiler
+from dzhpc.engines.windows import borders
 from dzhpc.job import processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -31,11 +34,13 @@ TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)
 class Winograd:
     """Convolves changes. Raises OSError, with its first words, where the compiler fails.
 
-    compiler: a C++ compiler's command. Its result is kept where torch keeps compiled code.
+    compiler: a C++ compiler's command (None: the first that is found). Its result is kept where torch keeps compiled code.
     """
 
-    def __init__(self, compiler: str):
-        self._function = _library(compiler).winograd
+    name = "winograd"
+
+    def __init__(self, compiler: str | None = None):
+        self._function = _library(compiler or first_compiler()).winograd
         self._function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 2
 
     def __call__(
@@ -63,18 +68,45 @@ class Winograd:
         means = None if sums is None else sums.double().sum(1).div(batch * rows * columns).float().movedim(1, 0)
         return out.permute(0, 3, 1, 2).unflatten(0, (coords, batch)), means
 
+    def convolve(
+        self, conv: nn.Conv2d, data: Tensor, weights: Tensor, centred: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Changes [P, B, C, H, W] through a layer that :meth:`fits`; ``weights`` from :meth:`weights`."""
+        return self(data, weights, conv.out_channels, borders(conv), centred and centred())
+
+    @staticmethod
+    def types(device: torch.device) -> list[torch.dtype]:
+        """What it may serve on this machine."""
+        if device.type != "cpu" or not is_possible():
+            return []
+        return [torch.float32, torch.bfloat16] if _has_halves() else [torch.float32]
+
+    @staticmethod
+    def fits(conv: nn.Conv2d, like: Tensor) -> bool:
+        """Whether it serves changes like these on this machine, and faster than torch."""
+        return like.dtype in Winograd.types(like.device) and fits(conv, like)
+
+    @staticmethod
+    def weights(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+        """See :func:`transformed`."""
+        return transformed(conv.weight, dtype)
+
 
 def is_possible() -> bool:
     """Whether this process may use AVX-512."""
     return processor.capabilities().issuperset(BASE)
 
 
+def _has_halves() -> bool:
+    """Whether bfloat16 gains: torch's own products are faster with AMX."""
+    have = processor.capabilities()
+    return "avx512_bf16" in have and "amx_bf16" not in have
+
+
 def fits(conv: nn.Conv2d, data: Tensor) -> bool:
     """Whether changes [P, B, C, H, W] pass through this layer so, and faster than by torch."""
     plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
-    have = processor.capabilities()
-    halves = "avx512_bf16" in have and "amx_bf16" not in have  # torch's own are faster with AMX
-    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and halves)
+    known = data.dtype == torch.float32 or (data.dtype == torch.bfloat16 and _has_halves())
     if not (plain and known and conv.padding_mode == "zeros" and data.ndim == 5):
         return False
     wide = min(conv.in_channels, conv.out_channels) >= NARROW

@@ -13,7 +13,7 @@ from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.config.tasks import first_order
 from dzhpc.engines import make_engine
-from dzhpc.engines.full import mse
+from dzhpc.engines.losses import mse
 from dzhpc.errors import InputError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator

@@ -76,7 +76,7 @@ class SolTask(Task):
 
         def loss(positions: slice) -> torch.Tensor:
             part = windows[positions]
-            return self.engine.losses(part).sum() * (count / len(part.names))
+            return self.engine.loss(part).sum() * (count / len(part.names))
 
         return count, loss
 

@@ -10,6 +10,7 @@ all of a chunk diverge, at least SEVERAL, their differences are NaN, which ends 
 """
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dzhpc.engines.full import Full, checked
+from dzhpc.engines.network import NetworkEngine, checked, stacked
+from dzhpc.engines.protocol import AT_ONCE, PLAIN
 from dzhpc.engines.rankone import repeated, try_out
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.method.coordinates import cut
+from dzhpc.method.coordinates import ParameterIndex, cut
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.simulators import Simulator
 
 log = logging.getLogger("dzhpc")
 DIVERGED = 30.0
 SEVERAL = 8
-AT_ONCE = {"cpu": 96, "cuda": 4096}  # states of a chunk at most
+STATES = {"cpu": 96, "cuda": 4096}  # of a chunk at most
 BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 3  # of a layer's largest features that are alive at once
 
@@ -44,40 +46,28 @@ class Windows:
         return Windows(self.states[positions], self.parameters[positions], self.names[positions])
 
 
-class Unrolled(Full):
-    """Engine ``full``: all steps for each query, but for the solver's first one, which no perturbation reaches."""
+class UnrolledLoss:
+    """(A3) of B windows, and when its steps diverge."""
 
     def __init__(self, correction: Correction, simulator: Simulator, unroll: int):
-        super().__init__(correction.model, self.losses)
         self.correction, self.simulator, self.unroll = correction, simulator, unroll
-        self.diverged = 0  # queries, in all
-        self._diverged_before, self._query = 0, ""
+        self.most = 0.5 / unroll * DIVERGED**2 * correction.entries  # that a step of a window adds if it has not diverged
         self._scale = 0.5 / unroll / correction.sigma.double().flatten() ** 2  # [C]
-        self._most = 0.5 / unroll * DIVERGED**2 * correction.entries
 
     @torch.no_grad()
-    def bind(self, windows: Windows) -> float:
-        """The loss at theta. Later differences are on these windows. Raises NumericalError where theta itself diverges."""
-        self.unbind()
-        self._say_how_many()
-        self._windows, self._before, self._rng = windows, [b.clone() for b in self._buffers], self._rng_states()
-        self._first = self.simulator(windows.states[:, 0], windows.parameters)
-        self._base = self._base_losses().sum()
-        self.queries += 1
-        return float(self._base)
+    def first(self, windows: Windows) -> Tensor:
+        """S(s_0) [B, ...], the same for all theta: the network comes after it."""
+        return self.simulator(windows.states[:, 0], windows.parameters)
 
-    def losses(self, windows: Windows, first: Tensor | None = None, path: list | None = None) -> Tensor:
+    def __call__(self, windows: Windows, first: Tensor | None = None, path: list | None = None) -> Tensor:
         """What each step and window adds to the loss [n, B] float64, with its graph.
 
         first: the solver's first step, where it is known. path: gets (S(s_{i-1}), s_i) for i = 1 .. n. Raises NumericalError for
         a theta that diverges.
         """
-        if first is None:
-            with torch.no_grad():  # the network comes after it
-                first = self.simulator(windows.states[:, 0], windows.parameters)
         losses = []
-        for step, (advanced, states, terms) in enumerate(self._steps(windows, first)):
-            if (bad := ~(terms <= self._most)).any():
+        for step, (advanced, states, terms) in enumerate(self.steps(windows, self.first(windows) if first is None else first)):
+            if (bad := ~(terms <= self.most)).any():
                 name = windows.names[int(bad.nonzero()[0])]
                 raise NumericalError(
                     f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed; lower "
@@ -88,56 +78,59 @@ class Unrolled(Full):
                 path.append((advanced, states))
         return torch.stack(losses)
 
-    def cut(self, coords: np.ndarray) -> list[range]:
-        """Runs of one parameter."""
-        return cut(self.index.owner(coords), SEVERAL)
-
-    @torch.no_grad()
-    def differences(self, coords, mu: float) -> Tensor:
-        """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        before, values = self.diverged, []
-        for j in checked(coords):
-            self._query = self.index.describe(j)
-            values.append(super().differences([j], mu))
-        values = torch.cat(values) if values else self._stack([])
-        return values.fill_(torch.nan) if self.diverged - before == len(values) >= SEVERAL else values
-
-    def directional(self, directions, mu: float) -> Tensor:
-        self._query = "a random direction"
-        return super().directional(directions, mu)
-
-    def _steps(self, windows: Windows, advanced: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def steps(self, windows: Windows, advanced: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(S(s_{i-1}), s_i, what the step adds to the loss [B] float64) for i = 1 .. n, from S(s_0)."""
         for step in range(1, self.unroll + 1):
             states = self.correction(advanced, windows.parameters)
-            yield advanced, states, self._weighed((states.double() - windows.states[:, step]).square())
+            yield advanced, states, self.weighed((states.double() - windows.states[:, step]).square())
             if step < self.unroll:
                 advanced = self.simulator(states, windows.parameters)
 
-    def _weighed(self, squares: Tensor) -> Tensor:
+    def weighed(self, squares: Tensor) -> Tensor:
         """Squares [..., *shape of a state] summed as (A3) does [...] float64; entries that a state has not are 0."""
         leading = squares.shape[: squares.ndim - len(self.correction.shape)]
         rows = squares.sum(-1).double().reshape(*leading, len(self._scale), -1)
         return (rows.sum(-1) * self._scale).sum(-1)
 
+
+class InTheLoop(NetworkEngine):
+    """What both engines share: windows are bound; whatever moves several parameters runs all steps but the solver's first one."""
+
+    at_once, compile_s, environment = AT_ONCE, 0.0, PLAIN
+
+    def __init__(self, correction: Correction, simulator: Simulator, unroll: int):
+        super().__init__(ParameterIndex.of(correction.model), correction.model)
+        self.loss = UnrolledLoss(correction, simulator, unroll)
+        self.diverged = 0  # queries, in all
+        self._diverged_before = 0
+        self._coordinate: int | None = None  # that is moved at present; None: a random direction
+        self._windows: Windows | None = None
+        self._first: Tensor | None = None  # S(s_0)
+
+    @torch.no_grad()
+    def bind(self, windows: Windows) -> float:
+        """The loss at theta. Later differences are on these windows. Raises NumericalError where theta itself diverges."""
+        self._begin()
+        self._say_how_many()
+        self._windows, self._first = windows, self.loss.first(windows)
+        return self._bound(self._base_losses().sum())
+
+    @abstractmethod
     def _base_losses(self) -> Tensor:
-        return self.losses(self._windows, self._first)
+        """What each step and window adds to the loss at theta [n, B] float64."""
 
-    def _rewound_loss(self) -> Tensor:
-        self._need_base()
-        self._rewind()
-        return self.losses(self._windows, self._first).sum()
-
-    def _evaluate(self, owner: int | None) -> Tensor:
-        self.queries += 1
-        self._rewind()
+    def _loss(self, owner: int | None) -> Tensor:
         total = torch.zeros_like(self._base)
-        for step, (*_, terms) in enumerate(self._steps(self._windows, self._first)):
-            if (bad := ~(terms <= self._most)).any():
-                self._lose(self._query, step, int(bad.nonzero()[0]))
+        for step, (*_, terms) in enumerate(self.loss.steps(self._windows, self._first)):
+            if (bad := ~(terms <= self.loss.most)).any():
+                query = "a random direction" if owner is None else self.index.describe(self._coordinate)
+                self._lose(query, step, int(bad.nonzero()[0]))
                 return self._base
             total += terms.sum()
         return total
+
+    def _loss_with_graph(self) -> Tensor:
+        return self.loss(self._windows, self._first).sum()
 
     def _lose(self, query: str, step: int, window: int) -> None:
         if self.diverged == self._diverged_before:
@@ -151,7 +144,34 @@ class Unrolled(Full):
             log.warning("%d perturbed queries in all diverged in the step before", count)
 
 
-class UnrolledDelta(Unrolled):
+class Unrolled(InTheLoop):
+    """Engine ``full``: all steps for each query, but for the solver's first one, which no perturbation reaches."""
+
+    peak_bytes = 0
+
+    def cut(self, coords: np.ndarray) -> list[range]:
+        """Runs of one parameter."""
+        return cut(self.index.owner(coords), SEVERAL)
+
+    @torch.no_grad()
+    def differences(self, coords, mu: float) -> Tensor:
+        """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
+        before, values = self.diverged, []
+        for j in checked(coords):
+            self._coordinate = j
+            values.append(self._one_by_one([j], mu))
+        values = torch.cat(values) if values else stacked([], self.index)
+        return values.fill_(torch.nan) if self.diverged - before == len(values) >= SEVERAL else values
+
+    def explain(self) -> str:
+        """See :class:`dzhpc.engines.protocol.Engine`."""
+        return f"engine full: {self.loss.unroll} corrected steps for every query, one coordinate at a time"
+
+    def _base_losses(self) -> Tensor:
+        return self.loss(self._windows, self._first)
+
+
+class UnrolledDelta(InTheLoop):
     """Engine ``delta``: P perturbed networks advance P B states together (:mod:`dzhpc.engines.rankone`).
 
     No two losses are subtracted: with D = s_i(perturbed) - s_i the terms of (A3) change by D (2 r_i + D) / 2, so that fp32
@@ -168,6 +188,16 @@ class UnrolledDelta(Unrolled):
         self._network, widest = try_out(correction.model, sample)
         self._bytes = COPIES * states.element_size() * max(widest, sample[0].numel())  # that a state needs
         self._size = self._fits(batch, memory_mb)
+        self._terms: Tensor | None = None  # [n, B]
+        self._advanced: tuple[Tensor, ...] = ()  # S(s_{i-1}), n of [B, ...]
+        self._path: tuple[Tensor, ...] = ()  # s_i
+        self._twice: list[Tensor] = []  # 2 r_i
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the kept states, and of the features of a chunk; 0 before the first ``bind``."""
+        kept = sum(t.numel() * t.element_size() for t in (*self._advanced, *self._path, *self._twice))
+        return kept + self._size * len(self._windows.names) * self._bytes if self._path else 0
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Runs of one parameter, of one size that follows from the model and the batch."""
@@ -178,30 +208,34 @@ class UnrolledDelta(Unrolled):
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
         return self._by_chunks(coords, lambda chunk: self._chunk(chunk, mu))
 
+    def explain(self) -> str:
+        """See :class:`dzhpc.engines.protocol.Engine`."""
+        lines = [f"engine delta: {self.loss.unroll} corrected steps of {self._size} perturbed networks together"]
+        for name, late in zip(self.index.names, self._network.part_late, strict=True):
+            lines.append(f"{name}: the networks part in the {'perturbed layer' if late else 'input'} of the first step")
+        return "\n".join(lines)
+
     def _base_losses(self) -> Tensor:
-        """As the parent's; S(s_{i-1}), s_i and 2 r_i are kept, n of [B, ...] each."""
         path: list[tuple[Tensor, Tensor]] = []
-        self._terms = self.losses(self._windows, self._first, path)
+        self._terms = self.loss(self._windows, self._first, path)
         self._advanced, self._path = zip(*path, strict=True)
         self._twice = [2 * (s - r) for s, r in zip(self._path, self._windows.states[:, 1:].unbind(1), strict=True)]
-        kept = sum(t.numel() * t.element_size() for t in (*self._advanced, *self._path, *self._twice))
-        self.peak_bytes = kept + self._size * len(self._windows.names) * self._bytes
         return self._terms
 
     def _chunk(self, coords: np.ndarray, mu: float) -> Tensor:
         """Differences [P] of coordinates of one parameter."""
-        owner, parameters = int(self.index.owner(coords[:1])[0]), self._windows.parameters
+        owner, parameters, correction = int(self.index.owner(coords[:1])[0]), self._windows.parameters, self.loss.correction
         elements, p = coords - self.index.offsets[owner], len(coords)
         lost: dict[int, tuple[int, int]] = {}  # query -> where it diverged: step, window
-        outputs = self._network.first(owner, elements, mu, self.correction.inputs(self._first, parameters))
-        states = self.correction.add(repeated(self._first, p), outputs)
+        outputs = self._network.first(owner, elements, mu, correction.inputs(self._first, parameters))
+        states = correction.add(repeated(self._first, p), outputs)
         parameters = parameters.repeat(p)
         total, same = self._compared(states, 0, lost)
         with self._network.perturbed(owner, elements, mu):
-            for step in range(1, self.unroll):
-                advanced = self.simulator(states, parameters)
+            for step in range(1, self.loss.unroll):
+                advanced = self.loss.simulator(states, parameters)
                 _replace(advanced, same, self._advanced[step])
-                states = self.correction(advanced, parameters)
+                states = correction(advanced, parameters)
                 change, same = self._compared(states, step, lost)
                 total += change
         for query, where in lost.items():
@@ -217,8 +251,8 @@ class UnrolledDelta(Unrolled):
         """
         parted = states.unflatten(0, (-1, len(self._windows.names)))
         change = parted - self._path[step]
-        change = self._weighed((change + self._twice[step]).mul_(change))
-        if (bad := ~(self._terms[step] + change <= self._most)).any():
+        change = self.loss.weighed((change + self._twice[step]).mul_(change))
+        if (bad := ~(self._terms[step] + change <= self.loss.most)).any():
             change = change.masked_fill(bad, 0)
             _replace(states, bad, self._path[step])
             for query, window in bad.nonzero().tolist():
@@ -236,7 +270,7 @@ class UnrolledDelta(Unrolled):
                 f"zo.memory_mb = {memory_mb:g}: one coordinate needs {each / 2**20:.1f} MiB at this batch size; raise it or use "
                 "a smaller data.batch_size"
             )
-        return max(1, min(AT_ONCE[kind] // batch, int(budget // each)))
+        return max(1, min(STATES[kind] // batch, int(budget // each)))
 
 
 def _replace(states: Tensor, which: Tensor, base: Tensor) -> None:

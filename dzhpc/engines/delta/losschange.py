@@ -1,0 +1,51 @@
+"""What changes of the outputs do to the loss."""
+
+import torch
+from torch import Tensor
+
+from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
+from dzhpc.engines.kernels.find import Kernels
+from dzhpc.engines.losses import LOSSES, Loss, ManyLoss
+
+
+class LossChange:
+    """l(outputs + change) - l(outputs): by the difference's own formula for a loss that has one, else by subtraction."""
+
+    def __init__(self, loss: Loss, dtype: torch.dtype, kernels: Kernels):
+        self._loss, self._dtype, self._kernels = loss, dtype, kernels
+        self._name = next((name for name, f in LOSSES.items() if f is loss), None)
+        self._outputs: Tensor | None = None
+        self._targets: Tensor | None = None
+        self._prepared: Tensor | None = None  # what the formula needs of the base outputs; None: losses are subtracted
+
+    def bind(self, outputs: Tensor, targets: Tensor) -> None:
+        """The base outputs [B, ...] of a batch, and its targets."""
+        self._outputs, self._targets, self._prepared = outputs, targets, self._prepare(outputs, targets)
+
+    def __call__(self, change: Tensor, count: int, base: Tensor) -> Tensor:
+        """[count] from changes [P, B, ...] of which the others fill the shape; ``base`` is the loss at theta.
+
+        A black box is asked for no more than it has to be.
+        """
+        change = change.to(self._dtype)
+        if self._prepared is None:
+            return self._subtracted(change[:count], base)
+        if self._name == "mse":
+            return self._kernels.call(mse_difference, self._prepared, change)[:count]
+        return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets)[:count]
+
+    def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        if self._name == "cross_entropy":
+            labels = targets.ndim == 1 and not targets.is_floating_point() and outputs.ndim == 2
+            if labels and int(targets.min()) >= 0:  # no ignored samples
+                return outputs.double().log_softmax(1).to(self._dtype)
+        if self._name == "mse" and outputs.shape == targets.shape:
+            return (outputs.double() - targets.double()).to(self._dtype)
+        return None
+
+    def _subtracted(self, change: Tensor, base: Tensor) -> Tensor:
+        """Absolute values, for a loss that is a black box: all coordinates in one call where it takes many."""
+        if isinstance(self._loss, ManyLoss):
+            return (self._loss.many(self._outputs + change, self._targets) - base).to(self._dtype)
+        losses = [self._loss(self._outputs + d, self._targets) - base for d in change]
+        return torch.stack(losses).reshape(len(losses)).to(self._dtype)

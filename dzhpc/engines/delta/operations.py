@@ -1,0 +1,117 @@
+"""The operations of a traced network as their rules see them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from dzhpc.engines.delta.change import Change, Operation, flattened
+from dzhpc.engines.delta.layout import Layout
+from dzhpc.engines.delta.rules import table
+from dzhpc.engines.delta.rules.rule import Rule
+from dzhpc.engines.kernels.find import Kernels
+from dzhpc.engines.traced import Traced
+
+#: operation -> the change of its output, for a chunk of P coordinates; a list where the output is one
+Changes = dict[fx.Node, Change | list[Change]]
+
+
+class Operations:
+    """Nodes with their rules, the base values of the batch that the network ran last, and what was derived from these.
+
+    dtype: of the parameters. travel: the type that changes of whole values travel in; those of single channels do in ``dtype``.
+    """
+
+    def __init__(self, network: Traced, dtype: torch.dtype, travel: torch.dtype, kernels: Kernels):
+        self.network, self.dtype, self.travel, self.kernels = network, dtype, travel, kernels
+        self._caches: dict[fx.Node, dict] = {}
+
+    def new_batch(self) -> None:
+        """Forget what was derived from the last batch's base values."""
+        self._caches.clear()
+
+    @property
+    def storages(self) -> dict[int, int]:
+        """Address -> bytes of what was derived from the batch's base values."""
+        found = [t for cache in self._caches.values() for v in cache.values() for t in (v if isinstance(v, tuple) else (v,))]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The layer that an operation is, if it is one."""
+        return self.network.module.get_submodule(node.target) if node.op == "call_module" else None
+
+    def rule(self, node: fx.Node, incoming: list | None = None) -> Rule:
+        """The rule of an operation; table.FALLBACK too where more of its inputs change than the rule knows of."""
+        rule = table.find(node, self.module(node))
+        several = incoming is not None and any(c is not None for c in incoming[1:])
+        return table.FALLBACK if several and not rule.several else rule
+
+    def incoming(self, node: fx.Node, changes: Changes) -> list:
+        """The changes of an operation's arguments, parallel to them."""
+        return [_change_of(a, changes) for a in node.args]
+
+    def at_hand(self, node: fx.Node, incoming: list | None = None, kernels: bool = False) -> Operation:
+        """A node with the batch's base values (incoming None: nothing changes).
+
+        kernels: whether compiled ones may serve, where they are worth it.
+        """
+        incoming = [None] * len(node.args) if incoming is None else incoming
+        coordinates = max((len(c.data) for c in flattened(incoming) if c is not None), default=0) if kernels else 0
+        value = self.network.value(node)
+        elements = coordinates * (value.numel() if isinstance(value, Tensor) else 0)
+        worth_it = self.kernels.programs.is_worth_it(elements)
+        operation = self._operation(node, incoming, self.network.value, self._caches.setdefault(node, {}))
+        operation.kernels = self.kernels if worth_it else None
+        return operation
+
+    def in_trace(self, node: fx.Node, incoming: list, known: dict[fx.Node, Tensor], cache: dict) -> Operation:
+        """A node with those base values that are ``known`` to a trace, and others as they are."""
+        return self._operation(node, incoming, lambda a: known[a] if a in known else self.network.value(a), cache)
+
+    def _operation(self, node: fx.Node, incoming: list, value: Callable[[fx.Node], object], cache: dict) -> Operation:
+        module = self.module(node)
+
+        def run(args: tuple, kwargs: dict):
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return (module or node.target)(*args, **kwargs)
+
+        args, kwargs = (fx.map_arg(a, value) for a in (node.args, node.kwargs))
+        return Operation(run, args, kwargs, incoming, value(node), module, cache)
+
+    def travelling(self, change: Change) -> Change:
+        """In the type that a change of its kind travels in."""
+        return change.to(self.travel, self.dtype)
+
+    def normalises(self, node: fx.Node) -> bool:
+        """Whether an operation takes statistics of its input."""
+        rule = self.rule(node)
+        return rule.statistics is not None and rule.normalises(self.module(node))
+
+    def value(self, node: fx.Node, layout: Layout) -> Tensor:
+        """A base value as it lies beside changes."""
+        return self._laid_out(node, "value", layout, lambda: self.network.value(node))
+
+    def centred(self, node: fx.Node, layout: Layout) -> Tensor:
+        """A normalisation's input less its mean, as it lies beside changes."""
+        return self._laid_out(node, "centred", layout, lambda: self._statistics(node)[0])
+
+    def scale(self, node: fx.Node) -> Tensor:
+        """What a normalisation divides by."""
+        return self._statistics(node)[1]
+
+    def _statistics(self, node: fx.Node) -> tuple[Tensor, Tensor]:
+        return self.rule(node).statistics(self.at_hand(node))
+
+    def _laid_out(self, node: fx.Node, name: str, layout: Layout, make: Callable[[], Tensor]) -> Tensor:
+        cache, key = self._caches.setdefault(node, {}), (name, layout)
+        if key not in cache:
+            cache[key] = layout.of(make(), self.dtype, self.travel)
+        return cache[key]
+
+
+def _change_of(a, changes: Changes):
+    """The change of an argument, which may be a list. No closure: one that calls itself would keep all changes until gc runs."""
+    if isinstance(a, (list, tuple)):
+        return [_change_of(x, changes) for x in a] if any(isinstance(x, fx.Node) and x in changes for x in a) else None
+    return changes.get(a) if isinstance(a, fx.Node) else None

@@ -1,0 +1,142 @@
+"""What the engines over a network share: theta is moved in place, one query at a time, and put back; gradients are autograd's."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dzhpc.engines.pinned import Moment, Pinned, kept
+from dzhpc.errors import InputError
+from dzhpc.method.coordinates import ParameterIndex
+
+
+class NetworkEngine(ABC):
+    """See :class:`dzhpc.engines.protocol.WhiteBox`. Subclasses are abstract or final; these bind, cut, evaluate differences.
+
+    Wherever a loss is evaluated, buffers and random numbers are those that the base pass found. ``owner``: the number of the one
+    parameter that differs from the base, None where several may.
+    """
+
+    def __init__(self, index: ParameterIndex, model: object):
+        self.index = index
+        self.queries = 0
+        self._pinned = Pinned(model, index.device)
+        self._start: Moment | None = None  # as the base pass found buffers and random numbers
+        self._base: Tensor | None = None  # the loss at theta, a scalar; None where no batch is bound
+
+    def unbind(self) -> None:
+        """See :class:`dzhpc.engines.protocol.Engine`."""
+        self._base = None
+
+    @torch.no_grad()
+    def directional(self, directions: Iterable[Tensor], mu: float) -> Tensor:
+        """l(theta + mu u_i) - l(theta) for each direction u_i [d] of ``directions`` ([q, d] or any iterable) -> [q]."""
+        self._need_base()
+        values = []
+        with self._pinned.unchanged():
+            for u in directions:
+                with kept(self.index.parameters):
+                    for p, piece in zip(self.index.parameters, self.index.split(u).values(), strict=True):
+                        p.add_(piece.to(p), alpha=mu)
+                    values.append(self._query(None) - self._base)
+        return stacked(values, self.index)
+
+    def gradient(self) -> list[Tensor]:
+        """Autograd's gradient g of the bound loss, one tensor per parameter: the first-order baseline, no query."""
+        self._need_base()
+        with self._pinned.unchanged(), torch.enable_grad():
+            return self._grad(self._rewound_loss())
+
+    def hessian_gradient(self) -> list[Tensor]:
+        """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box)."""
+        self._need_base()
+        with self._pinned.unchanged(), torch.enable_grad():  # buffers may be put back only after the second pass has read them
+            gradient = self._grad(self._rewound_loss(), create_graph=True)
+            return self._grad(sum((g * g.detach()).sum() for g in gradient))
+
+    @abstractmethod
+    def _loss(self, owner: int | None) -> Tensor:
+        """The loss at the parameters as they are now, a scalar."""
+
+    @abstractmethod
+    def _loss_with_graph(self) -> Tensor:
+        """The loss at theta, a scalar, for autograd."""
+
+    def _begin(self) -> None:
+        """A base pass begins."""
+        self.unbind()
+        self._start = self._pinned.note()
+
+    def _bound(self, base: Tensor) -> float:
+        """The base pass is over."""
+        self.queries += 1
+        self._base = base
+        return float(base)
+
+    def _need_base(self) -> None:
+        if self._base is None:
+            raise InputError("no batch is bound: call engine.bind(inputs, targets) first")
+
+    def _one_by_one(self, coords: Iterable[int], mu: float) -> Tensor:
+        """l(theta + mu e_j) - l(theta), each coordinate really moved -> [n]."""
+        self._need_base()
+        elements = [self.index.element(j) for j in checked(coords)]
+        values = []
+        with self._pinned.unchanged():
+            for owner, element in elements:
+                with kept([element]):
+                    element.add_(mu)
+                    values.append(self._query(owner) - self._base)
+        return stacked(values, self.index)
+
+    def _by_chunks(self, coords: Iterable[int], evaluate: Callable[[np.ndarray], Tensor]) -> Tensor:
+        """``evaluate(chunk)`` [len(chunk)] for all chunks of the sorted coordinates -> [n], in the order of ``coords``."""
+        self._need_base()
+        coords = np.array(checked(coords), np.int64)
+        order = np.argsort(coords, kind="stable")
+        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
+        with self._pinned.unchanged():  # an operation without a rule runs as it is, its bookkeeping included
+            for chunk in self.cut(coords[order]):
+                where = order[chunk.start : chunk.stop]
+                out[torch.from_numpy(where).to(out.device)] = evaluate(coords[where]).to(out.dtype)
+        return out
+
+    def _query(self, owner: int | None) -> Tensor:
+        self.queries += 1
+        self._pinned.rewind(self._start)
+        return self._loss(owner)
+
+    def _rewound_loss(self) -> Tensor:
+        self._pinned.rewind(self._start)
+        return self._loss_with_graph()
+
+    def _grad(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
+        grads = torch.autograd.grad(value, self.index.parameters, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.index.parameters, strict=True)]
+
+
+def checked(coords: Iterable[int]) -> list[int]:
+    """Coordinates as integers. Raises InputError for anything else: a mask of booleans is not a list of indices."""
+    array = np.asarray(coords)
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"coordinates must be integers, found {array.dtype}")
+    return [int(j) for j in array]
+
+
+def stacked(values: list[Tensor], index: ParameterIndex) -> Tensor:
+    """Scalars as one vector [n] in the parameters' dtype."""
+    if not values:
+        return torch.zeros(0, dtype=index.dtype, device=index.device)
+    return torch.stack(values).reshape(len(values)).to(index.dtype)
+
+
+@contextmanager
+def untouched(inputs: Tensor, model: object) -> Iterator[None]:
+    """Raises InputError where the model overwrites its batch within."""
+    version = inputs._version
+    yield
+    if inputs._version != version:
+        raise InputError(f"{type(model).__name__} overwrites its input, so no second pass would see the same batch")

@@ -1,0 +1,95 @@
+"""In-place operations of a traced network, and tensors by keyword, rewritten.
+
+In-place operations would overwrite kept features, so they are replaced by their out-of-place forms, and later readers of the
+overwritten value read the result instead.
+"""
+
+import copy
+import inspect
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from dzhpc.errors import InputError
+
+OUT_OF_PLACE = {
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and_", "or_", "xor", "lshift", "rshift"]
+}
+
+
+def remove_in_place(module: fx.GraphModule, name: str, engine: str) -> None:
+    """Replace in-place operations; raise InputError for those that have no out-of-place form."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if not _make_out_of_place(module, node, name, engine):
+            continue
+        overwritten, seen = node.args[0], False
+        for later in graph.nodes:
+            if seen:
+                later.replace_input_with(overwritten, node)
+            seen = seen or later is node
+    graph.lint()
+    module.recompile()
+
+
+def take_by_position(module: fx.GraphModule) -> None:
+    """Tensors that a function written in Python takes by keyword become positional: readers find them at one place."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or all(a in _nodes_in(node.args) for a in node.all_input_nodes):
+            continue
+        try:
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        except (TypeError, ValueError):  # functions written in C++ have no signature
+            continue
+        bound.apply_defaults()
+        node.args, node.kwargs = bound.args, bound.kwargs
+    module.recompile()
+
+
+def _nodes_in(arguments: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
+
+
+def _is_state(node: object) -> bool:
+    """Whether a node is a buffer, or what an in-place method left of it."""
+    if not isinstance(node, fx.Node):
+        return False
+    return node.op == "get_attr" or (node.op == "call_method" and node.target.endswith("_") and _is_state(node.args[0]))
+
+
+def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str, engine: str) -> bool:
+    """Rewrite one node; True if it was in-place. A buffer may be overwritten: that is the network's own bookkeeping."""
+    if node.args and _is_state(node.args[0]):
+        return False
+    if node.op == "call_module":
+        leaf = module.get_submodule(node.target)
+        if not getattr(leaf, "inplace", False):
+            return False
+        leaf = copy.copy(leaf)  # shares parameters and buffers with the user's module, which stays as it is
+        leaf.inplace = False
+        module.set_submodule(node.target, leaf)
+        return True
+    if node.op == "call_function" and node.target in OUT_OF_PLACE:
+        node.target = OUT_OF_PLACE[node.target]
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.update_kwarg("inplace", False)
+        return True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    method = node.op == "call_method"
+    target = node.target if method else getattr(node.target, "__name__", "")
+    if target != "setitem" and "out" not in node.kwargs and (not target.endswith("_") or target.endswith("__")):
+        return False
+    homes = [Tensor] if method else [torch, torch.nn.functional]
+    plain = next((getattr(home, target[:-1]) for home in homes if callable(getattr(home, target[:-1], None))), None)
+    if plain is None or "out" in node.kwargs:
+        raise InputError(
+            f'{name} overwrites a tensor by {target} (node {node.name}), which engine "{engine}" cannot undo; use engine = "full"'
+        )
+    node.target = target[:-1] if method else plain
+    return True
