@@ -116,12 +116,12 @@ def test_the_query_gradient_is_that_of_a_white_box_copy(user, kind):
     answers, box = Answers("f", 4), BlackBox(lambda images: net(torch.from_numpy(images)).detach().numpy(), 7, numpy=True)
     clean = torch.rand(6, 3, 8, 8).double()
     targets = answers.probabilities(box(clean))
-    engine = make_engine(kind, model, ClassifierLoss(box, answers))
-    engine.bind(clean + 0.25 * torch.randn_like(clean), targets)
+    engine, noisy = make_engine(kind, model, ClassifierLoss(box, answers)), clean + 0.25 * torch.randn_like(clean)
+    engine.bind(noisy, targets)
     coords = np.random.default_rng(1).permutation(engine.index.size)[:200]
     estimate = dzhpc.cge(engine, coords, 1e-4)
     copy = ClassifierLoss(box, answers, net)
-    exact = torch.autograd.grad(copy(model(engine._inputs), targets), engine.index.parameters)
+    exact = torch.autograd.grad(copy(model(noisy), targets), engine.index.parameters)
     exact = engine.index.flatten(exact)[torch.from_numpy(coords)]
     user.NET.float()
     assert torch.cosine_similarity(estimate, exact, dim=0) > 0.999
