@@ -113,7 +113,7 @@ def main(world: World, args) -> int:
             path = method.job.path
             certificates.save(path, sorted((r for own in rows for r in own[i]), key=lambda r: r.idx), method.job.about)
             certificates.write_tsv(certificates.read(path), path.with_suffix(".tsv"))
-        print(certificates.write([method.job.path for method in methods], args.out))
+        print(certificates.write([method.job.path for method in methods], args.out)[0])
     for method in methods:
         method.own.unlink()
     return 0

@@ -7,8 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
+from dzhpc.config import paths
 from dzhpc.errors import InputError
 from dzhpc.job.launch import run_verb
+from dzhpc.job.log import show
 from dzhpc.job.world import World
 from dzhpc.training import benchmark, scaling
 
@@ -32,13 +34,13 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--repeats", type=int, default=5, help="interleaved repetitions")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    g.add_argument("--json", type=Path, help="write the figures here")
+    g.add_argument("--json", type=paths.option, help="write the figures here")
     s = kinds.add_parser("scaling", help="seconds a training step on several numbers of ranks")
     s.add_argument("input", help="TOML input file")
     s.add_argument("--ranks", default="1,2", help="numbers of ranks")
     s.add_argument("--steps", type=int, default=5, help="steps of each run; the first, which compiles, does not count")
     s.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
-    s.add_argument("--json", type=Path, help="write the figures here")
+    s.add_argument("--json", type=paths.option, help="write the figures here")
     return p
 
 
@@ -47,10 +49,14 @@ def main(world: World, args: argparse.Namespace) -> int:
     if world.size > 1:
         raise InputError("dzhpc.bench: start it without mpirun; `scaling` starts the ranks itself")
     rows, text = benchmark.gradient(args) if args.kind == "gradient" else scaling.scaling(args)
-    print(text)
+    show(text)
     if args.json:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        args.json.write_text(json.dumps({"options": options, "machine": benchmark.machine(), "rows": rows}, indent=1) + "\n")
+        found = json.dumps({"options": options, "machine": benchmark.machine(), "rows": rows}, indent=1)
+        try:
+            args.json.write_text(f"{found}\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{paths.shown(args.json)}: cannot be written ({error.strerror})") from None
     return 0
 
 

@@ -6,8 +6,8 @@ if __name__ == "__main__":
     guard()
 
 import argparse
-from pathlib import Path
 
+from dzhpc.config import paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start
 from dzhpc.job.world import World
@@ -20,10 +20,17 @@ def parser() -> argparse.ArgumentParser:
         "dzhpc.certify", description="Certify test images by randomized smoothing; go on where a record was left."
     )
     p.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="run folder, checkpoint or input file; several: one after the other"
+        "sources",
+        nargs="+",
+        type=paths.option,
+        metavar="SOURCE",
+        help="run folder, checkpoint or input file; several: one after the other",
     )
     p.add_argument(
-        "-o", "--out", type=Path, help="folder of the results, or LABEL.h5 (default: certify/ in the run folder, else here)"
+        "-o",
+        "--out",
+        type=paths.option,
+        help="folder of the results, or LABEL.h5 (default: certify/ in the run folder, else here)",
     )
     p.add_argument("--label", help="the method's name in files, table and plot (default: that of the source)")
     p.add_argument("--images", type=int, metavar="N", help="so many, spread evenly over the test set (default: all)")

@@ -7,8 +7,8 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-from pathlib import Path
 
+from dzhpc.config import paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.shared_work import split
@@ -25,10 +25,18 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "dzhpc.evaluate", description="Mean errors of corrected solvers over the test simulations, and those of the solver alone."
     )
-    p.add_argument("sources", nargs="+", metavar="RUN", help="run folder, checkpoint, or input file (SRC, the user's modules)")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    p.add_argument(
+        "sources",
+        nargs="+",
+        type=paths.option,
+        metavar="RUN",
+        help="run folder, checkpoint, or input file (SRC, the user's modules)",
+    )
+    p.add_argument("-o", "--out", type=paths.option, required=True, metavar="DIR", help="folder of the results")
     p.add_argument("--steps", help="mean errors over so many steps (default: 100,500, or what the reference has)")
-    p.add_argument("--data-root", metavar="DIR", help="where the reference file lies (default: the input's data.root)")
+    p.add_argument(
+        "--data-root", type=paths.option, metavar="DIR", help="where the reference file lies (default: the input's data.root)"
+    )
     p.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="draw the animation (default: yes)")
     p.add_argument("--quiet", action="store_true", help="warnings and errors only")
     return p

@@ -7,8 +7,10 @@ network access, before the job: nothing is downloaded inside a run. One file ins
 import argparse
 from pathlib import Path
 
+from dzhpc.config import paths
 from dzhpc.data import fetching
 from dzhpc.job.launch import run_verb
+from dzhpc.job.log import show
 from dzhpc.job.world import World
 
 
@@ -16,11 +18,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("dzhpc.fetch", description="Download or pack a data set into ROOT/NAME.h5.")
     p.add_argument("name", help="cifar10, or any name for an image folder given by --from")
-    p.add_argument("--root", type=Path, default=Path("data"), help="where data sets lie (default: data)")
+    p.add_argument("--root", type=paths.option, default=Path("data"), help="where data sets lie (default: data)")
     p.add_argument(
         "--from",
         dest="folder",
-        type=Path,
+        type=paths.option,
         help="pack this folder: cifar-10-batches-py or its parent, or train/ and val/ with images",
     )
     p.add_argument("--size", type=int, help="image folder: pixels of a side after resizing and centre-cropping")
@@ -32,7 +34,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
     path = world.on_root(lambda: fetching.fetch(**vars(args)))
     if world.is_root:
-        print(f"written: {path}")
+        show(f"written: {paths.shown(path)}")
     return 0
 
 

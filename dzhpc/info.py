@@ -1,11 +1,25 @@
-"""Verb: ranks, hosts, devices, libraries (under mpirun); what an .h5 file of ours holds; every key of an input file."""
+"""Verb: ranks, hosts, devices, libraries (under mpirun); what an .h5 file of ours holds; every key of an input file.
+
+For job scripts: ``python -m dzhpc.info setting INPUT KEY[,KEY...] -- ARGUMENTS`` prints the values that a run would see.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    if sys.argv[1:2] == ["setting"]:  # before torch loads, which takes seconds
+        from dzhpc.config.setting import main as print_setting
+
+        sys.exit(print_setting(sys.argv[2:]))
 
 import argparse
 
 from dzhpc import config as configuration
+from dzhpc.config import paths
+from dzhpc.config.setting import USAGE
 from dzhpc.files import h5
 from dzhpc.job.inventory import inventory
 from dzhpc.job.launch import run_verb
+from dzhpc.job.log import show
 from dzhpc.job.world import World
 
 
@@ -15,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "what", nargs="?", metavar="FILE|keys", help="an .h5 file written by dzhpc, or the word keys; nothing: this job"
     )
+    p.epilog = f"{USAGE} prints the values that a run with these arguments would see, a line a key."
     return p
 
 
@@ -23,9 +38,9 @@ def main(world: World, args: argparse.Namespace) -> int:
     if args.what is None:
         text = inventory(world)
     else:
-        text = world.on_root(keys if args.what == "keys" else lambda: h5.describe(args.what))
+        text = world.on_root(keys if args.what == "keys" else lambda: h5.describe(paths.absolute(args.what)))
     if world.is_root:
-        print(text)
+        show(text)
     return 0
 
 

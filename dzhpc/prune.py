@@ -6,9 +6,9 @@ if __name__ == "__main__":  # before torch loads, which takes seconds: a rank ma
     process.die_with_launcher()
 
 import argparse
-from pathlib import Path
 
 from dzhpc import config as configuration
+from dzhpc.config import paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.world import World
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "dzhpc.prune", description="Score the initial weights by queries; write layer-wise pruning ratios (LPR)."
     )
     p.add_argument("input", help="TOML input file; its [sparsity] section says how")
-    p.add_argument("-o", "--out", required=True, type=Path, help="the LPR file, for sparsity.lpr")
+    p.add_argument("-o", "--out", required=True, type=paths.option, help="the LPR file, for sparsity.lpr")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
     return p
 

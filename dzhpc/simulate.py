@@ -6,9 +6,9 @@ if __name__ == "__main__":
     guard()
 
 import argparse
-from pathlib import Path
 
 from dzhpc import config as configuration
+from dzhpc.config import paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, stopped, survey
 from dzhpc.job.world import World
@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         "dzhpc.simulate", description="Run the fine solver for all parameters of [task]; go on where a file was left."
     )
     p.add_argument("input", help='TOML input file of a task.kind = "sol"')
-    p.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the reference file, NAME.h5 for data.name")
+    p.add_argument(
+        "-o", "--out", required=True, type=paths.option, metavar="FILE", help="the reference file, NAME.h5 for data.name"
+    )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
     p.add_argument("--quiet", action="store_true", help="warnings and errors only")
     return p

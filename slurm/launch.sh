@@ -67,7 +67,8 @@ need_input() {
         echo "$root: no CIFAR-10 there (cifar10.h5); get it on a node with network access: python -m dzhpc.fetch cifar10 --root $root" >&2
         exit 2
     fi
-    if [ -n "${values[2]}" ] && [ ! -e "${values[2]}" ]; then
+    # A restart needs no starting weights: the checkpoint has them, and the file may be gone.
+    if [ -n "${values[2]}" ] && [ ! -e "${values[2]}" ] && ! compgen -G "$(run_folder "$@")/checkpoints/step-*.h5" > /dev/null; then
         echo "${values[2]}: no such file, but model.weights names it; give a checkpoint of an earlier run: --set model.weights=FILE" >&2
         exit 2
     fi
@@ -79,8 +80,14 @@ need_input() {
 
 # run_folder ARGUMENTS...: where a run of $INPUT with these arguments lies.
 run_folder() {
+    local word before="" given=""
+    for word in "$@"; do
+        if [ "$before" = --run-dir ]; then given=$word; fi
+        case $word in --run-dir=*) given=${word#*=} ;; esac
+        before=$word
+    done
     settings run.dir,run.name "$@"
-    echo "${values[0]}/${values[1]}"
+    echo "${given:-${values[0]}/${values[1]}}"
 }
 
 # chain SCRIPT "STAGES" ARGUMENTS...: submit a job for each stage, each of which waits until the one before has succeeded.

@@ -3,12 +3,24 @@
 Precedence: defaults < file < ``--set KEY=VALUE``. The defaults are those of ``inputs/resnet20.toml``.
 """
 
-from dzhpc.config.input import Config, frozen_changes, known_keys, load, parse, parse_written, tables
+from dzhpc.config.input import (
+    FREE,
+    PATHS,
+    Config,
+    frozen_changes,
+    known_keys,
+    load,
+    parse,
+    parse_written,
+    path_of,
+    tables,
+    value_of,
+)
 from dzhpc.config.names import import_object, is_function
 from dzhpc.config.sections import Data, Model, Optim, Run, Zo
 from dzhpc.config.tasks import SolKeys
 
 __all__ = [
-    "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "frozen_changes", "import_object", "is_function", "known_keys",
-    "load", "parse", "parse_written", "tables",
+    "FREE", "PATHS", "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "frozen_changes", "import_object", "is_function",
+    "known_keys", "load", "parse", "parse_written", "path_of", "tables", "value_of",
 ]  # fmt: skip

@@ -10,12 +10,15 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from dzhpc.config import tasks
+from dzhpc.config import paths, tasks
+from dzhpc.config.names import is_function
 from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Section, Sparsity, Stop, Zo
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
 FREE = ("data.root", "task.retries", "task.max_queries")
+FIRST_START = ("model.weights", "sparsity.lpr")  # files that only the start from nothing reads: a checkpoint has what they held
+PATHS = ("run.dir", "data.root", "data.path", "task.classifier", *FIRST_START)
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
     "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
     "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",
@@ -47,7 +50,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises InputError with file, key, value found and what was expected.
     """
-    source = str(path) if path else "defaults"
+    source = paths.shown(path) if path else "defaults"
     table = _read(Path(path)) if path else {}
     given, from_command_line = copy.deepcopy(table.get("task", {})), set()
     for text in overrides or []:
@@ -57,15 +60,47 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
         section, name = key.strip().split(".")
         if not isinstance(table.setdefault(section, {}), dict):
             raise InputError(f"{source}: {section} must be a [section]")
-        table[section][name] = _value(value.strip())
+        table[section][name] = _value(value.strip(), _is_text(section, name))
         from_command_line.add((section, name))
     for name in tasks.idle(given, table["task"]) if isinstance(given, dict) and "task" in table else []:
         if ("task", name) not in from_command_line:
             del table["task"][name]
     config = parse(table, source, from_command_line)
     if config.run.name is None:
-        config.run.name = Path(path).stem if path else config.model.name
+        name = Path(path).stem if path else config.model.name
+        config.run.name = name.encode(errors="backslashreplace").decode()
+    _check_text(config, source)
     return config
+
+
+def path_of(config: Config, key: str) -> Path | None:
+    """The file or folder that a key of PATHS names, as an absolute path; None where it names none. Raises InputError."""
+    value = value_of(config, key)
+    if not value or (key == "task.classifier" and is_function(value)):
+        return None
+    return paths.absolute(value, f'{key} = "{value}"')
+
+
+def value_of(config: Config, key: str) -> Any:
+    """What a config has for SECTION.KEY; None where its [task] or [model] has no such key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name, None)
+
+
+def _check_text(config: Config, source: str) -> None:
+    """Raise InputError for text that no file could hold, names that are none, and paths that cannot be expanded."""
+    for key, value in _flatten(config).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{source}: {key} = {value!r}: is no UTF-8 text; rename the file, or set your locale to it"
+            ) from None
+    parts = Path(config.run.name).parts
+    if not parts or ".." in parts or config.run.name.startswith("/") or "\0" in config.run.name:
+        raise InputError(f"{source}: run.name = {config.run.name!r}: expected the name of a folder below run.dir")
+    for key in PATHS:
+        path_of(config, key)
 
 
 def parse(table: dict[str, Any], source: str, from_command_line: set | frozenset = frozenset()) -> Config:
@@ -101,18 +136,28 @@ def parse_written(text: str, source: str) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML input file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+        raise InputError(f"{paths.shown(path)}: cannot be read ({error.strerror}); give the path of a TOML input file") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets in brackets in brackets ...
+        raise InputError(f"{paths.shown(path)}: not valid TOML: {error}") from None
 
 
-def _value(text: str) -> Any:
+def _value(text: str, is_text: bool) -> Any:
+    """A value of the command line: TOML, or a bare string; for a key that takes text, all but a quoted string is bare."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
         return text
+    return text if is_text and not isinstance(value, str) else value
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Whether a key takes any text, so that 42 and 2024-05-01 may be names."""
+    if name == "kind":
+        return False
+    fields = (keys.model_fields.get(name) for _, own, keys in tables() if own == section)
+    return any(field is not None and field.annotation in (str, str | None) for field in fields)
 
 
 def _place(error: dict[str, Any]) -> tuple[str, ...]:
@@ -134,6 +179,8 @@ def _explain(error: dict[str, Any], place: tuple[str, ...], table: dict[str, Any
         return f"unknown key {key}{_suggestion(key)} (`python -m dzhpc.info keys` lists every key)"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     found = error["input"]
+    if error["type"] == "string_type" and not isinstance(found, (dict, list)):
+        expected = f'{expected}; put it into quotes: "{found}"'
     return f"{key} = {found!r}: expected {expected}" if not isinstance(found, dict) else f"{key}: expected {expected}"
 
 
@@ -171,10 +218,10 @@ def known_keys() -> Iterator[tuple[str, Any, str]]:
             yield f"{section}.{name}", field.default, field.description or ""
 
 
-def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of frozen keys that differ; those must not change on restart."""
+def frozen_changes(old: Config, new: Config, free: tuple[str, ...] = (*FREE, *FIRST_START)) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of frozen keys that differ, but for ``free`` ones; those must not change on restart."""
     a, b = _flatten(old), _flatten(new)
-    frozen = (key for key in [*a, *(set(b) - set(a))] if key.startswith(FROZEN) and key not in FREE)
+    frozen = (key for key in [*a, *(set(b) - set(a))] if key.startswith(FROZEN) and key not in free)
     return [(key, a.get(key), b.get(key)) for key in frozen if a.get(key) != b.get(key)]
 
 

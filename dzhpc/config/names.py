@@ -2,9 +2,9 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
+from dzhpc.config import paths
 from dzhpc.errors import InputError
 
 
@@ -15,15 +15,15 @@ def is_function(name: str) -> bool:
 
 
 def import_object(name: str, key: str) -> Any:
-    """The object behind ``package.module:Name``, looked up on sys.path and in the working directory.
+    """The object behind ``package.module:Name``, looked up on sys.path and in the folder where the program was started.
 
     Raises InputError that names ``key`` if the module or the name does not exist.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise InputError(f'{key} = "{name}": expected "package.module:Name"')
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    if "" not in sys.path and str(paths.started()) not in sys.path:
+        sys.path.insert(0, str(paths.started()))
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError) as error:

@@ -18,8 +18,11 @@ def _seconds(value: Any) -> Any:
         return value.hour * 3600.0 + value.minute * 60 + value.second
     if isinstance(value, str) and value.count(":") in (1, 2) and all(part.isdigit() for part in value.split(":")):
         hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in value.split(":")])[-3:]
-        return hours * 3600.0 + minutes * 60 + seconds
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        value = hours * 3600 + minutes * 60 + seconds
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError:
+        return float("inf")
 
 
 def _estimator(value: str) -> str:
@@ -29,9 +32,15 @@ def _estimator(value: str) -> str:
     raise PydanticCustomError("estimator", f"Input should be {names} or 'package.module:Class'")
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+LARGEST = 2**31 - 1  # of what is counted at once: more fits no array
+MANY = 2**53  # of what is counted over a run: metrics.h5 holds it exactly
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Total = Annotated[int, Field(ge=1, le=MANY)]
+Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
 
 
 class Section(BaseModel):
@@ -49,8 +58,8 @@ class Run(Section):
 
     name: str | None = Field(None, description="the run folder's name; None: the input file's name")
     dir: str = Field("runs", description="the folder in which run folders lie")
-    seed: int = Field(0, ge=0, description="every random number is a function of (seed, purpose, step)")
-    threads: Count = Field(1, description="CPU threads per rank; bits may differ between thread counts")
+    seed: int = Field(0, ge=0, lt=2**63, description="every random number is a function of (seed, purpose, step)")
+    threads: int = Field(1, ge=1, le=4096, description="CPU threads per rank; bits may differ between thread counts")
     share_gpu: bool = Field(False, description="let several ranks use one GPU; otherwise that is an error")
     mixed_nodes: bool = Field(False, description="let ranks differ in processor type or compiler, and so in bits; else an error")
     deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
@@ -84,21 +93,15 @@ class Data(Section):
     )
     root: str | None = Field(None, description="the folder that holds <name>.h5 or <name>/; free on restart")
     path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
-    image_size: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="imagefolder: resize and centre-crop to this many pixels"
-    )
+    image_size: Pixels | None = Field(None, description="imagefolder: resize and centre-crop to this many pixels")
     batch_size: Count = Field(512, description="images (sol: windows) per step; every rank sees the same batch")
-    train_limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="train on a random subset of this many images (sol: windows)"
-    )
-    test_limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="evaluate on this many images, evenly spaced over the test set"
-    )
+    train_limit: Count | None = Field(None, description="train on a random subset of this many images (sol: windows)")
+    test_limit: Count | None = Field(None, description="evaluate on this many images, evenly spaced over the test set")
     augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
-    mean: list[float] | None = Field(
+    mean: list[Finite] | None = Field(
         None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own"
     )
-    std: list[float] | None = Field(None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own")
+    std: list[Positive] | None = Field(None, description="see mean")
 
 
 class Zo(Section):
@@ -113,14 +116,12 @@ class Zo(Section):
         "delta", description="how differences are evaluated; objectives have their own"
     )
     mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
-    q: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="rge: directions per step; None: the number of active coordinates"
-    )
+    q: Count | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
     )
-    memory_mb: Positive | None = Field(
+    memory_mb: Annotated[Positive, Field(le=1e9)] | None = Field(
         None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
     )
 
@@ -151,7 +152,7 @@ class Sparsity(Section):
         "weights", description="conv and linear weights only (others stay active), or every parameter"
     )
     redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
-    redraw_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="draw a new S every so many steps instead")
+    redraw_steps: Count | None = Field(None, description="draw a new S every so many steps instead")
     q: Count = Field(192, description="zo-grasp: directions per RGE")
     lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
 
@@ -169,11 +170,11 @@ class Optim(Section):
     name: Literal["sgd", "adam"] = Field("sgd", description="torch.optim.SGD or Adam")
     lr: Positive = Field(0.1, description="the peak learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(5e-4, description="L2, added to the gradient")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(5e-4, description="L2, added to the gradient")
     nesterov: bool = Field(False, description="sgd")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(3.0, description="linear from 0 to lr")
-    milestones: list[float] = Field([], description="step: the epochs at which lr is multiplied by gamma")
+    warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")
+    milestones: list[Epochs] = Field([], description="step: the epochs at which lr is multiplied by gamma")
     gamma: Positive = Field(0.1, description="step: see milestones")
 
     def conflicts(self, config) -> Iterator[str]:
@@ -187,9 +188,11 @@ class Optim(Section):
 class Stop(Section):
     """When the run ends."""
 
-    epochs: Positive = Field(50.0, description="the length of the run and of its schedule (an objective's epoch is one step)")
-    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="end early at this step; the schedule is unaltered")
-    queries: Annotated[int, Field(ge=1)] | None = Field(None, description="end after the step that reaches this many queries")
+    epochs: Annotated[Epochs, Field(gt=0)] = Field(
+        50.0, description="the length of the run and of its schedule (an objective's epoch is one step)"
+    )
+    steps: Total | None = Field(None, description="end early at this step; the schedule is unaltered")
+    queries: Total | None = Field(None, description="end after the step that reaches this many queries")
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="end when an evaluation reaches it")
     walltime: Seconds | None = Field(None, description="stop (exit 75) this long after training began, in seconds or H:MM:SS")
 
@@ -197,9 +200,9 @@ class Stop(Section):
 class Checkpoint(Section):
     """When the state is written; a final checkpoint always is."""
 
-    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="write every so many steps")
+    every_steps: Count | None = Field(None, description="write every so many steps")
     every_minutes: Positive = Field(10.0, description="write when the last one is this old")
-    keep: Annotated[int, Field(ge=2)] = Field(3, description="how many of the newest files stay")
+    keep: Annotated[int, Field(ge=2, le=LARGEST)] = Field(3, description="how many of the newest files stay")
     on_full: Literal["stop", "continue"] = Field(
         "stop", description="a checkpoint that cannot be written (disk full) ends the run (exit 3), or is left out with a warning"
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
-from dzhpc.config.sections import Count, Positive, Section
+from dzhpc.config.sections import LARGEST, Count, Finite, Pixels, Positive, Section, Total
 
 OWN = "package.module:Class"
 MAX_QUERIES = Field(None, description="end the run (exit 0) before what would ask the black box more often than this")
@@ -35,8 +35,10 @@ class BlackBoxKeys(TaskKeys):
     """What the kinds have that ask a black box."""
 
     batch_limit: Count = Field(1024, description="the most thetas, images or states in one call")
-    retries: int = Field(3, ge=0, description="ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)")
-    max_queries: Annotated[int, Field(ge=1)] | None = MAX_QUERIES
+    retries: int = Field(
+        3, ge=0, le=LARGEST, description="ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
+    )
+    max_queries: Total | None = MAX_QUERIES
 
 
 class ClassificationKeys(TaskKeys):
@@ -74,10 +76,10 @@ class DefenseKeys(BlackBoxKeys):
         "[N, K]; or a checkpoint, a run folder (its newest), a torch state_dict",
     )
     classifier_model: str | None = Field(None, description="the network of a torch state_dict, as in model.name")
-    classifier_mean: list[float] | None = Field(
+    classifier_mean: list[Finite] | None = Field(
         None, description="normalisation inside a classifier from a file; None: the data set's own"
     )
-    classifier_std: list[float] | None = Field(None, description="see classifier_mean")
+    classifier_std: list[Positive] | None = Field(None, description="see classifier_mean")
     sigma: Positive = Field(0.25, description="the standard deviation of the noise, for pixels in [0, 1]")
     loss: Literal["classifier", "mse"] = Field(
         "classifier",
@@ -104,16 +106,16 @@ class SolKeys(BlackBoxKeys):
         '"package.module:function", numpy states [N, ...] and parameters [N] -> the next states',
     )
     unroll: Count = Field(16, description="steps of corrected solver in the loss (A3); 1: pre-generated pairs (NON)")
-    resolution: Count = Field(32, description="wake: cells across the coarse solver's domain, twice as many along")
-    factor: Count = Field(4, description="wake: how many times finer the reference is")
+    resolution: Pixels = Field(32, description="wake: cells across the coarse solver's domain, twice as many along")
+    factor: Pixels = Field(4, description="wake: how many times finer the reference is")
     radius: Positive = Field(10.0, description="wake: of the rod, in a domain of 100 x 200")
-    frames: Annotated[int, Field(ge=2)] = Field(500, description="simulate: the last so many states are kept")
-    warm_up: int = Field(1000, ge=0, description="simulate: states before those that are kept")
-    train_parameters: list[float] = Field(
+    frames: Annotated[int, Field(ge=2, le=LARGEST)] = Field(500, description="simulate: the last so many states are kept")
+    warm_up: int = Field(1000, ge=0, le=LARGEST, description="simulate: states before those that are kept")
+    train_parameters: list[Finite] = Field(
         [160e3 * 2**i for i in range(6)], description="simulate: the training simulations'; the wake's is 1e4 / viscosity"
     )
-    valid_parameters: list[float] = Field([640e3 * 2**0.5], description="simulate: of those that choose the model")
-    test_parameters: list[float] = Field([240e3 * 2**i for i in range(5)], description="simulate: the test simulations'")
+    valid_parameters: list[Finite] = Field([640e3 * 2**0.5], description="simulate: of those that choose the model")
+    test_parameters: list[Finite] = Field([240e3 * 2**i for i in range(5)], description="simulate: the test simulations'")
     reference: str | None = Field(
         None,
         description='simulate: "package.module:function", parameter -> the reference states [warm_up + frames, ...] for an own '
@@ -137,7 +139,7 @@ class OwnKeys(TaskKeys):
 
     model_config = ConfigDict(extra="allow", strict=True)
     kind: str = Field(OWN, description="a class derived from dzhpc.tasks.Task; further keys are its constructor's arguments")
-    max_queries: Annotated[int, Field(ge=1)] | None = MAX_QUERIES
+    max_queries: Total | None = MAX_QUERIES
 
     def conflicts(self, config) -> Iterator[str]:
         """What an own class can do, it knows itself."""

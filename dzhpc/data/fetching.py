@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from urllib.error import URLError
 
+from dzhpc.config.paths import shown
 from dzhpc.data import packed
 from dzhpc.data.dataset import DataSet
 from dzhpc.data.images import cifar10_from, imagefolder_from
@@ -24,13 +25,13 @@ def fetch(name: str, root: Path, folder: Path | None = None, size: int | None = 
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{root}: cannot be made ({error.strerror})") from None
+        raise InputError(f"{shown(root)}: cannot be made ({error.strerror})") from None
     if name == "cifar10":
         data_set = _cifar10(root, folder, url)
     elif folder is None:
         raise InputError(f"{name}: only cifar10 can be downloaded; pack an image folder with --from FOLDER --size PIXELS")
     elif size is None or size < 1:
-        raise InputError(f"--size: needed to pack {folder}, the pixels of a side after resizing")
+        raise InputError(f"--size: needed to pack {shown(folder)}, the pixels of a side after resizing")
     else:
         data_set = imagefolder_from(folder, size)
     packed.save(path, data_set)

@@ -17,6 +17,9 @@ def save(path: Path, data_set: DataSet) -> None:
     Raises InputError if it cannot be written; then the old file, if any, is whole.
     """
 
+    if path.exists() and not (path.is_file() and h5.is_ours(path)):
+        raise InputError(f"{path}: was not written by dzhpc and would be lost; move it, or choose another name")
+
     def fill(file: h5.File) -> None:
         mean, std = (np.asarray(values, float) for values in (data_set.mean, data_set.std))
         file.attrs.update(mean=mean, std=std, classes=data_set.classes)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dzhpc import config as configuration
+from dzhpc.config import paths
 from dzhpc.data import packed
 from dzhpc.data.dataset import DataSet, Split, make_data_set
 from dzhpc.data.images import cifar10_from, imagefolder_from
@@ -47,7 +48,14 @@ def load(section: configuration.Data, seed: int) -> DataSet:
 
 def root_of(section: configuration.Data) -> Path:
     """Where data sets lie."""
-    return Path(section.root or os.environ.get("DZHPC_DATA") or "data")
+    if section.root:
+        return paths.absolute(section.root, f'data.root = "{section.root}"')
+    return paths.absolute(os.environ.get("DZHPC_DATA") or "data", "DZHPC_DATA")
+
+
+def _given(section: configuration.Data) -> Path:
+    """The folder or file of data.path below the root, or the root."""
+    return root_of(section) / paths.expanded(section.path or "", f'data.path = "{section.path}"')
 
 
 def _digits(section: configuration.Data) -> DataSet:
@@ -65,15 +73,15 @@ def _cifar10(section: configuration.Data) -> DataSet:
     root = root_of(section)
     if (root / "cifar10.h5").exists():
         return packed.load(root / "cifar10.h5")
-    fetch = f"get it with `python -m dzhpc.fetch cifar10 --root {root}`"
+    fetch = f"get it with `python -m dzhpc.fetch cifar10 --root {paths.shown(root)}`"
     if not (root / "cifar10").is_dir():
-        raise InputError(f"data.name = cifar10: neither {root / 'cifar10.h5'} nor {root / 'cifar10'} exists; {fetch}")
+        raise InputError(f"{paths.shown(root)}: holds neither cifar10.h5 nor cifar10/; {fetch}")
     return cifar10_from(root / "cifar10", fetch)
 
 
 def _imagefolder(section: configuration.Data) -> DataSet:
     """``train/<class>/*`` and ``val/`` or ``test/`` in the same layout, resized and centre-cropped."""
-    folder = root_of(section) / (section.path or "")
+    folder = _given(section)
     if not (folder / "train").is_dir() and not section.path:
         folder = folder / "imagefolder"
     if section.image_size is None:
@@ -82,7 +90,7 @@ def _imagefolder(section: configuration.Data) -> DataSet:
 
 
 def _packed(section: configuration.Data) -> DataSet:
-    path = root_of(section) / (section.path or "")
+    path = _given(section)
     return packed.load(path if section.path or path.is_file() else path / "packed.h5")
 
 

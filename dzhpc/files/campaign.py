@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dzhpc.errors import InputError
+from dzhpc.files.drawing import cell
 from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import lock
@@ -74,7 +75,7 @@ def table(runs: list[Member]) -> str:
         accuracy = "" if math.isnan(m.accuracy) else f"{100 * m.accuracy:.2f} %"
         reason = " ".join(m.reason.replace("|", "/").split())
         numbers = f"{m.step} | {m.epoch:.2f} | {accuracy} | {m.gpu_hours:.2f} | {m.rank_hours:.2f}"
-        rows.append(f"| {m.name} | {m.state} | {reason} | {numbers} |")
+        rows.append(f"| {cell(m.name)} | {m.state} | {reason} | {numbers} |")
     counts = [f"{sum(m.state == state for m in runs)} {state}" for state in STATES]
     return "\n".join(rows) + f"\n\n{len(runs)} runs: {', '.join(counts)}"
 

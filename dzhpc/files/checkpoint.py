@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from dzhpc import config as configuration
+from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.lpr import get_lpr, put_lpr
@@ -87,6 +88,6 @@ def load_checkpoint(path: str | Path) -> State:
 def config_of(state: State, source: str) -> configuration.Config:
     """The input that a checkpoint was written with. Raises CheckpointError if this program does not understand it."""
     try:
-        return configuration.parse_written(state.config, source)
+        return configuration.parse_written(state.config, shown(source))
     except InputError as error:
         raise CheckpointError(f"{error}; it was written by another version of dzhpc") from None

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
-from dzhpc.files import campaign
+from dzhpc.files import campaign, drawing, owned
 from dzhpc.files.metrics import load_columns
+from dzhpc.files.runfolder import REPORT
 from dzhpc.job.log import duration
 
 
@@ -48,14 +50,14 @@ def table(runs: list[Curves]) -> str:
     for run in runs:
         t, e = run.train, run.eval
         if not len(t["step"]):
-            rows.append(f"| {run.name} | 0 | | | | | | | |")
+            rows.append(f"| {drawing.cell(run.name)} | 0 | | | | | | | |")
             continue
         tail = float(np.mean(t["loss"][-max(1, len(t["loss"]) // 10) :]))
         loss = f"{e['loss'][-1]:.4g}" if len(e["loss"]) else ""
         known = len(e["accuracy"]) and not math.isnan(e["accuracy"][-1])
         last, best = (f"{100 * f(e['accuracy']):.2f} %" if known else "" for f in (lambda a: a[-1], np.nanmax))
         rows.append(
-            f"| {run.name} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} "
+            f"| {drawing.cell(run.name)} | {int(t['step'][-1])} | {t['epoch'][-1]:.2f} | {int(t['queries'][-1]):,} | {tail:.4g} "
             f"| {loss} | {last} | {best} | {duration(run.seconds[-1])} |"
         )
     return "\n".join(rows)
@@ -68,10 +70,7 @@ def longest(runs: list[Curves]) -> float:
 
 def plot(runs: list[Curves], path: Path) -> None:
     """Loss and accuracy against epoch, queries and wall time; several runs overlaid."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = drawing.pyplot()
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     with_accuracy = any(np.isfinite(run.eval["accuracy"]).any() for run in runs)
@@ -84,10 +83,20 @@ def plot(runs: list[Curves], path: Path) -> None:
             color, steps = f"C{n}", run.eval["step"]
             axes[0, k].plot(run.at(axis, run.train["step"]) / scale, run.train["loss"], color=color, lw=0.6, alpha=0.5)
             axes[0, k].plot(
-                run.at(axis, steps) / scale, run.eval["loss"], color=color, marker="." if len(steps) < 60 else "", label=run.name
+                run.at(axis, steps) / scale,
+                run.eval["loss"],
+                color=color,
+                marker="." if len(steps) < 60 else "",
+                label=drawing.plain(run.name),
             )
             if with_accuracy:
-                axes[1, k].plot(run.at(axis, steps) / scale, 100 * run.eval["accuracy"], color=color, marker=".", label=run.name)
+                axes[1, k].plot(
+                    run.at(axis, steps) / scale,
+                    100 * run.eval["accuracy"],
+                    color=color,
+                    marker=".",
+                    label=drawing.plain(run.name),
+                )
         for row in range(rows):
             axes[row, k].set_xlabel(label)
             axes[row, k].tick_params(labelbottom=True)
@@ -107,16 +116,15 @@ def plot(runs: list[Curves], path: Path) -> None:
     plt.close(figure)
 
 
-def write(folders: list[Path], out: Path) -> str:
-    """Write ``report.md`` and ``curves.png``; the table. Raises InputError."""
+def write(folders: list[Path], out: Path) -> tuple[str, list[Path]]:
+    """Write ``report.md`` and ``curves.png``; the table, and the files. Raises InputError."""
     runs = [read(Path(folder)) for folder in folders]
     text = table(runs)
-    _write(out, ", ".join(run.name for run in runs), text, runs)
-    return text
+    return text, _write(out, ", ".join(run.name for run in runs), text, runs)
 
 
-def write_campaign(folder: Path, out: Path) -> str:
-    """Write ``report.md`` and ``curves.png`` of all runs at or below a folder; the table of their states. Raises InputError."""
+def write_campaign(folder: Path, out: Path) -> tuple[str, list[Path]]:
+    """The same of all runs at or below a folder; the table of their states, and the files. Raises InputError."""
     members, runs = campaign.members(folder), []
     for member in members:
         if member.step:
@@ -124,15 +132,16 @@ def write_campaign(folder: Path, out: Path) -> str:
             runs.append(read(path if path.is_dir() else folder))
             runs[-1].name = member.name
     text = campaign.table(members)
-    _write(out, f"Campaign {folder}", text, runs)
-    return text
+    return text, _write(out, f"Campaign {shown(folder)}", text, runs)
 
 
-def _write(out: Path, title: str, text: str, runs: list[Curves]) -> None:
+def _write(out: Path, title: str, text: str, runs: list[Curves]) -> list[Path]:
+    trained = [run for run in runs if len(run.train["step"])]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(f"# {title}\n\n{text}\n\n![loss and accuracy](curves.png)\n")
-        if any(len(run.train["step"]) for run in runs):
-            plot([run for run in runs if len(run.train["step"])], out / "curves.png")
+        report, picture = owned.places(out, ("report.md", "curves.png"), lambda path: owned.holds(path, REPORT))
+        content = f"# {' '.join(title.split())}\n\n{text}\n\n{REPORT}{picture.name})\n"
+        report.write_text(content, encoding="utf-8", errors="backslashreplace")
+        return [report, *([picture] if trained and drawing.drawn(lambda: plot(trained, picture)) else [])]
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror or error})") from None

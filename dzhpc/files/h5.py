@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from h5py import Dataset, File, Group
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import DzhpcError, InputError
 
 VERSION = 1
 BLOCK = 512
 MAGIC = b"dzhpc sha256 "
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the size of an element
 
 
 def write(path: Path, kind: str, fill: Callable[[File], None], error: type[DzhpcError]) -> None:
@@ -32,7 +35,10 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
     with File(image, "w", userblock_size=BLOCK) as file:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         file.attrs.update(format=kind, format_version=VERSION, creator="dzhpc", created=now)
-        fill(file)
+        try:
+            fill(file)
+        except UnicodeEncodeError as failure:
+            raise error(f"{shown(path)}: cannot hold the name {failure.object!r}, which is no UTF-8 text; rename it") from None
         file.attrs["complete"] = True
     content = image.getbuffer()[BLOCK:]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -47,7 +53,9 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
         os.fsync(folder)
         os.close(folder)
     except OSError as failure:
-        raise error(f"{path}: cannot be written ({failure.strerror or failure}); free space, or choose another folder") from None
+        raise error(
+            f"{shown(path)}: cannot be written ({failure.strerror or failure}); free space, or choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -60,18 +68,18 @@ def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[Fi
         with open(path, "rb") as file:
             block = file.read(BLOCK)
         if not block.startswith(MAGIC):
-            raise error(f"{path}: not a file written by dzhpc, or its beginning is damaged")
+            raise error(f"{shown(path)}: not a file written by dzhpc, or its beginning is damaged")
         if _digest(path).encode() != block[len(MAGIC) : len(MAGIC) + 64]:
-            raise error(f"{path}: damaged (its SHA-256 does not match): cut short or altered after it was written")
+            raise error(f"{shown(path)}: damaged (its SHA-256 does not match): cut short or altered after it was written")
         file = File(path, "r", locking=False)
     except OSError as failure:
-        raise error(f"{path}: cannot be read ({failure.strerror or failure})") from None
+        raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure})") from None
     with file:
         found, version = str(file.attrs["format"]), int(file.attrs["format_version"])
         if kind is not None and found != kind:
-            raise error(f"{path}: holds {found}, expected {kind}")
+            raise error(f"{shown(path)}: holds {found}, expected {kind}")
         if version > VERSION:
-            raise error(f"{path}: format version {version}, this program reads up to {VERSION}; update dzhpc")
+            raise error(f"{shown(path)}: format version {version}, this program reads up to {VERSION}; update dzhpc")
         yield file
 
 
@@ -106,13 +114,40 @@ def attributes(group: Group) -> dict[str, object]:
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in group.attrs.items()}
 
 
-def put_tensors(group: Group, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in their order."""
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for the first one that :func:`put_tensors` cannot write."""
     for name, t in tensors.items():
-        group.create_dataset(name, data=t.detach().cpu().contiguous().numpy())
+        if t.layout is not torch.strided or t.is_quantized or isinstance(t, UninitializedTensorMixin):
+            kind = "not yet initialised" if isinstance(t, UninitializedTensorMixin) else f"of layout {t.layout}, dtype {t.dtype}"
+            raise InputError(
+                f"the model's {name} is {kind}: a checkpoint holds dense tensors; make it one, or register it as none"
+            )
+
+
+def array(t: Tensor) -> np.ndarray:
+    """The content of a tensor; of a dtype that NumPy lacks (bfloat16) as integers, bit for bit."""
+    t = t.detach().cpu().contiguous()
+    try:
+        return t.numpy()
+    except TypeError:
+        return t.view(BITS[t.element_size()]).numpy()
+
+
+def put_tensors(group: Group, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, in their order; an attribute says the dtype where NumPy lacks it."""
+    for name, t in tensors.items():
+        found = array(t)
+        item = group.create_dataset(name, data=found)
+        if str(found.dtype) != (dtype := str(t.dtype).removeprefix("torch.")):
+            item.attrs["torch"] = dtype
     group.attrs["order"] = list(tensors)
 
 
 def get_tensors(group: Group) -> dict[str, Tensor]:
     """The tensors of :func:`put_tensors`, on the CPU."""
-    return {str(name): torch.from_numpy(np.asarray(group[str(name)][()])) for name in group.attrs["order"]}
+    return {str(name): _tensor(group[str(name)]) for name in group.attrs["order"]}
+
+
+def _tensor(item: Dataset) -> Tensor:
+    t = torch.from_numpy(np.asarray(item[()]))
+    return t.view(getattr(torch, str(item.attrs["torch"]))) if "torch" in item.attrs else t

@@ -5,20 +5,34 @@ import json
 import logging
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
+import tomli_w
+
+from dzhpc import config as configuration
+from dzhpc.config import paths
 from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import h5, owned
 from dzhpc.files.checkpoint import State, load_checkpoint, save_checkpoint
 
 log = logging.getLogger("dzhpc")
+REPORT = "![loss and accuracy]("  # by which a report of ours is known
+
+
+STALE = re.compile(r"(step-\d+\.h5|metrics\.h5|lock\.json|\d+\.json|input[-\w]*\.toml)\.\d+\.tmp")  # what a killed writer leaves
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # how each line of the log begins
 
 
 class RunFolder:
-    """``runs/NAME/{input.toml, log.txt, metrics.h5, checkpoints/, launches/, report/}``."""
+    """``runs/NAME/{input.toml, log.txt, metrics.h5, checkpoints/, launches/, report/}``.
+
+    It may be a folder of the user's own: ``input.toml`` and ``log.txt`` get other names where such a file is there already.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = paths.started() / path
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.h5"
 
@@ -30,12 +44,30 @@ class RunFolder:
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
-            for stale in self.path.rglob("*.tmp"):
-                stale.unlink()
+            for folder in (self.path, self.checkpoints, self.path / "launches"):
+                for stale in filter(lambda path: STALE.fullmatch(path.name), folder.glob("*.tmp")):
+                    stale.unlink()
         except OSError as error:
             raise InputError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --run-dir"
+                f"{paths.shown(self.path)}: the run folder cannot be written ({error.strerror}); choose another with --run-dir"
             ) from None
+
+    @property
+    def input(self) -> Path:
+        """Where the resolved input lies, or may be written."""
+        return owned.places(self.path, ["input.toml"], _is_resolved)[0]
+
+    @property
+    def log(self) -> Path:
+        """Where the log lies, or may begin."""
+        return owned.places(self.path, ["log.txt"], _is_log)[0]
+
+    def check_foreign(self) -> None:
+        """Raise InputError where a start from nothing would write over a metrics.h5 that is none of ours."""
+        if self.metrics.exists() and not (self.metrics.is_file() and h5.is_ours(self.metrics)):
+            raise InputError(
+                f"{paths.shown(self.metrics)}: was not written by dzhpc and would be lost; move it, or choose another --run-dir"
+            )
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.h5"
@@ -58,7 +90,8 @@ class RunFolder:
                 log.warning("skipped: %s", error)
         if files:
             raise CheckpointError(
-                f"{self.checkpoints}: none of {len(files)} checkpoints can be read; to start afresh use --restart never"
+                f"{paths.shown(self.checkpoints)}: none of {len(files)} checkpoints can be read; "
+                "to start afresh use --restart never"
             )
         return "", None
 
@@ -77,8 +110,9 @@ class RunFolder:
         """
         old = [p for p in self.checkpoint_files() if int(p.stem.split("-")[1]) > after_step]
         if after_step < 0:
-            names = ("metrics.h5", "input.toml", "log.txt", "report")
-            old += [self.path / name for name in names if (self.path / name).exists()]
+            old += [path for path in (self.input, self.log, self.metrics) if path.exists()]
+            reports = (self.path / "report").glob("report*.md")
+            old += [self.path / "report"] if any(owned.holds(path, REPORT) for path in reports) else []
         if not old:
             return
         number = _next_number(self.path.glob("previous-*"))
@@ -86,11 +120,11 @@ class RunFolder:
         target.mkdir()
         for path in old:
             path.rename(target / path.name)
-        log.info("moved %d files of an earlier run to %s", len(old), target)
+        log.info("moved %d files of an earlier run to %s", len(old), paths.shown(target))
 
     def write_input(self, toml: str) -> None:
         """The resolved input. Raises CheckpointError if it cannot be written."""
-        _write(self.path / "input.toml", toml)
+        _write(self.input, toml)
 
     def write_manifest(self, manifest: dict) -> None:
         """``launches/001.json``, ...: one a launch. Raises CheckpointError if it cannot be written."""
@@ -102,8 +136,8 @@ class RunFolder:
         found = []
         for path in sorted((self.path / "launches").glob("*.json"), key=lambda p: _next_number([p])):
             with contextlib.suppress(OSError, ValueError):
-                found.append((path, json.loads(path.read_text())))
-        return found
+                found.append((path, json.loads(path.read_text(encoding="utf-8"))))
+        return [(path, content) for path, content in found if isinstance(content, dict)]
 
     def update_manifest(self, **news: object) -> None:
         """Write down how the newest launch fares; this is for information, so a full disk is no error here."""
@@ -116,12 +150,34 @@ def _write(path: Path, text: str) -> None:
     """Write a small file whole or not at all. Raises CheckpointError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as failure:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({failure.strerror}); free space, or choose another folder") from None
+        raise CheckpointError(
+            f"{paths.shown(path)}: cannot be written ({failure.strerror}); free space, or choose another folder"
+        ) from None
+
+
+def _is_resolved(path: Path) -> bool:
+    """Whether a file is an input as :meth:`RunFolder.write_input` writes it: complete, and without a word of the user's."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except (OSError, ValueError):
+        return False
+    return set(configuration.Config.model_fields) <= set(table) and tomli_w.dumps(table) == text
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty, or begins as the log does."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline(100)
+    except OSError:
+        return False
+    return not first or TIME.match(first) is not None
 
 
 def _next_number(paths: Iterable[Path]) -> int:
@@ -131,9 +187,10 @@ def _next_number(paths: Iterable[Path]) -> int:
 
 def load_state(path: str | Path) -> tuple[str, State]:
     """(file, state) of a checkpoint, or of the newest valid one in a run folder. Raises CheckpointError."""
-    if not Path(path).is_dir():
+    path = paths.started() / path
+    if not path.is_dir():
         return str(path), load_checkpoint(path)
     file, state = RunFolder(path).newest_state()
     if state is None:
-        raise CheckpointError(f"{path}: holds no checkpoint; give a run folder or a checkpoint (step-*.h5)")
+        raise CheckpointError(f"{paths.shown(path)}: holds no checkpoint; give a run folder or a checkpoint (step-*.h5)")
     return file, state

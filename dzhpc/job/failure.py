@@ -1,12 +1,15 @@
 """How a job fails: every error is said once, tracebacks go to a file, and no rank is left waiting for one that failed."""
 
 import contextlib
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, message_of
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
@@ -30,10 +33,24 @@ def keep_traceback(error: BaseException, rank: int, folder: Path | None) -> str:
     if folder is not None and folder.is_dir():
         path = folder / f"crash-rank{rank}.txt"
         with contextlib.suppress(OSError):
-            path.write_text(text)
-            return f" (traceback in {path})"
-    sys.stderr.write(text)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f" (traceback in {shown(path)})"
+    say_error(text.rstrip())
     return ""
+
+
+def leave_fork(error: BaseException | None = None) -> NoReturn:
+    """End a process that user code has forked and let come back: it would speak to the other ranks as if it were this one."""
+    came = f"left by {message_of(error)}" if error else "came back from it"
+    say_error(f"a process that user code forked {came}; end it with os._exit")
+    os._exit(1)
+
+
+def say_error(text: str) -> None:
+    """A line on standard error, which may be closed, or a file on a full disk."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def fail(comm, error: BaseException, folder: Path | None, on_failure: Callable[[str, int], None]) -> int:
@@ -45,7 +62,7 @@ def fail(comm, error: BaseException, folder: Path | None, on_failure: Callable[[
     message, code = message_of(error) + keep_traceback(error, comm.rank, folder), exit_code_of(error)
 
     def speak(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say_error(text)
         on_failure(text, code)
 
     if comm.size == 1:

@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import torch
 
-from dzhpc.config import Run
-from dzhpc.errors import LaunchError
+from dzhpc.config import Run, paths
+from dzhpc.errors import DzhpcError, LaunchError
 from dzhpc.job import device as devices
 from dzhpc.job import process
-from dzhpc.job.log import let_go, log, set_up_log
+from dzhpc.job.failure import say_error
+from dzhpc.job.log import close_streams, let_go, log, open_streams, set_up_log
 from dzhpc.job.stopping import Reason, listen, tell_job_script
 from dzhpc.job.world import World
 
@@ -29,14 +30,16 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
 
     parallel: False for a verb that several processes may well run each by itself; it is never refused.
     """
+    open_streams()
     try:
+        paths.start_here()
         world = World()
-        if parallel:
+        if parallel and not {"-h", "--help"} & set(sys.argv[1:]):
             check_launch(world.size)
-    except LaunchError as error:
+    except DzhpcError as error:
         if process.launch_rank():  # the ranks cannot talk: the first one speaks, and its launcher then ends the others
             time.sleep(DEFERENCE)
-        print(error, file=sys.stderr, flush=True)
+        say_error(str(error))
         sys.exit(error.exit_code)
     try:
         parsed = world.bcast(_parse(parser) if world.is_root else None)  # argparse speaks once, not once a rank
@@ -45,6 +48,7 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
         let_go()
         code = world.fail(error)
     let_go()
+    close_streams()
     sys.exit(code)
 
 
@@ -62,7 +66,14 @@ def check_launch(size: int) -> None:
     another MPI than mpi4py was built for.
     """
     variable, tasks = process.tasks_started()
-    if size > 1 or tasks <= 1:
+    if size > 1:
+        return
+    if tasks <= 1 and (said := process.unsized_rank()):
+        raise LaunchError(
+            f"{said[0]} = {said[1]}, but MPI sees 1 rank: mpi4py was built against another MPI than the one whose launcher "
+            f"started this; build it again (INSTALL.md, cluster with its own MPI), or start with the mpirun of mpi4py's MPI"
+        )
+    if tasks <= 1:
         return
     if variable == process.STEP_SIZE:
         raise LaunchError(
@@ -78,7 +89,7 @@ def check_launch(size: int) -> None:
 def start(
     world: World,
     load: Callable[[], Loaded],
-    *inputs: str | None,
+    *inputs: str | Path | None,
     quiet: bool = False,
     stops: bool = True,
     until_first: bool = False,
@@ -103,9 +114,9 @@ def start(
     return loaded
 
 
-def add_user_modules(source: str | None) -> None:
+def add_user_modules(source: str | Path | None) -> None:
     """The user's own modules may lie beside the input file."""
-    if source and source.endswith(".toml"):
+    if source and Path(source).suffix == ".toml":
         sys.path.insert(0, str(Path(source).resolve().parent))
 
 

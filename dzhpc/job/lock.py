@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import InputError, LaunchError
 from dzhpc.job import process
 
@@ -33,14 +34,15 @@ class Lock:
                 found = read(self.path)
                 if found is not None and not is_stale(found):
                     raise LaunchError(
-                        f"{self.path.parent}: in use by {name(found)}; wait for it, or choose another folder with "
-                        f"{self._option}. If that job is dead, delete {self.path}"
+                        f"{shown(self.path.parent)}: in use by {name(found)}; wait for it, or choose another folder with "
+                        f"{self._option}. If that job is dead, delete {shown(self.path)}"
                     ) from None
                 stale = name(found) if found else stale
                 self._remove(found)
             except OSError as error:
                 raise InputError(
-                    f"{self.path.parent}: the run folder cannot be written ({error.strerror}); choose another with {self._option}"
+                    f"{shown(self.path.parent)}: the run folder cannot be written ({error.strerror}); "
+                    f"choose another with {self._option}"
                 ) from None
         return stale
 
@@ -74,20 +76,34 @@ class Lock:
 
 
 def read(path: Path) -> dict | None:
-    """The owner that a lock names, or None if there is no lock; one without content (a machine that crashed) is nobody's."""
+    """The owner that a lock names, or None if there is no lock; one without content (a machine that crashed) is nobody's.
+
+    Raises LaunchError for what cannot be read, or is no lock of ours.
+    """
     for _ in range(20):
         try:
-            return json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise LaunchError(
+                f"{shown(path)}: cannot be read as a lock ({error.strerror}); remove it if nobody is at work"
+            ) from None
         except ValueError:
             time.sleep(0.05)  # being written just now
+            continue
+        if isinstance(found, dict) and set(process.identity()) <= set(found) and str(found["pid"]).isdigit():
+            return found
+        raise LaunchError(f"{shown(path)}: is no lock that dzhpc wrote; remove it if nobody is at work there")
     return None
 
 
 def holder(folder: Path) -> dict | None:
     """Who is at work in a run folder, or None."""
-    found = read(folder / "lock.json")
+    try:
+        found = read(folder / "lock.json")
+    except LaunchError:
+        return None
     return found if found is not None and not is_stale(found) else None
 
 

@@ -1,6 +1,7 @@
 """Seeing it run: the log, and one live line (terminal) or one plain line per interval (file)."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dzhpc.config.paths import shown
+from dzhpc.errors import InputError
+
 INTERVAL = 10.0  # seconds between plain lines
 log = logging.getLogger("dzhpc")
 
@@ -18,9 +22,10 @@ class _Console(logging.Handler):
     """Writes through tqdm, so that a live line survives; warnings go to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        text, stream = self.format(record), sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe costs lines and nothing else
+            tqdm.write(text, file=stream)
+            stream.flush()
 
 
 class _Held(logging.Handler):
@@ -74,6 +79,35 @@ def let_go() -> None:
         handler.flush()
 
 
+def open_streams() -> None:
+    """Let standard output take any character, and let there be one where the process was started with it closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def close_streams() -> None:
+    """Write out what standard output still holds; what it cannot take must not become an error at the end of the process."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show(text: str) -> None:
+    """Print what a verb was asked for. Raises InputError where it cannot be written; that nobody reads on is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        close_streams()
+    except OSError as error:
+        close_streams()
+        raise InputError(f"standard output: cannot be written ({error.strerror})") from None
+
+
 class _LogFile(logging.FileHandler):
     """A full disk costs lines of the log and nothing else."""
 
@@ -83,7 +117,11 @@ class _LogFile(logging.FileHandler):
 
 def log_to(path: Path) -> None:
     """Append everything to a file, too."""
-    handler = _LogFile(path)
+    try:
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        log.warning("%s: no log is written (%s)", shown(path), error.strerror)
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
 
@@ -119,9 +157,11 @@ class Line:
         if self._bar is None:
             log.info(text())
         else:
-            self._bar.set_description_str(text())
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                self._bar.set_description_str(text())
 
     def close(self) -> None:
         """Leave the terminal clean."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()

@@ -53,6 +53,13 @@ def launch_rank() -> int:
     return max(map(_number, (*RANK_VARIABLES, "SLURM_PROCID"))) if launched() else 0
 
 
+def unsized_rank() -> tuple[str, int] | None:
+    """(the variable that says so, rank), where a launcher calls this process a rank above 0, but does not say of how many."""
+    if any(name in os.environ for name in SIZE_VARIABLES) or STEP_SIZE in os.environ:
+        return None
+    return next(((name, rank) for name in RANK_VARIABLES if (rank := _number(name))), None)
+
+
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else 0

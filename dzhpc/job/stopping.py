@@ -1,16 +1,21 @@
 """Why a run ends, and the signals, files and clocks that may ask for it."""
 
 import contextlib
+import functools
+import logging
 import os
 import signal
+import threading
 import time
 from enum import IntEnum
 from pathlib import Path
 
-from dzhpc.config import Config
+from dzhpc.config import Config, paths
+from dzhpc.config.paths import shown
 from dzhpc.errors import STOPPED_EARLY
 from dzhpc.job import process
 
+log = logging.getLogger("dzhpc")
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 LONG_STEP = 10.0  # seconds that a step may go on after it was asked to stop
 
@@ -49,10 +54,42 @@ class Reason(IntEnum):
 _signals: list[tuple[int, float]] = []  # received so far, and when (time.monotonic)
 
 
+_masks = threading.local()  # of a thread that forks: which signals it had blocked before
+
+
 def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
+    _look_after_forks()
     for number in SIGNALS:
-        signal.signal(number, lambda received, frame: _signals.append((received, time.monotonic())))
+        signal.signal(number, _note)
+
+
+@functools.cache
+def _look_after_forks() -> None:
+    os.register_at_fork(before=_hold, after_in_parent=_let_in, after_in_child=_be_nobody)
+
+
+def _note(received: int, frame: object) -> None:
+    _signals.append((received, time.monotonic()))
+
+
+def _hold() -> None:
+    """A signal that reaches a child before it has its own handler would be lost: it waits until then."""
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _let_in() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _be_nobody() -> None:
+    """In a child that user code has forked: SIGTERM ends it, since that is how ``Process.terminate`` and ``Pool`` end theirs.
+
+    The warnings SIGUSR1 and SIGUSR2 still do nothing there: mpirun relays them to all processes of a rank.
+    """
+    if signal.getsignal(signal.SIGTERM) is _note:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_in()
 
 
 def guard() -> None:
@@ -65,7 +102,7 @@ def tell_job_script(word: str) -> None:
     """LISTENING, then why the run stopped: slurm/launch.sh forwards signals after the first, and may requeue after others."""
     if path := os.environ.get("DZHPC_STATUS"):
         with contextlib.suppress(OSError):
-            Path(path).write_text(word)
+            (paths.started() / path).write_text(word)
 
 
 class Requests:
@@ -94,6 +131,16 @@ class Requests:
         """Whether the step under way has to be left unfinished."""
         return self.reason() != Reason.NONE and time.monotonic() - self._since > self._patience
 
+    def _take_away(self, path: Path) -> None:
+        """Else the next launch would stop, too; a folder of that name is as good as a file."""
+        try:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            self._file = None
+            log.warning(
+                "%s: cannot be removed (%s); remove it before the next launch, which it would stop", shown(path), error.strerror
+            )
+
     def _look(self) -> Reason:
         if _signals:
             return Reason.TERMINATED if any(number == signal.SIGTERM for number, _ in _signals) else Reason.SIGNAL
@@ -107,6 +154,6 @@ class Requests:
         if now >= self._next_look:  # a parallel file system dislikes a look per step
             self._next_look = now + 0.5
             if self._file.exists():
-                self._file.unlink()
+                self._take_away(self._file)
                 return Reason.STOP_FILE
         return Reason.NONE

@@ -33,7 +33,7 @@ class World:
         _unname_segments(node)
         node.Free()
         self.side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
-        self.comm_s = 0.0
+        self.comm_s, self._pid = 0.0, os.getpid()
         self.crash_folder: Path | None = None
         self.on_failure: Callable[[str, int], None] = lambda message, code: None
 
@@ -48,6 +48,8 @@ class World:
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
+        if os.getpid() != self._pid:
+            failure.leave_fork()
         start = time.perf_counter()
         try:
             yield
@@ -135,6 +137,8 @@ class World:
 
     def fail(self, error: BaseException) -> int:
         """Say the error once and end the job; the exit code, see :func:`dzhpc.job.failure.fail`."""
+        if os.getpid() != self._pid:
+            failure.leave_fork(error)
         return failure.fail(self.side, error, self.crash_folder, self.on_failure)
 
 

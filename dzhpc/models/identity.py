@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dzhpc.files import h5
+
 
 def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
     """SHA-256 over names, shapes and dtypes, and over the bytes if ``content``."""
@@ -12,7 +14,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
     for name, t in tensors.items():
         digest.update(f"{name}:{tuple(t.shape)}:{t.dtype};".encode())
         if content:
-            digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(h5.array(t).tobytes())
     return digest.hexdigest()
 
 

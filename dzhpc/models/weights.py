@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dzhpc.config import paths
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.runfolder import load_state
@@ -16,12 +17,13 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     The latter may lie under "state_dict" and have names with "module.". Raises InputError.
     """
+    file = paths.absolute(path, f"model.weights = {path}")
     try:
-        if is_ours(path):
-            _, state = load_state(path)
+        if is_ours(file):
+            _, state = load_state(file)
             assign(_part_for(model, {**state.params, **state.buffers}), state.params, state.buffers)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
             weights = weights.get("state_dict", weights)
             weights = {name.removeprefix("module."): value for name, value in weights.items()}
             _part_for(model, weights).load_state_dict(weights)

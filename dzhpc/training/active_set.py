@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dzhpc.config import paths
 from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import load_lpr
@@ -110,7 +111,7 @@ class Pattern:
 def read_lpr(task) -> LPR:
     """``sparsity.lpr``. Raises InputError for a file of another model or ratio, or without the scores that it needs."""
     config, index = task.config.sparsity, task.engine.index
-    lpr, scores = load_lpr(config.lpr)
+    lpr, scores = load_lpr(paths.absolute(config.lpr, f'sparsity.lpr = "{config.lpr}"'))
     if lpr.model_sha256 != model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
         raise InputError(f"sparsity.lpr = {config.lpr}: made for another model; make it anew with `python -m dzhpc.prune`")
     if lpr.attrs["sparsity"] != config.ratio:

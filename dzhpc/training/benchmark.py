@@ -3,7 +3,6 @@
 import argparse
 import copy
 import platform
-import sys
 import time
 
 import numpy as np
@@ -15,6 +14,7 @@ from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
 from dzhpc.job import device as devices
 from dzhpc.job import processor
+from dzhpc.job.failure import say_error
 from dzhpc.method import scores
 from dzhpc.method.seeds import generator
 from dzhpc.models import zoo
@@ -46,7 +46,7 @@ def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
         engine = engines[kind, precision] = make_engine(kind, model, "cross_entropy", precision, limit)
         bases[kind, precision] = _timed(device, lambda e=engine: e.bind(inputs, labels))
         first = _timed(device, lambda e=engine: e.differences(coords, args.mu))
-        print(f"{kind} {precision}: first gradient, compilation included, {first:.1f} s", file=sys.stderr)
+        say_error(f"{kind} {precision}: first gradient, compilation included, {first:.1f} s")
     seconds: dict = {kind: [] for kind in engines}
     peaks = dict.fromkeys(engines, 0)
     for _ in range(args.repeats):

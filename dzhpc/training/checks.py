@@ -1,11 +1,15 @@
 """What must hold for a run's numbers to be trusted; each check raises on all ranks together."""
 
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from dzhpc import config as configuration
+from dzhpc.config.paths import expanded, shown
+from dzhpc.data import root_of
 from dzhpc.errors import CheckpointError, NumericalError, ReplicaError
 from dzhpc.files.checkpoint import State, config_of
 from dzhpc.job.world import World
@@ -14,13 +18,34 @@ from dzhpc.models.identity import model_sha256, tensors_sha256
 from dzhpc.tasks import Task
 from dzhpc.training.distribution import Distribution
 
+log = logging.getLogger("dzhpc")
+
 
 def check_restart(state: State, source: str, task: Task) -> None:
-    """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model."""
-    for key, old, new in configuration.frozen_changes(config_of(state, source), task.config):
+    """Raise CheckpointError unless a checkpoint belongs to this task: same frozen keys, same model.
+
+    A file that was moved may be named by its new place, which is a warning.
+    """
+    written, source = config_of(state, source), shown(source)
+    for key, old, new in configuration.frozen_changes(written, task.config):
+        if key in ("task.classifier", "data.path") and _was_moved(key, written, task.config):
+            log.warning("%s was %s, which is no longer there, now %s: bits may differ if that is another", key, old, new)
+            continue
         raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
     if state.model_sha256 != model_sha256(task.model):
         raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
+
+
+def _was_moved(key: str, old: configuration.Config, new: configuration.Config) -> bool:
+    """Whether the file or folder that ``key`` names is gone from its old place, and there is one at the new one."""
+    before, now = (_place(key, config) for config in (old, new))
+    return before is not None and now is not None and now.exists() and not before.exists()
+
+
+def _place(key: str, config: configuration.Config) -> Path | None:
+    if key == "data.path":
+        return root_of(config.data) / expanded(config.data.path) if config.data.path else None
+    return configuration.path_of(config, key)
 
 
 def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -4,37 +4,65 @@ import contextlib
 import datetime
 import importlib.metadata
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from dzhpc.config import Config
+from dzhpc.config.paths import shown
 from dzhpc.engines.pinned import Pinned
-from dzhpc.errors import DzhpcError
+from dzhpc.errors import message_of
+from dzhpc.files import h5
 from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import device as devices
+from dzhpc.job import process
 from dzhpc.job.launch import Place, answer_job_script
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
-from dzhpc.tasks import Task
+from dzhpc.tasks import Task, make_task
 from dzhpc.training.active_set import read_lpr
 from dzhpc.training.checks import check_restart
 from dzhpc.training.trainer import Trainer
 
 log = logging.getLogger("dzhpc")
+Report = Callable[[Path], tuple[str, list[Path]]]
 LIBRARIES = ("dzhpc", "torch", "numpy", "mpi4py", "h5py")
 
 
-def run(
-    world: World, task: Task, path: Path, restart: str, ranks: list[Place] | None, report: Callable[[Path], object], quiet: bool
-) -> Reason:
+def restarts(path: Path, restart: str) -> bool:
+    """Whether a launch goes on from a checkpoint, so that files which only a first start reads may be gone.
+
+    path, restart: as :func:`run` has them.
+    """
+    return bool(RunFolder(path).checkpoint_files()) if restart == "auto" else restart != "never"
+
+
+def task_of(config: Config, device: torch.device, restarts: bool) -> Task:
+    """The task of an input, tried out, so that what cannot work is said before the run folder is made.
+
+    restarts: then model.weights and sparsity.lpr are left alone: the checkpoint has what they held. Raises InputError.
+    """
+    weights = config.model.weights
+    if restarts:
+        config.model.weights = None
+    task = make_task(config, device)
+    task.config.model.weights = weights
+    try_out(task)
+    if not restarts and config.sparsity.lpr:
+        read_lpr(task)
+    return task
+
+
+def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] | None, report: Report, quiet: bool) -> Reason:
     """Start or restart in the run folder ``path`` and train; why it ended. Collective. Meanwhile the root holds its lock.
 
-    restart: "auto", "never" or a checkpoint. ranks: where they run, on the root. report: writes one of the run folder.
+    restart: "auto", "never" or a checkpoint. ranks: where they run, on the root. report: writes that of the run folder.
     """
     folder = RunFolder(path)
     lock = Lock(folder.path)
@@ -44,8 +72,10 @@ def run(
         trainer = Trainer(world, task, folder, quiet)
         if state is not None:
             trainer.restore(state)
-        world.on_root(lambda: log_to(folder.path / "log.txt"))
-        say_first(f"restarting at step {state.step} from {source}" if state else f"starting afresh in {folder.path}")
+        world.on_root(lambda: log_to(folder.log))
+        say_first(
+            f"restarting at step {state.step} from {shown(source)}" if state else f"starting afresh in {shown(folder.path)}"
+        )
         world.on_root(lambda: begin(folder, trainer, state, stale, ranks))
         world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
         reason = trainer.run()
@@ -57,14 +87,10 @@ def run(
 
 
 def try_out(task: Task) -> None:
-    """Bind a batch once and read the LPR file, so that what cannot work is said before the run folder is made.
-
-    Raises InputError. Buffers are left as they were.
-    """
+    """Bind a batch once, and see that a checkpoint can hold all tensors. Raises InputError. Buffers are left as they were."""
+    h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
     with Pinned(task.model, task.engine.index.device).unchanged():
         task.bind(0)
-    if task.config.sparsity.lpr:
-        read_lpr(task)
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:
@@ -82,6 +108,8 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
         source, state = restart, load_checkpoint(restart)
     if state is not None:
         check_restart(state, source, task)
+    if state is None:
+        folder.check_foreign()
     folder.create()
     stale = stale or lock.acquire()
     if state is not None or restart == "never":
@@ -110,14 +138,14 @@ def begin(folder: RunFolder, trainer: Trainer, state: State | None, stale: str, 
     folder.write_manifest({
         "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job_id": process.job_id(),
         "hosts": [{"rank": r, "host": h, "device": d, "uuid": u} for r, h, d, u in ranks], "state": "running",
         "versions": versions() | {"python": sys.version.split()[0]},
         "resumed_from_step": state.step if state else None, "run_uuid": trainer.state.run_uuid,
     })  # fmt: skip
 
 
-def end(folder: RunFolder, trainer: Trainer, reason: Reason, report: Callable[[Path], object]) -> None:
+def end(folder: RunFolder, trainer: Trainer, reason: Reason, report: Report) -> None:
     """What is left to do when all is saved: the manifest, the job script's question, the report; none of it can fail the run."""
     state = "stopped" if reason >= Reason.STOP_FILE else "finished"
     how = {"state": state, "reason": reason.text, "exit_code": reason.exit_code}
@@ -126,10 +154,10 @@ def end(folder: RunFolder, trainer: Trainer, reason: Reason, report: Callable[[P
     if reason.exit_code:  # time is short, and the run goes on: drawing takes seconds
         return
     try:
-        report(folder.path)
-        log.info("results: %s", folder.path / "report" / "report.md")
-    except DzhpcError as error:
-        log.warning("no report: %s", error)
+        _, files = report(folder.path)
+        log.info("results: %s", shown(files[0]))
+    except Exception as error:  # a drawing library may raise anything; the run is done and saved
+        log.warning("no report: %s", message_of(error))
 
 
 def versions() -> dict[str, str]:

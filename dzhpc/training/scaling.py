@@ -52,7 +52,7 @@ def _train(launch: list[str], folder: str, args: argparse.Namespace) -> tuple[np
     with open(f"{folder}/log", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False).returncode
     if code:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", Path(f"{folder}/log").read_text())
+        text = re.sub(r"\x1b\[[0-9;]*m", "", Path(f"{folder}/log").read_text(encoding="utf-8", errors="replace"))
         raise InputError(
             f"{' '.join(launch)} ended with exit code {code}: {text.strip().splitlines()[-1] if text.strip() else ''}"
         )

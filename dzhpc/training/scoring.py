@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from dzhpc.config import Config
+from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
@@ -19,7 +20,7 @@ def score(world: World, task: Task, out: Path) -> None:
     check_budget(task.config.task.max_queries, pattern.score_queries)
     lpr = pattern.score()
     world.on_root(lambda: save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
-    log.info("%s\nwritten: %s", lpr.table(), out)
+    log.info("%s\nwritten: %s", lpr.table(), shown(out))
 
 
 def check(config: Config, out: Path) -> Config:
@@ -29,7 +30,7 @@ def check(config: Config, out: Path) -> Config:
             "sparsity.ratio = 0: nothing would be pruned; give a ratio above 0, for example --set sparsity.ratio=0.9"
         )
     if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist")
+        raise InputError(f"{shown(out)}: the folder {shown(out.parent)} does not exist")
     config.sparsity.lpr = None
     return config
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import torch
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError
 from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
@@ -187,13 +188,13 @@ class Trainer:
             if self._unsaved:
                 self._save(last=True)
             files = self.folder.checkpoint_files()
-            return f"the same command continues from {files[0]}" if files else "the same command starts afresh"
+            return f"the same command continues from {shown(files[0])}" if files else "the same command starts afresh"
 
         raise BlackBoxError(f"{failure}; {self.world.on_root(keep)}")
 
     def _advice(self) -> str:
         files = self.folder.checkpoint_files()
-        return f"lower optim.lr or zo.mu; the last good checkpoint is {files[0]}" if files else "lower optim.lr or zo.mu"
+        return f"lower optim.lr or zo.mu; the last good checkpoint is {shown(files[0])}" if files else "lower optim.lr or zo.mu"
 
     @torch.no_grad()
     def _update(self, estimate: torch.Tensor) -> None:

@@ -31,7 +31,7 @@ def run(case: dict, files: Path) -> None:
     """One command line; its output goes to files, at the level of file descriptors."""
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
     name = lambda kind: files / f"{case['name']}.{kind}.{rank}"  # noqa: E731
-    saved, path, environment = [os.dup(1), os.dup(2)], list(sys.path), dict(os.environ)
+    saved, path, environment, here = [os.dup(1), os.dup(2)], list(sys.path), dict(os.environ), os.getcwd()
     for number, kind in ((1, "out"), (2, "err")):
         with open(name(kind), "wb") as file:
             os.dup2(file.fileno(), number)
@@ -57,6 +57,7 @@ def run(case: dict, files: Path) -> None:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = path
+        os.chdir(here)
         forget(Path.cwd())
         stopping._signals.clear()
     name("part").write_text(json.dumps(code))

@@ -50,7 +50,7 @@ def rows(text):
 
 
 def test_every_state_reason_and_hour(runs, tmp_path):
-    found = rows(curves.write_campaign(runs, tmp_path / "out"))
+    found = rows(curves.write_campaign(runs, tmp_path / "out")[0])
     assert found["a"] == ["finished", "all epochs done", "20", "2.00", "50.00 %", "3.00", "3.00"]
     assert found["b/deep"] == ["stopped", "signal received", "7", "0.70", "50.00 %", "2.00", "4.00"]  # two ranks on one GPU
     assert found["c"] == ["failed", "rank 1: the a/b solver diverged", "0", "0.00", "", "0.00", "0.00"]

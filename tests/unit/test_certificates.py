@@ -86,7 +86,7 @@ def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):
     certificates.save(other, rows([400, 520, 1000]), ABOUT | {"name": "bare", "adaptive": True})
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
-    text = certificates.write([record[0], other], tmp_path / "out")
+    text, _ = certificates.write([record[0], other], tmp_path / "out")
     axes = kept[0].axes[0]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["zo", "bare (adaptive)"]
     assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([1000 / 12, 100 / 3])
@@ -101,7 +101,7 @@ def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):
 
 def test_a_record_without_finished_images_gets_an_empty_row(tmp_path):
     certificates.save(tmp_path / "new.h5", [Certificate(0, 1)], ABOUT | {"name": "new"})
-    text = certificates.write([tmp_path / "new.h5"], tmp_path)
+    text, _ = certificates.write([tmp_path / "new.h5"], tmp_path)
     assert "| new | 0.25 | 0 | 1,000 |  |  |" in text
     assert not (tmp_path / "certified.png").exists()
     assert report.parser().parse_args(["a.h5"]).runs[0].suffix == ".h5"

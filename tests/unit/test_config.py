@@ -1,8 +1,13 @@
 """Input files: precedence, strictness, and errors that name file, key, found and expected."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dzhpc import config
+from dzhpc.config import paths
 from dzhpc.errors import InputError
 
 
@@ -121,8 +126,11 @@ def test_a_fault_on_the_command_line_is_said_to_be_there(tmp_path, overrides, me
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, r"cannot be read (No such file or directory)"), (b"[zo\n", "not valid TOML"), (b"\xff\xfe", "not valid TOML")],
-)
+    [
+        (None, r"cannot be read (No such file or directory)"), (b"[zo\n", "not valid TOML"), (b"\xff\xfe", "not valid TOML"),
+        (b"a = " + b"1" * 5000, "not valid TOML"), (b"a = " + b"[" * 100_000, "not valid TOML"),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
     path = tmp_path / "a.toml"
     if content:
@@ -265,3 +273,111 @@ def test_every_key_is_known_with_its_default_and_documented():
     assert keys["zo.mu"] == (5e-3, "smoothing parameter: the length of a perturbation")
     assert {key.split(".")[0] for key in keys} == set(config.Config.model_fields)
     assert [key for key, (_, meaning) in keys.items() if not meaning] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.seed=18446744073709551616", "run.seed=9223372036854775808", "run.threads=1000000000000", "run.threads=4097",
+        "run.deadline_margin=inf", "run.check_every=2147483648", "data.batch_size=1000000000000", "data.std=[inf]",
+        "data.std=[0.0]", "data.mean=[nan]", "data.image_size=1000000", "zo.q=10000000000", "zo.memory_mb=1e300",
+        "sparsity.q=10000000000", "sparsity.redraw_epochs=10000000000", "sparsity.redraw_steps=10000000000", "optim.lr=inf",
+        "optim.weight_decay=inf", "optim.weight_decay=nan", "optim.warmup_epochs=inf", "optim.milestones=[nan]",
+        "optim.milestones=[-1.0]", "optim.gamma=inf", "stop.epochs=1e308", "stop.steps=18446744073709551616",
+        "stop.queries=18446744073709551616", "stop.walltime=inf", "checkpoint.every_steps=18446744073709551616",
+        f"stop.walltime=1{400 * '0'}", f"stop.walltime=1{400 * '0'}:00:00", "checkpoint.every_minutes=inf",
+        "checkpoint.keep=18446744073709551616", "eval.every_epochs=18446744073709551616",
+        "eval.batch_size=18446744073709551616",
+    ],
+)  # fmt: skip
+def test_a_number_that_no_file_or_array_could_hold_is_refused(change):
+    assert refusal(None, [change]).startswith(f"--set: {change.split('=')[0]} = ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("defense", "sigma=inf"), ("defense", "classifier_std=[0.0]"), ("defense", "classifier_mean=[inf]"),
+        ("defense", "batch_limit=18446744073709551616"), ("defense", "retries=18446744073709551616"),
+        ("defense", "max_queries=18446744073709551616"), ("sol", "frames=18446744073709551616"), ("sol", "resolution=1000000"),
+        ("sol", "warm_up=18446744073709551616"), ("sol", "train_parameters=[inf]"), ("sol", "radius=inf"),
+    ],
+)  # fmt: skip
+def test_nor_is_such_a_number_of_a_kind(kind, change):
+    given = [f"task.kind={kind}", *(["task.classifier=a:b"] if kind == "defense" else []), f"task.{change}"]
+    assert refusal(None, given).startswith(f"--set: task.{change.split('=')[0]} = ")
+
+
+def test_every_number_of_an_input_has_an_upper_bound():
+    """A new key cannot be forgotten: no field lets infinity pass, nor a whole number beyond what HDF5 holds."""
+    unbounded = []
+    for _, section, keys in config.tables():
+        for name in keys.model_fields:
+            for given in (float("inf"), 2**64, [float("inf")], [2**64]):
+                try:
+                    found = getattr(keys.model_validate({name: given}), name)
+                except ValueError:
+                    continue
+                if found not in ([2.0**64], 2.0**64) or isinstance(found, int):
+                    unbounded.append((section, name, found))
+    assert unbounded == []
+
+
+@pytest.mark.parametrize("text", ["2024-05-01", "42", "1e3", "true", "inf", "[a]", "07:30:00"])
+def test_a_name_may_look_like_something_else(text):
+    assert config.load(None, [f"run.name={text}"]).run.name == text
+    assert config.load(None, [f'run.name="{text}"']).run.name == text
+    assert config.load(None, ["run.name=a", "model.tag=42"]).model.fields == {"tag": 42}
+
+
+def test_in_a_file_such_a_name_needs_quotes_and_the_error_says_so(tmp_path):
+    assert 'expected string; put it into quotes: "2024-05-01"' in refusal(write(tmp_path, "[run]\nname = 2024-05-01\n"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/..", "/tmp/a", "a\0b"])
+def test_a_run_has_a_name_of_its_own_below_the_folder_of_runs(name):
+    assert "expected the name of a folder below run.dir" in refusal(None, [f"run.name={name}"])
+
+
+def test_an_input_may_begin_with_the_mark_of_utf_8_whatever_the_locale(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + '[run]\nname = "größe-σ"\n'.encode())
+    assert config.load(path).run.name == "größe-σ"
+    code = "import sys; from dzhpc import config; print(config.load(sys.argv[1]).run.name.encode())"
+    environment = dict(os.environ) | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == repr("größe-σ".encode()), done.stderr
+
+
+def test_text_that_is_no_utf_8_is_refused_and_a_file_of_such_a_name_gets_another(tmp_path):
+    assert "model.tag = 'caf\\udce9': is no UTF-8 text" in refusal(None, ["model.tag=caf\udce9"])
+    assert config.load(write(tmp_path, "", "caf\udce9.toml")).run.name == "caf\\udce9"
+
+
+def test_paths_are_expanded_as_a_shell_does_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    monkeypatch.chdir(tmp_path)
+    given = ["~/runs", "$SCRATCH/x", "${SCRATCH}y", "a/~b", "cost$", "$SCRATCH/$5", "a"]
+    expected = ["/home/me/runs", "/fast/x", "/fasty", f"{tmp_path}/a/~b", f"{tmp_path}/cost$", "/fast/$5", f"{tmp_path}/a"]
+    assert [str(config.path_of(config.load(None, [f"run.dir={path}"]), "run.dir")) for path in given] == expected
+    loaded = config.load(None, ["run.dir=$SCRATCH/x"])
+    assert 'dir = "$SCRATCH/x"' in loaded.to_toml()  # it may be another folder on the next machine
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.root", "data.path", "model.weights", "sparsity.lpr", "task.classifier"])
+def test_a_variable_that_is_not_set_is_named_with_the_key(monkeypatch, key):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    kind = ["task.kind=defense"] if key.startswith("task") else []
+    assert refusal(None, [*kind, f"{key}=$NOWHERE/x"]) == f'{key} = "$NOWHERE/x": the variable NOWHERE is not set'
+    assert "no home folder is known for ~nobody-here" in refusal(None, [*kind, f"{key}=~nobody-here/x"])
+
+
+def test_relative_paths_are_meant_from_where_a_verb_was_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "_started", None)
+    monkeypatch.chdir(tmp_path)
+    paths.start_here()
+    monkeypatch.chdir("/")
+    assert paths.absolute("runs/a") == tmp_path / "runs" / "a"
+    assert paths.shown(tmp_path / "runs" / "a") == "runs/a" == paths.shown("runs/a")
+    assert (paths.shown("/etc/a"), paths.shown(tmp_path)) == ("/etc/a", ".")

@@ -1,5 +1,7 @@
 """Data: sets as they are published, batches as functions of (seed, step), errors that name the way out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_given_mean_and_std_are_used_and_floating_point_images_pass_as_they_are(
     assert torch.equal(numbered(4).normalise(torch.tensor([3.5]).double()), torch.tensor([3.5]))
 
 
-@pytest.mark.parametrize(("key", "values"), [("mean", [0.1, 0.2]), ("std", [0.0]), ("std", [])])
+@pytest.mark.parametrize(("key", "values"), [("mean", [0.1, 0.2]), ("std", [0.1, 0.2]), ("std", [])])
 def test_a_normalisation_that_does_not_fit_the_channels_is_refused(key, values):
     with pytest.raises(InputError, match=rf"data\.{key} = .*expected 1 numbers, one a channel"):
         digits(**{key: values})
@@ -182,9 +184,11 @@ def test_the_users_own_function_gives_a_data_set(tmp_path, monkeypatch):
 def test_the_root_is_the_key_else_the_environment_else_data(monkeypatch):
     monkeypatch.setenv("DZHPC_DATA", "/from/environment")
     assert str(data.root_of(config.Data(root="/from/key"))) == "/from/key"
+    monkeypatch.setenv("SCRATCH", "/fast")
+    assert str(data.root_of(config.Data(root="$SCRATCH/key"))) == "/fast/key"
     assert str(data.root_of(config.Data())) == "/from/environment"
     monkeypatch.delenv("DZHPC_DATA")
-    assert str(data.root_of(config.Data())) == "data"
+    assert str(data.root_of(config.Data())) == str(Path.cwd() / "data")
 
 
 def test_cifar10_has_50000_and_10000_images_of_10_equal_classes(cifar10):

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.checkpoint import load_checkpoint
 from dzhpc.files.lpr import load_lpr
+from dzhpc.models.identity import tensors_sha256
 
 
 def fill(file):
@@ -112,3 +114,29 @@ def test_describe_names_what_a_file_holds(tmp_path):
     assert "format = dzhpc-test" in text
     assert "/params/z.weight  float32 [2, 4, 3]" in text
     assert "step=12" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.bool, torch.float8_e4m3fn])
+def test_tensors_of_any_dtype_come_back_bit_for_bit(tmp_path, dtype):
+    tensors = {"b.w": torch.randn(2, 3).to(dtype), "a": torch.ones((), dtype=dtype), "none": torch.zeros(0, dtype=dtype)}
+    h5.check_tensors(tensors)
+    h5.write(tmp_path / "t.h5", "dzhpc-test", lambda file: h5.put_tensors(file.create_group("t"), tensors), InputError)
+    with h5.opened(tmp_path / "t.h5", "dzhpc-test", InputError) as file:
+        found = h5.get_tensors(file["t"])
+    assert list(found) == list(tensors)
+    for name, t in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (t.dtype, t.shape)
+    assert tensors_sha256(found, content=True) == tensors_sha256(tensors, content=True)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "uninitialised"])
+def test_a_tensor_that_no_file_could_hold_is_named(kind):
+    tensor = torch.eye(3).to_sparse() if kind == "sparse" else torch.nn.LazyLinear(3).weight
+    with pytest.raises(InputError, match=r"the model's fc\.weight is .*: a checkpoint holds dense tensors"):
+        h5.check_tensors({"fc.weight": tensor})
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"t\.h5: cannot hold the name 'caf\\udce9', which is no UTF-8 text"):
+        h5.write(tmp_path / "t.h5", "dzhpc-test", lambda file: file.attrs.update(classes=["caf\udce9"]), InputError)
+    assert list(tmp_path.iterdir()) == []

@@ -101,3 +101,18 @@ def test_only_the_holder_releases(tmp_path):
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(InputError, match=r"absent: the run folder cannot be written"):
         lock.Lock(tmp_path / "absent").acquire()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"pid": 1}', "3", '"text"'])
+def test_what_is_no_lock_of_ours_is_named_and_stays(tmp_path, content):
+    (tmp_path / "lock.json").write_text(content)
+    with pytest.raises(LaunchError, match=r"lock\.json: is no lock that dzhpc wrote; remove it if nobody is at work there"):
+        lock.Lock(tmp_path).acquire()
+    assert (tmp_path / "lock.json").read_text() == content and lock.holder(tmp_path) is None
+
+
+def test_nor_is_a_folder(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(LaunchError, match=r"lock\.json: cannot be read as a lock \(Is a directory\)"):
+        lock.Lock(tmp_path).acquire()
+    assert lock.holder(tmp_path) is None

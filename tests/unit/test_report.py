@@ -1,5 +1,7 @@
 """Reports: the numbers of the table are those of the metrics, and several runs lie over one another in one picture."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,7 +28,7 @@ def runs(tmp_path):
 
 
 def test_the_table_has_a_row_of_final_numbers_for_each_run(runs, tmp_path):
-    text = curves.write(runs, tmp_path / "out")
+    text, _ = curves.write(runs, tmp_path / "out")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     tail = np.mean([2 / step for step in range(37, 41)])
     assert rows[0] == ["run", "steps", "epochs", "queries", "train loss", "test loss", "test accuracy", "best", "wall time"]
@@ -63,7 +65,7 @@ def test_both_runs_are_drawn_over_each_other_against_epochs_queries_and_wall_tim
 
 def test_a_run_without_accuracy_or_with_negative_losses_is_drawn_too(tmp_path):
     folder = make_run(tmp_path / "own", 30, np.nan, loss=lambda step: -float(step))
-    text = curves.write([folder], tmp_path / "out")
+    text, _ = curves.write([folder], tmp_path / "out")
     assert "| own | 30 | 3.00 | 3,000 | -29 | -15 |  |  | 0:18:00 |" in text
     with Image.open(tmp_path / "out" / "curves.png") as picture:
         assert picture.height < 600  # one row of plots
@@ -72,11 +74,49 @@ def test_a_run_without_accuracy_or_with_negative_losses_is_drawn_too(tmp_path):
 def test_a_run_that_has_not_trained_yet_gets_a_row_and_no_curve(tmp_path, runs):
     (tmp_path / "new").mkdir()
     Metrics(tmp_path / "new" / "metrics.h5").flush()
-    assert "| new | 0 |" in curves.write([tmp_path / "new", runs[0]], tmp_path / "out")
-    assert curves.write([tmp_path / "new"], tmp_path / "alone").endswith("| new | 0 | | | | | | | |")
+    assert "| new | 0 |" in curves.write([tmp_path / "new", runs[0]], tmp_path / "out")[0]
+    assert curves.write([tmp_path / "new"], tmp_path / "alone")[0].endswith("| new | 0 | | | | | | | |")
     assert not (tmp_path / "alone" / "curves.png").exists()
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}: no metrics.h5; expected a run folder"):
         curves.write([tmp_path], tmp_path / "out")
+
+
+NAMES = ["$USER_$SLURM_JOB_ID", "_hidden", "a^b\\$c|d", "10%{x}", "größe-σ-模型"]
+
+
+def test_any_name_is_drawn_as_it_is_and_breaks_no_table(tmp_path, monkeypatch, recwarn):
+    from matplotlib import pyplot
+
+    kept, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    monkeypatch.setitem(pyplot.rcParams, "text.usetex", True)
+    text, files = curves.write([make_run(tmp_path / name, 20, 0.9) for name in NAMES], tmp_path / "out")
+    assert [path.name for path in files] == ["report.md", "curves.png"]
+    shown = [label.get_text() for label in kept[0].axes[0].get_legend().get_texts()]
+    assert [label.replace("\\$", "$").strip() for label in shown] == NAMES
+    close(kept[0])
+    assert len(recwarn) == 0
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines()} == {11}
+
+
+def test_a_figure_that_fails_costs_the_figure(runs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(curves, "plot", lambda *_: [][0])
+    with caplog.at_level("WARNING", "dzhpc"):
+        _, files = curves.write(runs, tmp_path / "out")
+    assert [path.name for path in files] == ["report.md"]
+    assert "no figure: IndexError" in caplog.text
+
+
+def test_a_report_of_ones_own_is_not_written_over(runs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.md").write_text("# my thesis")
+    for _ in range(2):
+        _, files = curves.write(runs, out)
+        assert [path.name for path in files] == ["report-dzhpc.md", "curves-dzhpc.png"]
+    assert (out / "report.md").read_text() == "# my thesis" and not (out / "curves.png").exists()
+    assert "](curves-dzhpc.png)" in (out / "report-dzhpc.md").read_text()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dzhpc import config
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files.checkpoint import State
 from dzhpc.files.metrics import Metrics
@@ -114,3 +115,57 @@ def test_each_launch_gets_its_own_manifest(folder):
         folder.write_manifest({"command": command})
     found = {p.name: json.loads(p.read_text())["command"] for p in (folder.path / "launches").glob("*.json")}
     assert found == {"001.json": ["a"], "002.json": ["b"]}
+
+
+def test_what_a_user_has_in_the_folder_is_never_written_over(tmp_path):
+    notes = "# my notes\n" + config.load().to_toml()
+    kept = {
+        "input.toml": notes, "log.txt": "dear diary\n", "data.csv.tmp": "1", "deep/x.tmp": "2", "report/report.md": "mine",
+        "report/curves.png": "mine", "launches/note.txt": "3", "step-1.h5.tmp": "4",
+    }  # fmt: skip
+    for name, text in kept.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folder = RunFolder(tmp_path)
+    for seed in range(2):  # the second launch writes over the first one's, and over nothing else
+        folder.check_foreign()
+        folder.create()
+        resolved = config.load(None, [f"run.seed={seed}"]).to_toml()
+        folder.write_input(resolved)
+        with folder.log.open("a") as file:
+            file.write("2026-01-01 00:00:00 begun\n")
+        assert {name: (tmp_path / name).read_text() for name in kept} == kept
+        assert (tmp_path / "input-dzhpc.toml").read_text() == resolved
+    assert (tmp_path / "log-dzhpc.txt").read_text().count("begun") == 2
+    folder.save(state(3), keep=3)
+    folder.set_aside()
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    aside = {path.name for path in (tmp_path / "previous-001").iterdir()}
+    assert aside == {"input-dzhpc.toml", "log-dzhpc.txt", "step-00000003.h5"}
+
+
+@pytest.mark.parametrize("written_by", ["0.1", "now"])
+def test_our_own_input_and_log_are_gone_on_with(tmp_path, written_by, project):
+    folder = RunFolder(tmp_path)
+    folder.create()
+    earlier = project / "tests" / "regression" / "written_by_0.1"
+    old = next(earlier.rglob("input.toml")).read_text() if written_by == "0.1" else config.load().to_toml()
+    (tmp_path / "input.toml").write_text(old)
+    (tmp_path / "log.txt").write_text("2026-01-01 00:00:00 begun\n")
+    assert (folder.input.name, folder.log.name) == ("input.toml", "log.txt")
+
+
+def test_metrics_of_another_program_are_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(InputError, match=r"metrics\.h5: was not written by dzhpc and would be lost; move it.*--run-dir"):
+        folder.check_foreign()
+
+
+def test_a_folder_stays_where_it_was_when_the_working_directory_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder("runs/a")
+    folder.create()
+    monkeypatch.chdir("/")
+    folder.save(state(1), keep=3)
+    assert names(folder) == ["step-00000001.h5"] and (tmp_path / "runs/a/checkpoints/step-00000001.h5").exists()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
-from dzhpc.files import h5
+from dzhpc.files import drawing, h5, owned
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, confidence_interval
 
 KIND = "dzhpc-certificates"
@@ -17,6 +18,7 @@ STORED = {
     "idx": np.int64, "label": np.int64, "selected": np.int64, "predict": np.int64, "n_a": np.int64, "n": np.int64,
     "radius": np.float64, "correct": np.bool_, "seconds": np.float64, "done": np.bool_,
 }  # fmt: skip
+MARK = "![certified accuracy]("  # by which a table of ours is known
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
 
@@ -106,7 +108,7 @@ def table(records: list[Record]) -> str:
         total = len(record.rows)
         of = int(record.about["n"])
         used = f"{record.samples:,.0f} of {of:,} ({100 * record.samples / of:.0f} %)" if record.about["adaptive"] else f"{of:,}"
-        cells = [record.name, f"{record.about['sigma']:g}", str(total), used]
+        cells = [drawing.cell(record.name), f"{record.about['sigma']:g}", str(total), used]
         if total:
             cells += [f"{100 * record.abstained:.1f} %", *(_with_interval(record.certified(radius), total) for radius in at)]
         lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
@@ -121,11 +123,7 @@ def _with_interval(k: int, n: int) -> str:
 
 def plot(records: list[Record], path: Path) -> None:
     """Certified accuracy against the radius, a curve a method, with its confidence band where there are few."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = drawing.pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     for k, record in enumerate(records):
         total, steps = len(record.rows), sorted({0.0} | {row.radius for row in record.rows if row.correct})
@@ -134,7 +132,7 @@ def plot(records: list[Record], path: Path) -> None:
         bands = np.array([confidence_interval(count, total) for count in counts])
         style = dict(color=f"C{k % 10}", linestyle=("-", "--", ":")[k // 10 % 3])
         name = f"{record.name} (adaptive)" if record.about["adaptive"] else record.name
-        axes.step(steps, 100 * np.array(counts) / total, where="pre", label=name, lw=1.6, **style)
+        axes.step(steps, 100 * np.array(counts) / total, where="pre", label=drawing.plain(name), lw=1.6, **style)
         if len(records) <= 3:  # more of them hide each other; the table has all intervals
             axes.fill_between(steps[:-1], *(100 * bands[:-1].T), step="pre", color=style["color"], alpha=0.1, lw=0)
     axes.set_xlabel("l2 radius, for pixels in [0, 1]")
@@ -147,24 +145,29 @@ def plot(records: list[Record], path: Path) -> None:
     plt.close(figure)
 
 
-def write(files: list[Path], out: Path) -> str:
-    """Write ``certified.md`` and ``certified.png`` of several records; the table. Raises CheckpointError or InputError."""
+def write(files: list[Path], out: Path) -> tuple[str, list[Path]]:
+    """Write ``certified.md`` and ``certified.png`` of several records; the table, and these files.
+
+    Raises CheckpointError or InputError.
+    """
     records = [read(file) for file in files]
     text = table(records)
-    drawn = [record for record in records if record.rows]
+    some = [record for record in records if record.rows]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "certified.md").write_text(f"# Certified accuracy\n\n{text}\n\n![certified accuracy](certified.png)\n")
-        if drawn:
-            plot(drawn, out / "certified.png")
+        ours = lambda path: owned.holds(path, MARK)  # noqa: E731
+        report, picture = owned.places(out, ("certified.md", "certified.png"), ours)
+        content = f"# Certified accuracy\n\n{text}\n\n{MARK}{picture.name})\n"
+        report.write_text(content, encoding="utf-8", errors="backslashreplace")
+        return text, [report, *([picture] if some and drawing.drawn(lambda: plot(some, picture)) else [])]
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-    return text
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror})") from None
 
 
 def write_tsv(record: Record, path: Path) -> None:
-    """Write :func:`tsv`. Raises InputError."""
+    """Write :func:`tsv`, not over a file of somebody else. Raises InputError."""
     try:
-        path.write_text(tsv(record))
+        (place,) = owned.places(path.parent, [path.name], lambda found: owned.holds(found, "\t".join(COLUMNS)))
+        place.write_text(tsv(record), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{shown(path)}: cannot be written ({error.strerror})") from None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from dzhpc.config import path_of
+from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import duration, say_first
@@ -36,10 +38,10 @@ def spread(images: int | None, total: int) -> list[int]:
 
 def classifier_of(defense: Defense) -> str:
     """What tells one classifier from another: its name; of a file also its content."""
-    name = defense.config.task.classifier
-    if not Path(name).is_file():
+    name, path = defense.config.task.classifier, path_of(defense.config, "task.classifier")
+    if path is None or not path.is_file():
         return name
-    with open(name, "rb") as file:
+    with open(path, "rb") as file:
         return f"{name} (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
 
 
@@ -56,7 +58,7 @@ class Certification:
     costs some seconds.
     """
 
-    def __init__(self, world: World, defense: Defense, args: argparse.Namespace, source: str, path: Path, requests: Requests):
+    def __init__(self, world: World, defense: Defense, args: argparse.Namespace, source: Path, path: Path, requests: Requests):
         self.world, self._data, self._requests, self._quiet = world, defense.data, requests, args.quiet
         self.path, self._name = path, path.stem
         self._lock = Lock(path.parent, f"{path.stem}.lock.json", "-o")
@@ -66,7 +68,7 @@ class Certification:
         self._smoothed = Smoothed(defense.classify, len(defense.classes), sigma, defense.seed, args.batch)
         self._numbers = spread(args.images, len(self._data.test))
         self.about = {
-            "name": self._name, "source": str(Path(source).resolve()), "sigma": sigma, "n0": args.n0, "n": args.n,
+            "name": self._name, "source": str(source.resolve()), "sigma": sigma, "n0": args.n0, "n": args.n,
             "alpha": args.alpha, "adaptive": args.adaptive, "grid": args.grid, "seed": defense.seed, "batch": args.batch,
             "precision": args.precision, "data": defense.config.data.name, "classifier": classifier_of(defense),
             "denoiser": fingerprint(defense.model), "threads": torch.get_num_threads(),
@@ -103,9 +105,11 @@ class Certification:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.path.parent}: cannot be made ({error.strerror}); choose another folder with -o") from None
+            raise InputError(
+                f"{shown(self.path.parent)}: cannot be made ({error.strerror}); choose another folder with -o"
+            ) from None
         if stale := self._lock.acquire():
-            log.info("took over %s from %s, which has ended", self.path, stale)
+            log.info("took over %s from %s, which has ended", shown(self.path), stale)
         if not self.path.exists():
             return {}
         rows, about = certificates.load(self.path)
@@ -114,8 +118,8 @@ class Certification:
                 continue
             if key not in BITS:
                 raise CheckpointError(
-                    f"{self.path} was written with {key} = {old!r}, now {new!r}: certificates in one file share all parameters; "
-                    f"choose another --label or -o, or delete the file"
+                    f"{shown(self.path)} was written with {key} = {old!r}, now {new!r}: certificates in one file share all "
+                    f"parameters; choose another --label or -o, or delete the file"
                 )
             log.warning("%s was %s, now %s: counts may differ from an undisturbed run", key, old, new)
         return {row.idx: row for row in rows}

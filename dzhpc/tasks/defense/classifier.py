@@ -1,13 +1,14 @@
 """The classifier that a defence stands in front of: how it is loaded, asked, and how its answers are compared (A2)."""
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dzhpc import data
-from dzhpc.config import Config, Model, import_object, is_function
+from dzhpc.config import Config, Model, import_object, is_function, path_of
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
 from dzhpc.errors import InputError
 from dzhpc.files.checkpoint import config_of
@@ -36,10 +37,10 @@ def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> Bl
 
 def load_network(config: Config, data_set: data.DataSet, device: torch.device) -> Frozen:
     """The network of ``task.classifier``, a file, normalisation included. Raises InputError for what does not fit."""
-    task, path = config.task, config.task.classifier
+    task, path, file = config.task, config.task.classifier, path_of(config, "task.classifier")
     mean, std = data_set.mean, data_set.std
-    if _is_ours(path):
-        file, state = load_state(path)
+    if _is_ours(file, path):
+        file, state = load_state(file)
         own, model = config_of(state, file), zoo.load_model(file)
         mean, std = own.data.mean or mean, own.data.std or std
     else:
@@ -59,11 +60,11 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
     return Frozen(model, mean.cpu(), std.cpu()).to(device)
 
 
-def _is_ours(path: str) -> bool:
+def _is_ours(file: Path, name: str) -> bool:
     try:
-        return is_ours(path)
+        return is_ours(file)
     except OSError as error:
-        raise InputError(f"task.classifier = {path}: cannot be read ({error.strerror or error})") from None
+        raise InputError(f"task.classifier = {name}: cannot be read ({error.strerror or error})") from None
 
 
 class Answers:

@@ -8,6 +8,7 @@ from torch import Tensor
 from dzhpc import config as configuration
 from dzhpc import data
 from dzhpc.config import Config
+from dzhpc.config.paths import shown
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError
 from dzhpc.files.runfolder import load_state
@@ -67,7 +68,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
         config = zoo.config_of(state, file)
         config.model.weights = None
     if config.task.kind != "defense":
-        raise InputError(f'{path}: task.kind = "{config.task.kind}", expected "defense"')
+        raise InputError(f'{shown(path)}: task.kind = "{config.task.kind}", expected "defense"')
     config.data.train_limit = config.data.test_limit = None
     data_set = data.load(config.data, config.run.seed)
     pixels, model, layout = as_pixels(data_set).to(device), None, torch.channels_last

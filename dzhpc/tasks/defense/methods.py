@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dzhpc.errors import InputError
+from dzhpc.config import paths
+from dzhpc.errors import InputError, message_of
 from dzhpc.job import device as devices
 from dzhpc.job.launch import add_user_modules, stopped, survey
 from dzhpc.job.stopping import Reason, Requests
@@ -40,14 +41,14 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"several sources would be called {name}; certify them one by one, each with its --label")
 
 
-def default_folder(sources: list[str]) -> Path:
+def default_folder(sources: list[Path]) -> Path:
     """``certify/``, in the run folder where there is just one."""
-    return Path(sources[0] if len(sources) == 1 and Path(sources[0]).is_dir() else ".") / "certify"
+    return (sources[0] if len(sources) == 1 and sources[0].is_dir() else paths.started()) / "certify"
 
 
-def label_of(source: str, without_denoiser: bool) -> str:
+def label_of(source: Path, without_denoiser: bool) -> str:
     """A method's name: the run folder's, the run folder's with the step, or the input file's."""
-    path = Path(source).resolve()
+    path = source.resolve()
     name = path.name if path.is_dir() else path.stem
     if path.parent.name == "checkpoints":
         name = f"{path.parent.parent.name}-{name}"
@@ -66,7 +67,7 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
             add_user_modules(source)
             defense = load_defense(source, device, without_denoiser=args.no_denoiser, precision=args.precision)
             if defense.box is None:
-                raise InputError(f"{source}: names no task.classifier, so there is nothing to certify")
+                raise InputError(f"{paths.shown(source)}: names no task.classifier, so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
         survey(world, device, defense.config.run)
         requests = requests or Requests(defense.config, out if world.is_root else None)
@@ -79,5 +80,9 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
     code = stopped(world, reason, progressed, "batch")
     if world.is_root and not code:  # else time is short
         files = [path for path in sorted(out.glob("*.h5")) if path.with_suffix(".tsv").exists()]
-        log.info("%s\n%s", certificates.write(files, out), f"written: {out / 'certified.md'}, {out / 'certified.png'}")
+        try:
+            text, written = certificates.write(files, out)
+            log.info("%s\nwritten: %s", text, ", ".join(map(paths.shown, written)))
+        except Exception as error:  # all is certified and saved
+            log.warning("no table: %s", message_of(error))
     return code

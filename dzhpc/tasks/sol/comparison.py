@@ -3,12 +3,15 @@
 import logging
 from pathlib import Path
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
+from dzhpc.files import drawing, owned
 from dzhpc.tasks.sol import evaluation, figures, results
 from dzhpc.tasks.sol.evaluation import Experiment, Run, Split
 from dzhpc.tasks.sol.results import Method
 
 log = logging.getLogger("dzhpc")
+MARK = "# Evaluation\n\n"  # by which tables of ours are known
 
 
 def steps_of(text: str | None) -> list[int] | None:
@@ -27,7 +30,7 @@ def compare(experiment: Experiment, runs: list[Run], horizon: int, split: Split)
         evaluation.choose(experiment, runs, steps, split)
     for run in runs:
         file = run.checkpoints[run.chosen][0]
-        log.info("%s: %s, MAE(%d) %.4f over the valid simulations", run.name, file, horizon, run.scores[run.chosen])
+        log.info("%s: %s, MAE(%d) %.4f over the valid simulations", run.name, shown(file), horizon, run.scores[run.chosen])
     every = [None, *runs]
     return results.group(every, evaluation.measure(experiment, every, steps, split))
 
@@ -37,15 +40,17 @@ def write(experiment: Experiment, methods: list[Method], at: list[int], out: Pat
     parameters, runs = experiment.reference.test.parameters.tolist(), [run for method in methods for run in method.runs if run]
     symbol = "re" if experiment.reference.staggered else "parameter"
     last = min(at[-1], experiment.frames - 1)
+    names = ("evaluation.md", "evaluation.tsv", "errors.png", "states.png", *(["states.gif"] if gif else []))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files = figures.draw(experiment, methods, last, out, gif)
-        pictures = "\n\n".join(f"![{file.stem}]({file.name})" for file in files)
+        report, table, *pictures = owned.places(out, names, lambda path: owned.holds(path, MARK))
+        shows = "\n\n".join(f"![{file.stem}]({file.name})" for file in pictures)
         chosen = f"## Checkpoints\n\n{results.choices(runs, at[-1])}\n" if runs else ""
-        tables = results.tables(methods, parameters, at, symbol)
-        (out / "evaluation.md").write_text(f"# Evaluation\n\n{tables}\n\n{chosen}\n{pictures}\n")
-        (out / "evaluation.tsv").write_text(results.tsv(methods, parameters, at))
+        text = f"{MARK}{results.tables(methods, parameters, at, symbol)}\n\n{chosen}\n{shows}\n"
+        report.write_text(text, encoding="utf-8", errors="backslashreplace")
+        table.write_text(results.tsv(methods, parameters, at), encoding="utf-8", errors="backslashreplace")
+        drawing.drawn(lambda: figures.draw(experiment, methods, last, pictures))
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-    names = [out / "evaluation.md", out / "evaluation.tsv", *files]
-    return f"{results.summary(methods, at)}\nwritten: {', '.join(map(str, names))}"
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror})") from None
+    files = [report, table, *(file for file in pictures if file.exists())]
+    return f"{results.summary(methods, at)}\nwritten: {', '.join(map(shown, files))}"

@@ -14,6 +14,7 @@ import torch
 
 from dzhpc import config as configuration
 from dzhpc.config import Config
+from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files.checkpoint import State, config_of, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
@@ -49,15 +50,14 @@ class Run:
         return self.checkpoints[self.chosen][1]
 
 
-def read(source: str) -> Run:
+def read(path: Path) -> Run:
     """A run folder with all its checkpoints, a single checkpoint, or an input file. Raises InputError or CheckpointError."""
-    path = Path(source)
     if path.suffix == ".toml":
-        return Run(path.stem, _checked(configuration.load(path), source), [])
+        return Run(path.stem, _checked(configuration.load(path), path), [])
     if not path.is_dir():
         state = load_checkpoint(path)
         whole = path.resolve()
-        return Run(f"{whole.parent.parent.name}-{whole.stem}", _config_of(state, source), [(source, _light(state))])
+        return Run(f"{whole.parent.parent.name}-{whole.stem}", _config_of(state, path), [(str(path), _light(state))])
     found = []
     for file in reversed(RunFolder(path).checkpoint_files()):
         try:
@@ -66,9 +66,9 @@ def read(source: str) -> Run:
             log.warning("skipped: %s", error)
     if not found:
         raise CheckpointError(
-            f"{path}: holds no checkpoint; give run folders or checkpoints (step-*.h5), or an input file for SRC"
+            f"{shown(path)}: holds no checkpoint; give run folders or checkpoints (step-*.h5), or an input file for SRC"
         )
-    return Run(path.resolve().name, _config_of(found[-1][1], source), found)
+    return Run(path.resolve().name, _config_of(found[-1][1], path), found)
 
 
 def _light(state: State) -> State:
@@ -76,19 +76,19 @@ def _light(state: State) -> State:
     return dataclasses.replace(state, optimizer={}, lpr=None, partial=None)
 
 
-def _config_of(state: State, source: str) -> Config:
-    config = config_of(state, source)
+def _config_of(state: State, source: Path) -> Config:
+    config = config_of(state, str(source))
     config.model.weights = None
     return _checked(config, source)
 
 
-def _checked(config: Config, source: str) -> Config:
+def _checked(config: Config, source: Path) -> Config:
     if config.task.kind != "sol":
-        raise InputError(f'{source}: task.kind = "{config.task.kind}", expected "sol"')
+        raise InputError(f'{shown(source)}: task.kind = "{config.task.kind}", expected "sol"')
     return config
 
 
-def read_all(sources: list[str], data_root: str | None = None) -> list[Run]:
+def read_all(sources: list[Path], data_root: Path | None = None) -> list[Run]:
     """All runs; input files only where there is no run. ``data_root`` replaces the data.root of each.
 
     Raises InputError where reference or coarse solver differ.
@@ -96,7 +96,7 @@ def read_all(sources: list[str], data_root: str | None = None) -> list[Run]:
     found = [read(source) for source in sources]
     runs = [run for run in found if run.checkpoints] or found
     for run in runs:
-        run.config.data.root = data_root or run.config.data.root
+        run.config.data.root = str(data_root) if data_root else run.config.data.root
         for key in SHARED:
             old, new = _value(runs[0].config, key), _value(run.config, key)
             if old != new:

@@ -4,12 +4,14 @@ Of the wake the vorticity is drawn, the flow from left to right; of a user's sol
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.files import drawing
 from dzhpc.tasks.sol.evaluation import Experiment
 from dzhpc.tasks.sol.results import SRC, Method
 from dzhpc.tasks.sol.wake import DT, LENGTH, SPEED, Wake, unpack, viscosity
@@ -88,15 +90,6 @@ class Scene:
                 axes.set_xlabel("y / D, along the flow →", fontsize=8)
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def colors(names: list[str]) -> dict[str, str]:
     """A colour a method; reference and SRC are no methods and stay black and grey."""
     methods = [name for name in names if name not in (REFERENCE, SRC)]
@@ -108,14 +101,14 @@ def errors(methods: list[Method], scene: Scene, path: Path) -> None:
 
     A simulation that diverges is drawn alone, up to a cross on the frame, and is in neither mean nor shade.
     """
-    plt = _pyplot()
+    plt = drawing.pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     color, top = colors([method.name for method in methods]), 0.0
     for method in methods:
         curves = method.errors.flatten(0, 1).numpy()
         time, lost = scene.time(np.arange(1, curves.shape[1] + 1)), np.isinf(curves).any(1)
         style = {"color": color[method.name], "ls": "--" if method.name == SRC else "-"}
-        label = f"{method.name} ({lost.sum()} of {len(lost)} diverged)" if lost.any() else method.name
+        label = drawing.plain(f"{method.name} ({lost.sum()} of {len(lost)} diverged)" if lost.any() else method.name)
         if not lost.all():
             kept = curves[~lost]
             top = max(top, kept.max())
@@ -137,7 +130,7 @@ def errors(methods: list[Method], scene: Scene, path: Path) -> None:
 
 def states(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path) -> None:
     """One simulation at a few steps: a row a solver and a column a time, or one row of lines."""
-    plt = _pyplot()
+    plt = drawing.pyplot()
     values = {name: scene.values(these) for name, these in rows.items()}
     limits = scene.limits(values[REFERENCE])
     if values[REFERENCE].ndim == 2:
@@ -158,7 +151,9 @@ def states(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path) -
                 shown = scene.image(axes, drawn[k], limits)
                 _mark_divergence(axes, drawn[k])
                 axes.tick_params(labelsize=7)
-            row[0].annotate(name, (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold")
+            row[0].annotate(
+                drawing.plain(name), (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
+            )
         for axes, step in zip(grid[0], steps, strict=True):
             axes.set_title(scene.stamp(step), fontsize=9)
         scene.name_axes(list(grid[:, 0]), list(grid[-1]))
@@ -172,7 +167,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
     """One simulation, a frame a step: the solvers side by side, or their lines on one another. A GIF."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    plt = _pyplot()
+    plt = drawing.pyplot()
     values = {name: scene.values(these) for name, these in rows.items()}
     limits = scene.limits(values[REFERENCE])
     if values[REFERENCE].ndim == 2:
@@ -189,7 +184,7 @@ def animation(rows: Rows, steps: list[int], scene: Scene, title: str, path: Path
             axes.set(xticks=[], yticks=[])
         for axes, (name, these) in zip(grid.flat, values.items(), strict=False):
             drawn[name] = scene.image(axes, these[0], limits)
-            axes.set_title(name, fontsize=9, pad=3)
+            axes.set_title(drawing.plain(name), fontsize=9, pad=3)
         for axes in grid.flat[len(rows) :]:
             axes.set_axis_off()
         update = lambda artist, these: artist.set_data(these)  # noqa: E731
@@ -208,7 +203,10 @@ def _lines(axes, values: dict[str, np.ndarray], limits: tuple[float, float]) -> 
     """Draw lines over one another; the artists by name."""
     color = colors(list(values))
     thin = {REFERENCE: {"lw": 2}, SRC: {"ls": "--"}}
-    drawn = {name: axes.plot(line, color=color[name], label=name, **thin.get(name, {}))[0] for name, line in values.items()}
+    drawn = {
+        name: axes.plot(line, color=color[name], label=drawing.plain(name), **thin.get(name, {}))[0]
+        for name, line in values.items()
+    }
     axes.set_xlabel("grid point")
     axes.set_ylim(*limits)
     axes.grid(alpha=0.3)
@@ -233,17 +231,17 @@ def shown_steps(last: int) -> tuple[list[int], list[int]]:
     return few, np.unique(np.linspace(0, last, GIF_FRAMES).round().astype(int)).tolist()
 
 
-def draw(experiment: Experiment, methods: list[Method], steps: int, out: Path, gif: bool) -> list[Path]:
-    """Write ``errors.png``, ``states.png`` and ``states.gif`` (of the middle test simulation) into a folder; their paths.
+def draw(experiment: Experiment, methods: list[Method], steps: int, files: Sequence[Path]) -> None:
+    """Draw errors, states and, where it has a third file, the animation (of the middle test simulation).
 
     Of a method with several seeds the states are those of the run that did best on the valid simulations.
     """
     task, test = experiment.config.task, experiment.reference.test
     wake = Wake(task.resolution, task.radius) if experiment.reference.staggered else None
     scene, number = Scene(wake), len(test.parameters) // 2
-    errors(methods, scene, out / "errors.png")
+    errors(methods, scene, files[0])
     few, many = shown_steps(steps)
-    keep = sorted({*few, *(many if gif else ())})
+    keep = sorted({*few, *(many if files[2:] else ())})
     rows = {REFERENCE: {step: test.states[number, step].cpu() for step in keep}}
     for method in methods:
         best = min(method.runs, key=lambda run: run.scores[run.chosen] if run else 0)
@@ -251,7 +249,6 @@ def draw(experiment: Experiment, methods: list[Method], steps: int, out: Path, g
         rows[method.name] = {step: kept[0] for step, kept in done.kept.items()}
     title = scene.simulation(float(test.parameters[number]))
     at = lambda steps: {name: torch.stack([kept[step] for step in steps]) for name, kept in rows.items()}  # noqa: E731
-    states(at(few), few, scene, title, out / "states.png")
-    if gif:
-        animation(at(many), many, scene, title, out / "states.gif")
-    return [out / name for name in ("errors.png", "states.png", *(["states.gif"] if gif else []))]
+    states(at(few), few, scene, title, files[1])
+    for file in files[2:]:
+        animation(at(many), many, scene, title, file)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.config import Data
+from dzhpc.config.paths import shown
 from dzhpc.data import root_of
 from dzhpc.errors import InputError
 from dzhpc.files import h5
@@ -74,7 +75,7 @@ def find(section: Data) -> Reference:
     """The reference that ``[data]`` names, on the CPU. Raises InputError as :func:`load` does."""
     path = root_of(section) / f"{section.name}.h5"
     if not path.exists():
-        raise InputError(f"{path}: no such file; make it with `python -m dzhpc.simulate INPUT -o {path}`")
+        raise InputError(f"{shown(path)}: no such file; make it with `python -m dzhpc.simulate INPUT -o {shown(path)}`")
     return load(path)
 
 

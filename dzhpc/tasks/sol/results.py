@@ -6,8 +6,9 @@ import statistics
 import torch
 from torch import Tensor
 
-from dzhpc.config import frozen_changes
+from dzhpc.config import FREE, frozen_changes
 from dzhpc.errors import InputError
+from dzhpc.files.drawing import cell
 from dzhpc.tasks.sol.evaluation import Run
 from dzhpc.tasks.sol.rollout import DIVERGED, Rollout
 
@@ -50,7 +51,7 @@ def group(runs: list[Run | None], rollouts: list[Rollout]) -> list[Method]:
 
 
 def _differ_in_seed(a: Run, b: Run) -> bool:
-    return [key for key, _, _ in frozen_changes(a.config, b.config)] == ["run.seed"]
+    return [key for key, _, _ in frozen_changes(a.config, b.config, FREE)] == ["run.seed"]
 
 
 def horizons(asked: list[int] | None, frames: int) -> list[int]:
@@ -85,7 +86,7 @@ def summary(methods: list[Method], at: list[int]) -> str:
     columns = ["method", "seeds", *(text for k in at for text in (f"MAE({k})", "± simulations", "± seeds")), "diverged"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in methods:
-        cells = [method.name, str(len(method.runs)) if method.runs[0] else ""]
+        cells = [cell(method.name), str(len(method.runs)) if method.runs[0] else ""]
         for steps in at:
             values = method.mae(steps)
             cells += [_mean(values), _spread(values.mean(0)), _spread(_finite_means(values))]
@@ -99,7 +100,9 @@ def _by_simulation(methods: list[Method], parameters: list[float], steps: int, s
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in methods:
         for run, values, done in zip(method.runs, method.mae(steps), method.rollouts, strict=True):
-            cells = [method.name, str(run.config.run.seed), f"step {run.state.step}"] if run else [method.name, "", ""]
+            cells = (
+                [cell(method.name), str(run.config.run.seed), f"step {run.state.step}"] if run else [cell(method.name), "", ""]
+            )
             pairs = zip(values.tolist(), done.diverged.tolist(), strict=True)
             cells += [f"diverged at step {k}" if value == torch.inf else f"{value:.4f}" for value, k in pairs]
             lines.append(f"| {' | '.join([*cells, _mean(values)])} |")
@@ -132,7 +135,7 @@ def choices(runs: list[Run], steps: int) -> str:
     for run in runs:
         cells = [f"{state.step}: {score:.4f}" for (_, state), score in zip(run.checkpoints, run.scores, strict=True)]
         cells[run.chosen] = f"**{cells[run.chosen]}**"
-        lines.append(f"| {run.name} | {', '.join(cells)} |")
+        lines.append(f"| {cell(run.name)} | {', '.join(cells)} |")
     text = f"The lowest MAE({steps}) over the *valid* simulations chooses; a step after a divergence counts with the bound."
     return "\n".join([*lines, "", text])
 
@@ -142,9 +145,9 @@ def tsv(methods: list[Method], parameters: list[float], at: list[int]) -> str:
     lines = ["\t".join(COLUMNS)]
     for method in methods:
         for run, done in zip(method.runs, method.rollouts, strict=True):
-            about = (run.name, run.config.run.seed, run.state.step) if run else ("", "", "")
+            about = (" ".join(run.name.split()), run.config.run.seed, run.state.step) if run else ("", "", "")
             for s, parameter in enumerate(parameters):
                 for steps in at:
                     found = (float(done.mae(steps)[s]), int(done.diverged[s]))
-                    lines.append("\t".join(map(str, (method.name, *about, parameter, steps, *found))))
+                    lines.append("\t".join(map(str, (" ".join(method.name.split()), *about, parameter, steps, *found))))
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dzhpc.config import Config, is_function
+from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
 from dzhpc.files import h5
 from dzhpc.job.lock import Lock
@@ -56,7 +57,7 @@ def check(config: Config, out: Path) -> Config:
         if not is_function(config.task.simulator) and min(values) <= 0:
             raise InputError(f"task.{key} = {values}: expected numbers above 0, 1e4 / viscosity each")
     if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist")
+        raise InputError(f"{shown(out)}: the folder {shown(out.parent)} does not exist")
     return config
 
 
@@ -99,14 +100,14 @@ class Simulations:
             given = {f"{split}_parameters": parameters.tolist() for split, (_, parameters) in splits.items()}
             wanted = {f"{split}_parameters": values for split, values in self._lists.items()}
             self._compare(self._out, about | given, self._about | wanted)
-            say_first("%s: nothing left to do", self._out)
+            say_first("%s: nothing left to do", shown(self._out))
             return None
         if stale := self._lock.acquire():
-            log.info("took over %s from %s, which has ended", self._out, stale)
+            log.info("took over %s from %s, which has ended", shown(self._out), stale)
         try:
             self._parts.mkdir(exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self._parts}: cannot be made ({error.strerror}); choose another file with -o") from None
+            raise InputError(f"{shown(self._parts)}: cannot be made ({error.strerror}); choose another file with -o") from None
         found = {}
         for p in filter(lambda p: self._path(p).exists(), self._parameters):
             _, about = load_part(self._path(p))
@@ -120,7 +121,7 @@ class Simulations:
         self._before, self._start = sum(known.values()), time.monotonic()
         todo = [p for p in self._parameters if known.get(p, 0) < self._total]
         done = f", {len(self._parameters) - len(todo)} done already" if len(todo) < len(self._parameters) else ""
-        say_first("%s: %d simulations, %d states each%s", self._out, len(self._parameters), self._total, done)
+        say_first("%s: %d simulations, %d states each%s", shown(self._out), len(self._parameters), self._total, done)
         return todo
 
     def _compare(self, path: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
@@ -128,7 +129,8 @@ class Simulations:
         for key, value in new.items():
             if old.get(key) != value and key not in BITS:
                 raise InputError(
-                    f"{path} was made with {key} = {old.get(key)!r}, now {value!r}; choose another file with -o, or delete it"
+                    f"{shown(path)} was made with {key} = {old.get(key)!r}, now {value!r}; "
+                    "choose another file with -o, or delete it"
                 )
             if old.get(key) != value:
                 log.warning("%s was %s, now %s: the last bits may differ from an undisturbed run", key, old.get(key), value)
@@ -174,7 +176,7 @@ class Simulations:
         splits = {split: (np.stack([kept[p] for p in ps]), np.array(ps)) for split, ps in self._lists.items()}
         reference.save(self._out, splits, self._about)
         shutil.rmtree(self._parts, ignore_errors=True)
-        log.info("written: %s", self._out)
+        log.info("written: %s", shown(self._out))
         return True
 
     def progress(self) -> str:

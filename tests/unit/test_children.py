@@ -1,0 +1,61 @@
+"""Processes that user code forks inside a rank: they end when they are asked to, and never take the rank's place."""
+
+import subprocess
+import sys
+
+import pytest
+
+TERMINATED = """
+import multiprocessing, os, signal, time
+from dzhpc.job.stopping import listen
+def work(k):
+    return k * k
+listen(), listen()
+fork = multiprocessing.get_context("fork")
+for _ in range(30):  # at once, before the child has run a line
+    child = fork.Process(target=time.sleep, args=(1000,))
+    child.start(), child.terminate(), child.join(20)
+    assert child.exitcode == -signal.SIGTERM, child.exitcode
+for _ in range(10):
+    with fork.Pool(2) as pool:
+        assert pool.map(work, range(3)) == [0, 1, 4]
+child = fork.Process(target=time.sleep, args=(0.5,))  # mpirun relays its warnings to children, too
+child.start(), time.sleep(0.1), os.kill(child.pid, signal.SIGUSR1), child.join(20)
+assert child.exitcode == 0, child.exitcode
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+os.kill(os.getpid(), signal.SIGTERM)  # the rank itself takes note and lives
+from dzhpc.job import stopping
+assert len(stopping._signals) == 1
+print("all ended")
+"""
+COMES_BACK = """
+import os, sys
+from dzhpc.job.world import World
+world = World()
+def ask():
+    if os.fork() == 0:
+        LEAVE
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1
+try:
+    with world.together():
+        ask()
+except BaseException as error:
+    sys.exit(world.fail(error))
+print("the rank goes on")
+"""
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_child_ends_by_sigterm_and_a_pool_too_while_the_rank_only_takes_note():
+    done = run(TERMINATED)
+    assert (done.stdout, done.stderr) == ("all ended\n", "")
+
+
+@pytest.mark.parametrize("leave", ["return", "sys.exit(0)", "raise ValueError('in the child')"])
+def test_a_child_that_comes_back_is_ended_before_it_speaks_for_the_rank(leave):
+    done = run(COMES_BACK.replace("LEAVE", leave))
+    assert (done.returncode, done.stdout) == (0, "the rank goes on\n")
+    assert done.stderr.startswith("a process that user code forked") and done.stderr.endswith("end it with os._exit\n")
