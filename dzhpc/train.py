@@ -41,7 +41,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     device = devices.choose(world.local_rank, config.run.threads)
     with world.together():
         task = make_task(config, device)
-        launch.try_out(task)
+    launch.try_out(world, task)
     if args.dry_run:
         if world.is_root:
             print(forecast(task))

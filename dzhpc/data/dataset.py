@@ -35,6 +35,11 @@ class DataSet:
         move = lambda s: Split(s.images.to(device), s.labels.to(device))  # noqa: E731
         return DataSet(move(self.train), move(self.test), self.mean.to(device), self.std.to(device), self.classes)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is in it, by name."""
+        splits = {"train": self.train, "test": self.test}
+        return {f"{n}/{k}": t for n, s in splits.items() for k, t in (("images", s.images), ("labels", s.labels))}
+
     def normalise(self, images: Tensor) -> Tensor:
         """float32 inputs [B, C, H, W] from uint8 pixels; floating-point images pass as float32."""
         if images.dtype != torch.uint8:

@@ -21,6 +21,7 @@ from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
 from dzhpc.tasks import Task
+from dzhpc.tasks.agreement import check_losses, check_made, user_code
 from dzhpc.training.active_set import read_lpr
 from dzhpc.training.checks import check_restart
 from dzhpc.training.trainer import Trainer
@@ -56,15 +57,22 @@ def run(
         lock.release()
 
 
-def try_out(task: Task) -> None:
-    """Bind a batch once and read the LPR file, so that what cannot work is said before the run folder is made.
+def try_out(world: World, task: Task) -> None:
+    """Compare over the ranks what each has made, bind a batch, and read the LPR file: what cannot work is said before the run
+    folder is made.
 
-    Raises InputError. Buffers are left as they were.
+    Where the loss ends in user code it is bound twice, which tells noise. Raises InputError. Buffers and random numbers are left
+    as they were. Collective.
     """
-    with Pinned(task.model, task.engine.index.device).unchanged():
-        task.bind(0)
-    if task.config.sparsity.lpr:
-        read_lpr(task)
+    check_made(world, task.made())
+    losses = []
+    with world.together():
+        for _ in range(2 if user_code(task.config) else 1):
+            with Pinned(task.model, task.engine.index.device).unchanged():
+                losses.append(task.bind(0))
+        if task.config.sparsity.lpr:
+            read_lpr(task)
+    check_losses(world, task.config, losses)
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:

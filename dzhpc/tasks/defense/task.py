@@ -3,7 +3,7 @@
 (A2): minimise E CE(f(D(x + delta)), f(x)) over D, delta ~ N(0, sigma^2), by queries; f(x) are the classifier's own soft answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -66,6 +66,9 @@ class DefenseTask(Task):
         bind = batch * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
         bind += batch * (self._code_size() if self.latent else 0)
         return Cost(bind, batch, 2 * tests, f"task.classifier = {self.config.task.classifier}")
+
+    def made(self) -> dict[str, Mapping[str, Tensor]]:
+        return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
 
     def bind(self, step: int) -> float:
         self._set_mode()
