@@ -10,7 +10,8 @@ from torch import Tensor
 def to_tensor(given: object) -> Tensor:
     """A contiguous copy of what ``given`` holds, on its device; never a gradient.
 
-    Numbers that torch does not know are taken into wider ones: uint16 and uint32 into int64, uint64 and longdouble into float64.
+    Numbers that torch does not know are taken into wider ones: uint16, uint32 and uint64 into int64 (beyond it
+    float64), longdouble into float64.
     Raises ValueError that says what the array is, where it holds no real numbers: complex ones, masked entries, objects.
     """
     if isinstance(given, Tensor):
@@ -36,9 +37,10 @@ def _known(array: np.ndarray, name: str) -> np.dtype:
     if kind == "O" and array.size and all(isinstance(value, numbers.Real) for value in array.flat):
         return np.dtype(np.float64)
     if kind not in "biuf":
-        raise ValueError(f"{name} of {array.dtype}" if name == "ndarray" else name)
-    if (kind == "f" and size > 8) or (kind == "u" and size > 4):
+        raise ValueError(f"{name} of {'text' if kind in 'SU' else array.dtype}" if array.ndim else name)
+    if kind == "f" and size > 8:
         return np.dtype(np.float64)
     if kind == "u" and size > 1:
-        return np.dtype(np.int64)
+        fits = size < 8 or not array.size or array.max() <= np.iinfo(np.int64).max
+        return np.dtype(np.int64 if fits else np.float64)
     return array.dtype.newbyteorder("=")

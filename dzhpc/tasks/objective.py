@@ -52,9 +52,9 @@ class Losses(BlackBox):
 class ObjectiveEngine:
     """See :class:`dzhpc.engines.protocol.Engine`; over a user's loss, a chunk of coordinates in one call.
 
-    function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit. A loss of +inf says that
-        a perturbed theta is infeasible: its difference counts as 0, so the coordinate stays out of this step; that is counted,
-        and named in a warning.
+    function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit. A loss of +inf says
+        that a perturbed theta is infeasible: its difference counts as 0, so the coordinate stays out of this step; that is
+        counted, and named in a warning.
     """
 
     peak_bytes, compile_s, environment = 0, 0.0, PLAIN
