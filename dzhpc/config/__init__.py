@@ -4,11 +4,11 @@ Precedence: defaults < file < ``--set KEY=VALUE``. The defaults are those of ``i
 """
 
 from dzhpc.config.input import Config, frozen_changes, known_keys, load, parse, parse_written, tables
-from dzhpc.config.names import import_object, is_function
+from dzhpc.config.names import import_object, is_function, look_in
 from dzhpc.config.sections import Data, Model, Optim, Run, Zo
 from dzhpc.config.tasks import SolKeys
 
 __all__ = [
     "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "frozen_changes", "import_object", "is_function", "known_keys",
-    "load", "parse", "parse_written", "tables",
+    "load", "look_in", "parse", "parse_written", "tables",
 ]  # fmt: skip

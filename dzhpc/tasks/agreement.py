@@ -39,7 +39,8 @@ def check_losses(world: World, config: Config, losses: list[float]) -> None:
             if value == first or (math.isnan(value) and math.isnan(first)):
                 continue
             where = f"{value!r} on rank {rank}" if rank else f"then {value!r}"
-            text = f"{' or '.join(user_code(config)) or 'the loss'}: {first!r} and {where} for the same theta and the same batch"
+            code = " or ".join(f"{key} = {name}" for key, name in user_code(config).items())
+            text = f"{code or 'the loss'}: {first!r} and {where} for the same theta and the same batch"
             if not abs(value - first) <= ROUNDING * abs(first):
                 raise InputError(f"{text}; a loss must draw no random numbers but by a seed that follows from the step")
             if world.is_root:
@@ -47,12 +48,8 @@ def check_losses(world: World, config: Config, losses: list[float]) -> None:
             return
 
 
-def user_code(config: Config) -> list[str]:
-    """``key = package.module:Name`` for all that the input names of the user's own."""
+def user_code(config: Config) -> dict[str, str]:
+    """key -> ``package.module:Name`` for all that the input names of the user's own."""
     sections = {"task": config.task.model_dump(), "model": {"name": config.model.name}, "data": {"name": config.data.name}}
-    return [
-        f"{section}.{key} = {value}"
-        for section, keys in sections.items()
-        for key, value in keys.items()
-        if isinstance(value, str) and is_function(value)
-    ]
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {key: value for key, value in values.items() if isinstance(value, str) and is_function(value)}

@@ -63,7 +63,7 @@ class Classification(Task):
 
     def _try_out(self, layout: torch.memory_format) -> torch.memory_format:
         sample = self.data.normalise(self.data.train.images[:2]).contiguous(memory_format=layout)
-        fitting.try_out(self.model, sample, [2, len(self.data.classes)], "a logit per class", self.config.model.name)
+        fitting.try_out(self.model, sample, [len(sample), len(self.data.classes)], "a logit per class", self.config.model.name)
         return layout
 
     def _laid_out(self, inputs: torch.Tensor) -> torch.Tensor:

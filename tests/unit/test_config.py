@@ -1,5 +1,7 @@
 """Input files: precedence, strictness, and errors that name file, key, found and expected."""
 
+import sys
+
 import pytest
 
 from dzhpc import config
@@ -265,3 +267,27 @@ def test_every_key_is_known_with_its_default_and_documented():
     assert keys["zo.mu"] == (5e-3, "smoothing parameter: the length of a perturbation")
     assert {key.split(".")[0] for key in keys} == set(config.Config.model_fields)
     assert [key for key, (_, meaning) in keys.items() if not meaning] == []
+
+
+def test_two_inputs_have_modules_of_one_name_each_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in "ab":
+        (tmp_path / name / "own_pair").mkdir(parents=True)
+        (tmp_path / name / "own_single.py").write_text(f"from own_pair.inner import WHO\nOWN = {name!r}\n")
+        (tmp_path / name / "own_pair" / "inner.py").write_text(f"WHO = {name!r}\n")
+    (tmp_path / "a" / "only_a.py").write_text("X = 1\n")
+    before = list(sys.path)
+    for name in "aba":
+        config.look_in(tmp_path / name)
+        assert [config.import_object(f"own_single:{k}", "k") for k in ("OWN", "WHO")] == [name, name]
+        assert sys.path[0] == str(tmp_path / name) and sys.path[1:] == before
+        kept = sys.modules["own_single"]
+        config.look_in(tmp_path / name)  # the same again forgets nothing
+        assert sys.modules["own_single"] is kept
+    assert config.import_object("only_a:X", "k") == 1
+    config.look_in(tmp_path / "b")
+    with pytest.raises(InputError, match="cannot import only_a"):
+        config.import_object("only_a:X", "k")
+    config.look_in()
+    assert sys.path == before
+    assert "own_single" not in sys.modules

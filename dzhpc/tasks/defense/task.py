@@ -39,7 +39,7 @@ class DefenseTask(Task):
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self._box = self._network = None
         if task.classifier:
-            self._answers = Answers(task.classifier, len(data_set.classes))
+            self._answers = Answers()
             self._box = load_box(config, data_set, device)
             if self._first_order:
                 self._network = load_network(config, data_set, device)
