@@ -29,7 +29,8 @@ def look_in(*folders: Path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in names - {"dzhpc", "__main__"}]:
         del sys.modules[name]
     for folder in _folders:
-        sys.path.remove(folder)  # once: it may also be there for another reason
+        if folder in sys.path:
+            sys.path.remove(folder)  # once: it may also be there for another reason
     sys.path[:0] = _folders[:] = new
 
 

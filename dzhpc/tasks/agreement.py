@@ -41,7 +41,7 @@ def check_losses(world: World, config: Config, losses: list[float]) -> None:
             where = f"{value!r} on rank {rank}" if rank else f"then {value!r}"
             code = " or ".join(f"{key} = {name}" for key, name in user_code(config).items())
             text = f"{code or 'the loss'}: {first!r} and {where} for the same theta and the same batch"
-            if not abs(value - first) <= ROUNDING * abs(first):
+            if not abs(value - first) <= ROUNDING * min(abs(value), abs(first)):
                 raise InputError(f"{text}; a loss must draw no random numbers but by a seed that follows from the step")
             if world.is_root:
                 log.warning("%s: bits will not come again", text)
