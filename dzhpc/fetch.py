@@ -10,7 +10,7 @@ from pathlib import Path
 from dzhpc.config import paths
 from dzhpc.data import fetching
 from dzhpc.job.launch import run_verb
-from dzhpc.job.log import show
+from dzhpc.job.log import set_up_log, show
 from dzhpc.job.world import World
 
 
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
+    set_up_log(world.is_root)
     path = world.on_root(lambda: fetching.fetch(**vars(args)))
     if world.is_root:
         show(f"written: {paths.shown(path)}")

@@ -44,6 +44,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     restarts = world.on_root(lambda: launch.restarts(folder, restart))
     with world.together():
         task = launch.task_of(config, device, restarts)
+    launch.try_out(world, task, restarts)
     if args.dry_run:
         if world.is_root:
             show(forecast(task))

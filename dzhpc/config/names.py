@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dzhpc.config import paths
@@ -12,6 +14,34 @@ def is_function(name: str) -> bool:
     """Whether a name is that of a Python object, ``package.module:Name``, rather than of a file."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+_folders: list[str] = []  # of the inputs at work
+
+
+def look_in(*folders: Path) -> None:
+    """Look for the user's modules in these folders first, and no more in those of an earlier call.
+
+    What was imported from those is forgotten: two inputs may each have a module of one name. Objects made of it stay.
+    """
+    new = [str(folder.resolve()) for folder in folders]
+    left = [folder for folder in _folders if folder not in new]
+    names = {name for name, module in list(sys.modules.items()) if "." not in name and _home(module) in left}
+    for name in [name for name in sys.modules if name.split(".")[0] in names - {"dzhpc", "__main__"}]:
+        del sys.modules[name]
+    for folder in _folders:
+        if folder in sys.path:
+            sys.path.remove(folder)  # once: it may also be there for another reason
+    sys.path[:0] = _folders[:] = new
+
+
+def _home(module: ModuleType) -> str | None:
+    """The folder in which a module, or the folder of its package, lies."""
+    if file := getattr(module, "__file__", None):
+        path = Path(file)
+        return str(path.parent.parent if path.stem == "__init__" else path.parent)
+    paths = list(getattr(module, "__path__", []))  # a folder without __init__.py
+    return str(Path(paths[0]).parent) if paths else None
 
 
 def import_object(name: str, key: str) -> Any:

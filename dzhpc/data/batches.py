@@ -40,6 +40,9 @@ class Batches:
             raise InputError(
                 f"data.batch_size = {batch_size}: the training set has {len(data.train)} images; choose a smaller batch"
             )
+        if augment and data.train.images.ndim != 4:
+            shape = list(data.train.images.shape)
+            raise InputError(f"data.augment: crops images [N, C, H, W], the data set has {shape}; set data.augment = false")
         self._order = Order(len(data.train), batch_size, seed, data.train.labels.device)
         self.steps_per_epoch = self._order.steps_per_epoch
 

@@ -1,13 +1,23 @@
 """Data sets from the files they are published as: CIFAR-10's batches, folders of images."""
 
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dzhpc.data.dataset import DataSet, make_data_set
 from dzhpc.errors import InputError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger("dzhpc")
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -26,9 +36,12 @@ def cifar10_from(folder: Path, advice: str) -> DataSet:
 
 
 def imagefolder_from(folder: Path, size: int) -> DataSet:
-    """A data set from an image folder; greyscale images become RGB. Raises InputError for a layout torchvision refuses."""
+    """A data set from an image folder: ``train/<class>/`` and ``val/<class>/`` (or ``test/``), read as :func:`_image` says.
+
+    Files of other kinds are left out, and counted in the log. Links are followed, but no folder is read twice.
+    Raises InputError for another layout, and for a file that cannot be read, by its name.
+    """
     from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
     test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or test is None:
@@ -36,14 +49,85 @@ def imagefolder_from(folder: Path, size: int) -> DataSet:
             f"{folder}: expected train/<class>/ and val/<class>/ (or test/) with images; check data.root and data.path"
         )
     shape = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
+    found = [_listed(part) for part in (folder / "train", test)]
+    classes, others = (list(part) for part in found)
+    if classes != others:
+        raise InputError(f"{folder}: train/ has the classes {classes}, {test.name}/ has {others}; they must agree")
     splits = []
+    for part in found:
+        images = torch.stack([_image(path, shape) for paths in part.values() for path in paths])
+        splits.append((images, np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()])))
+    return make_data_set(*splits, classes=classes)
+
+
+def _listed(part: Path) -> dict[str, list[Path]]:
+    """class -> its images, in the order of their names, folder by folder; what is left out is said."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found, left_out, seen = {}, Counter(), {}
     try:
-        for part in (folder / "train", test):
-            found = ImageFolder(str(part), transform=shape)
-            splits.append((torch.stack([image for image, _ in found]).numpy(), np.asarray(found.targets)))
-            splits[-1] += (found.classes,)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be read as an image folder ({' '.join(str(error).split())})") from None
-    if splits[0][2] != splits[1][2]:
-        raise InputError(f"{folder}: train/ has the classes {splits[0][2]}, {test.name}/ has {splits[1][2]}; they must agree")
-    return make_data_set(splits[0][:2], splits[1][:2], classes=splits[0][2])
+        for folder in sorted((path for path in part.iterdir() if path.is_dir()), key=lambda path: path.name):
+            if _shown(folder.name) != folder.name:
+                raise InputError(f"{_shown(folder)}: the name of a class is no text in UTF-8; rename the folder")
+            files = [file for _, names in sorted(_walk(folder, seen)) for file in sorted(names)]
+            found[folder.name] = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+            left_out.update(file.suffix.lower() or file.name for file in files if file.suffix.lower() not in IMG_EXTENSIONS)
+            if not found[folder.name]:
+                raise InputError(f"{folder}: holds no image ({', '.join(IMG_EXTENSIONS)}); fill it, or remove it")
+    except OSError as error:
+        raise InputError(f"{_shown(error.filename or part)}: cannot be read ({error.strerror})") from None
+    if not found:
+        raise InputError(f"{part}: holds no folder of a class; expected {part.name}/<class>/ with images")
+    log.info("%s: %d images, %d classes", part, sum(map(len, found.values())), len(found))
+    if left_out:
+        kinds = ", ".join(f"{count} {_shown(kind)}" for kind, count in sorted(left_out.items()))
+        log.warning("%s: %d files are left out: %s", part, left_out.total(), kinds)
+    return found
+
+
+def _walk(folder: Path, seen: dict[str, Path]) -> Iterator[tuple[str, list[Path]]]:
+    """(folder, its files) for a folder and all below. Raises InputError for one that was ``seen``, by its real path."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        raise InputError(
+            f"{_shown(folder)}: is the same folder as {_shown(seen[real])}, so its images would be counted twice; remove the link"
+        )
+    seen[real] = folder
+    entries = sorted(folder.iterdir())
+    inner = [path for path in entries if path.is_dir()]
+    yield str(folder), [path for path in entries if path not in inner]
+    for path in inner:
+        yield from _walk(path, seen)
+
+
+def _image(path: Path, shape: Callable[["Image.Image"], Tensor]) -> Tensor:
+    """The pixels of a file after ``shape``, uint8 [3, size, size], turned as its EXIF orientation says.
+
+    Greyscale images become RGB, those of 16 bits are scaled to 8. Raises InputError that names the file.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return shape(_narrow(ImageOps.exif_transpose(image), image.format).convert("RGB"))
+    except Exception as error:  # a decoder may raise anything
+        said = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
+        raise InputError(f"{_shown(path)}: cannot be read as an image ({said})") from None
+
+
+def _narrow(image: "Image.Image", format: str | None) -> "Image.Image":
+    """Pixels of 16 bits scaled to 8. Raises ValueError for wider ones, whose range a file does not tell."""
+    from PIL import Image
+
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    values = np.asarray(image)
+    if not image.mode.startswith("I;16") and format not in ("PNG", "PPM"):  # these have 16 bits at most
+        bits = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{bits} values from {values.min():g} to {values.max():g}; save 8 or 16 bits, or use a data function")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def _shown(path: object) -> str:
+    """A name for a message, whatever bytes it is made of."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

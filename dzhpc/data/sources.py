@@ -96,10 +96,12 @@ def _packed(section: configuration.Data) -> DataSet:
 
 
 def _from_function(name: str) -> DataSet:
-    """The user's own: () -> ((train images, labels), (test images, labels)); images uint8 or float [N, C, H, W]."""
+    """The user's own: () -> ((train images, labels), (test images, labels)), see :func:`dzhpc.data.make_data_set`."""
     try:
         (train, test) = configuration.import_object(name, "data.name")()
         return make_data_set(train, test)
+    except InputError as error:
+        raise InputError(str(error) if name in str(error) else f"data.name = {name}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(
             f'data.name = "{name}": {error}; expected () -> ((images, labels), (images, labels)), images [N, C, H, W]'

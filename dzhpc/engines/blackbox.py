@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.errors import BlackBoxError, InputError, NumericalError, message_of
+from dzhpc.method.arrays import to_tensor
 
 log = logging.getLogger("dzhpc")
 LONGEST_WAIT = 30  # seconds between two attempts
@@ -23,7 +24,7 @@ class BlackBox:
     name: what errors call the function.
 
     ``queries`` counts inputs that were answered. Raises BlackBoxError for a call that raises once more than ``retries`` times, or
-    that leaves by sys.exit; InputError for answers of a wrong shape, NumericalError for answers that are not numbers.
+    that leaves by sys.exit; InputError for answers of a wrong shape or complex ones, NumericalError for NaN and infinity.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class BlackBox:
     def _ask(self, *inputs: Tensor) -> Tensor:
         given = self._attempt(inputs)
         try:
-            answers = given.detach() if isinstance(given, Tensor) else torch.tensor(np.asarray(given))
-        except (TypeError, ValueError, RuntimeError):
-            raise InputError(f"{self.name} gave {type(given).__name__}; expected an array of numbers") from None
+            answers = to_tensor(given)  # a copy: the function may fill the same array again
+        except ValueError as error:
+            raise InputError(f"{self.name} gave {error}; expected an array of numbers") from None
         self.check(answers, len(inputs[0]))
         self._shape = answers.shape[1:]
         self.queries += len(inputs[0])
-        return answers.to(inputs[0].device, copy=True)  # the function may fill the same array again
+        return answers.to(inputs[0].device)
 
     def _attempt(self, inputs: tuple[Tensor, ...]):
         """What the function gives, once it does. Raises BlackBoxError."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from dzhpc.config import Run, paths
+from dzhpc.config import Run, look_in, paths
 from dzhpc.errors import DzhpcError, LaunchError
 from dzhpc.job import device as devices
 from dzhpc.job import process
@@ -102,8 +102,7 @@ def start(
     if stops:
         listen()
     set_up_log(world.is_root, quiet, until_first)
-    for source in inputs:
-        add_user_modules(source)
+    add_user_modules(*inputs)
     loaded = world.on_root(load)
     if world.is_root:  # after a collective: all ranks listen
         if stops:
@@ -114,10 +113,10 @@ def start(
     return loaded
 
 
-def add_user_modules(source: str | Path | None) -> None:
-    """The user's own modules may lie beside the input file."""
-    if source and Path(source).suffix == ".toml":
-        sys.path.insert(0, str(Path(source).resolve().parent))
+def add_user_modules(*sources: str | Path | None) -> None:
+    """The user's own modules may lie beside the input files, the first one first; no longer beside those of an earlier call."""
+    if folders := [Path(source).parent for source in sources if source and Path(source).suffix == ".toml"]:
+        look_in(*folders)
 
 
 def survey(world: World, device: torch.device, run: Run, engine: Mapping[str, str] | None = None) -> list[Place] | None:

@@ -24,6 +24,8 @@ class ParameterIndex:
         dtypes = {p.dtype for p in self.parameters}
         if len(dtypes) > 1 or not self.dtype.is_floating_point:
             raise InputError(f"trainable parameters must share one floating-point dtype, found {sorted(map(str, dtypes))}")
+        if self.dtype not in (torch.float32, torch.float64):  # theta + mu would be theta, and differences rounding
+            raise InputError(f"trainable parameters are {str(self.dtype)[6:]}; expected float32 or float64")
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ParameterIndex":

@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
-
-from dzhpc.files import h5
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
@@ -14,7 +13,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
     for name, t in tensors.items():
         digest.update(f"{name}:{tuple(t.shape)}:{t.dtype};".encode())
         if content:
-            digest.update(h5.array(t).tobytes())
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

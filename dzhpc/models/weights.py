@@ -1,6 +1,5 @@
 """Weights from elsewhere into a model: starting weights (checkpoints of ours, torch's files), a checkpoint's tensors."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -10,12 +9,14 @@ from dzhpc.config import paths
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.runfolder import load_state
+from dzhpc.models import statedict
 
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Copy the weights in ``path``: a checkpoint or run folder of ours, or a torch state_dict.
 
-    The latter may lie under "state_dict" and have names with "module.". Raises InputError.
+    The latter may lie deeper in dictionaries, and its names may be longer at their front, see :mod:`dzhpc.models.statedict`.
+    Raises InputError that says what the file holds.
     """
     file = paths.absolute(path, f"model.weights = {path}")
     try:
@@ -23,18 +24,18 @@ def load_weights(model: nn.Module, path: str) -> None:
             _, state = load_state(file)
             assign(_part_for(model, {**state.params, **state.buffers}), state.params, state.buffers)
         else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights)
-            weights = {name.removeprefix("module."): value for name, value in weights.items()}
-            _part_for(model, weights).load_state_dict(weights)
+            content = statedict.read(file)
+            inner = dict(model.named_children()).get("denoiser")
+            try:
+                model.load_state_dict(statedict.fitted(content, model), strict=False)  # it fits, but for BatchNorm's counters
+            except ValueError:
+                if inner is None:
+                    raise
+                inner.load_state_dict(statedict.fitted(content, inner), strict=False)
     except OSError as error:
         raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
-    except CheckpointError as error:
-        raise InputError(f"model.weights = {path}: {error}") from None
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
-        raise InputError(
-            f"model.weights = {path}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except (CheckpointError, ValueError, RuntimeError) as error:
+        raise InputError(f"model.weights = {path}: {' '.join(str(error).split())}") from None
 
 
 def _part_for(model: nn.Module, weights: dict) -> nn.Module:

@@ -42,18 +42,25 @@ def constructor(section: configuration.Model):
 
 def accepted(section: configuration.Model) -> set[str] | None:
     """The keys that the constructor takes; None if it takes any."""
-    try:
-        parameters = inspect.signature(constructor(section)).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise InputError(f'model.name = "{section.name}": {error}; expected a torch.nn.Module class') from None
+    parameters = _parameters(section)
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
+def _parameters(section: configuration.Model) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(constructor(section)).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise InputError(f'model.name = "{section.name}": {error}; expected a torch.nn.Module class') from None
+
+
 def fill_in(section: configuration.Model, **values: int) -> None:
-    """Arguments that follow from the data (classes, channels), where the model takes them and the input leaves them out."""
-    known = accepted(section)
+    """Arguments that follow from the data (classes, channels), where the model names them and the input leaves them out.
+
+    Where it takes any (``**kwargs``) it gets none: it may pass them on to what does not know them.
+    """
+    named = {p.name for p in _parameters(section) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for key, value in values.items():
-        if key not in section.fields and (known is None or key in known):
+        if key not in section.fields and key in named:
             setattr(section, key, value)
 
 
@@ -71,11 +78,21 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
             raise InputError(f"[model] {section.name}: {error}") from None
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
+    _check_tensors(model, section.name)
     if section.weights:
         load_weights(model, section.weights)
     if section.trainable is not None:
         _freeze_others(model, section.trainable)
     return model
+
+
+def _check_tensors(model: torch.nn.Module, name: str) -> None:
+    """Raise InputError for parameters that have no shape yet, and for 16-bit numbers: theta + mu would be theta."""
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise InputError(f"model {name}: {key} has no shape yet (a lazy layer); give the layer its sizes")
+        if tensor.is_floating_point() and tensor.itemsize < 4:
+            raise InputError(f"model {name}: {key} is {str(tensor.dtype)[6:]}; expected float32 or float64 (call .float())")
 
 
 def _freeze_others(model: torch.nn.Module, patterns: list[str]) -> None:

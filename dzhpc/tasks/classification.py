@@ -1,6 +1,6 @@
 """Image classification: a network on labelled images, cross entropy, accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class Classification(Task):
         self.engine = make_engine(config.zo.engine, self.model, "cross_entropy", config.zo.precision, config.zo.memory_mb)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
+
+    def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
 
     def bind(self, step: int) -> float:
         self.model.train()
@@ -60,7 +63,7 @@ class Classification(Task):
 
     def _try_out(self, layout: torch.memory_format) -> torch.memory_format:
         sample = self.data.normalise(self.data.train.images[:2]).contiguous(memory_format=layout)
-        fitting.try_out(self.model, sample, [2, len(self.data.classes)], "a logit per class", self.config.model.name)
+        fitting.try_out(self.model, sample, [len(sample), len(self.data.classes)], "a logit per class", self.config.model.name)
         return layout
 
     def _laid_out(self, inputs: torch.Tensor) -> torch.Tensor:

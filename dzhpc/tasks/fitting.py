@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.config import Config
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import DzhpcError, InputError
 from dzhpc.models import zoo
 
@@ -46,18 +47,33 @@ def _with(model: nn.Module, layout: torch.memory_format) -> torch.memory_format:
 
 
 def try_out(model: nn.Module, inputs: Tensor, expected: list[int], meaning: str, name: str) -> None:
-    """Run the model once, in eval mode. Raises InputError unless it gives the shape ``expected``, which is ``meaning``."""
-    training = model.training
+    """Run the model in eval and in train mode. Raises InputError unless it gives the shape ``expected``, which is ``meaning``.
+
+    Its mode, buffers and the random numbers are left as they were.
+    """
+    mode = model.training
     try:
-        with torch.no_grad():
-            outputs = model.eval()(inputs)
+        for training in (False, True):
+            with Pinned(model, inputs.device).unchanged(), torch.no_grad():
+                outputs = _outputs(model.train(training), inputs, name)
+            found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            if found != expected:
+                when = " while it is trained" if training else ""
+                raise InputError(
+                    f"model {name} gives {found} for inputs {list(inputs.shape)}{when}; expected {expected}, {meaning}"
+                )
+            if outputs.is_complex():
+                raise InputError(f"model {name} gives complex numbers; expected real ones, {meaning}")
+    finally:
+        model.train(mode)
+
+
+def _outputs(model: nn.Module, inputs: Tensor, name: str) -> object:
+    try:
+        return model(inputs)
     except DzhpcError:
         raise
     except Exception as error:  # the user's forward may raise anything
         said = " ".join(str(error).split())
-        raise InputError(f"model {name} cannot take inputs {list(inputs.shape[1:])}: {said}") from None
-    finally:
-        model.train(training)
-    found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if found != expected:
-        raise InputError(f"model {name} gives {found} for inputs {list(inputs.shape)}; expected {expected}, {meaning}")
+        when = " while it is trained" if model.training else ""
+        raise InputError(f"model {name} cannot take inputs {list(inputs.shape[1:])}{when}: {said}") from None

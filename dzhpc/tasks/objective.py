@@ -1,5 +1,6 @@
 """The user's own loss of a parameter vector: anything that maps thetas [P, d] to losses [P]."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,19 +12,33 @@ from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.network import checked
 from dzhpc.engines.protocol import PLAIN
 from dzhpc.errors import InputError
+from dzhpc.method.arrays import to_tensor
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.tasks.protocol import Cost, Task
 
+log = logging.getLogger("dzhpc")
+
 
 class Blocks(nn.Module):
-    """theta as named blocks, each a parameter; one block "theta" where the user gave a plain vector."""
+    """theta as named blocks, each a parameter; one block "theta" where the user gave a plain vector.
+
+    Raises ValueError for blocks that hold no finite real numbers, and for names that no file could hold.
+    """
 
     def __init__(self, initial: Mapping[str, object] | object):
         super().__init__()
         blocks = initial if isinstance(initial, Mapping) else {"theta": initial}
         for name, value in blocks.items():
-            tensor = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value)).detach().clone()
-            self.register_parameter(name, nn.Parameter(tensor if tensor.is_floating_point() else tensor.double()))
+            if not isinstance(name, str) or not name.strip(".") or "/" in name:
+                raise ValueError(f"a block is called {name!r}; expected a name without /")
+            try:
+                tensor = to_tensor(value)
+            except ValueError as error:
+                raise ValueError(f"block {name} is {error}") from None
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"block {name} holds a number that is not finite")
+            # not register_parameter: a block may well be called half or type, as methods of a Module are
+            self._parameters[name] = nn.Parameter(tensor if tensor.is_floating_point() else tensor.double())
 
 
 class Losses(BlackBox):
@@ -37,7 +52,9 @@ class Losses(BlackBox):
 class ObjectiveEngine:
     """See :class:`dzhpc.engines.protocol.Engine`; over a user's loss, a chunk of coordinates in one call.
 
-    function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit.
+    function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit. A loss of +inf says
+        that a perturbed theta is infeasible: its difference counts as 0, so the coordinate stays out of this step; that is
+        counted, and named in a warning.
     """
 
     peak_bytes, compile_s, environment = 0, 0.0, PLAIN
@@ -48,6 +65,7 @@ class ObjectiveEngine:
         self._box = Losses(lambda thetas: function(thetas, self._step), batch_limit, numpy, retries, name)
         self._step: int | None = None
         self._base: Tensor | None = None
+        self.lost = 0  # infeasible thetas since the last bind
 
     @property
     def queries(self) -> int:
@@ -56,7 +74,10 @@ class ObjectiveEngine:
 
     def bind(self, step: int) -> float:
         """The loss at theta; later differences are at this step."""
+        if self.lost > 1:
+            log.warning("%d infeasible thetas in all in the step before", self.lost)
         self._step = step
+        self.lost = 0
         self._base = self._losses(self._theta()[None])[0]
         return float(self._base)
 
@@ -77,7 +98,7 @@ class ObjectiveEngine:
         for part in coords.split(self.at_once):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
-            values.append(self._losses(thetas) - self._base)
+            values.append(self._changes(thetas, lambda k, part=part: self.index.describe(int(part[k]))))
         return torch.cat(values) if values else theta.new_zeros(0)
 
     def directional(self, directions, mu: float) -> Tensor:
@@ -86,10 +107,10 @@ class ObjectiveEngine:
         for u in directions:
             part.append(theta + mu * u)
             if len(part) == self.at_once:
-                values.append(self._losses(torch.stack(part)) - self._base)
+                values.append(self._changes(torch.stack(part), lambda k: "a random direction"))
                 part = []
         if part:
-            values.append(self._losses(torch.stack(part)) - self._base)
+            values.append(self._changes(torch.stack(part), lambda k: "a random direction"))
         return torch.cat(values) if values else theta.new_zeros(0)
 
     def explain(self) -> str:
@@ -100,6 +121,16 @@ class ObjectiveEngine:
         if self._step is None:
             raise InputError("no step is bound: call engine.bind(step) first")
         return self.index.flatten(p.detach() for p in self.index.parameters)
+
+    def _changes(self, thetas: Tensor, name: Callable[[int], str]) -> Tensor:
+        """l(thetas) - l(theta) [P]; name: of the perturbation of a row."""
+        losses = self._losses(thetas)
+        infeasible = losses.isposinf()
+        for k in infeasible.nonzero().flatten().tolist():
+            if self.lost == 0:
+                log.warning("%s: infeasible (+inf) when %s is perturbed: it stays out of this step", self._box.name, name(k))
+            self.lost += 1
+        return (losses - self._base).masked_fill(infeasible, 0)
 
     def _losses(self, thetas: Tensor) -> Tensor:
         return self._box(thetas).to(self.index.dtype)
@@ -125,11 +156,18 @@ class ObjectiveTask(Task):
         try:
             first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
             self.model = Blocks(initial)
-        except (TypeError, ValueError, KeyError, StopIteration) as error:
-            raise InputError(f"task.function = {name}: initial() gave what is no theta0 ({error})") from None
+        except (ValueError, StopIteration) as error:
+            raise InputError(f"task.function = {name}: initial() gave what is no theta0 ({str(error) or 'no block'})") from None
         limit, retries = config.task.batch_limit, config.task.retries
         numpy = not isinstance(first, Tensor)
         self.engine = ObjectiveEngine(function, self.model, numpy, limit, retries, f"task.function = {name}")
+
+    @property
+    def lost(self) -> int:
+        return self.engine.lost
+
+    def made(self) -> dict[str, Mapping[str, Tensor]]:
+        return {f"task.function = {self.config.task.function}: initial()": dict(self.model.named_parameters())}
 
     def bind(self, step: int) -> float:
         return self.engine.bind(step)

@@ -1,12 +1,13 @@
 """What a task is to the trainer: a loss to be minimised by queries, and all that the loop asks of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dzhpc.config import Config
 from dzhpc.method import scores
@@ -71,6 +72,20 @@ class Task(ABC):
         parts: numbers below ``evaluation_parts``, a part's row being the same whoever computes it. step: those done so far.
         Parameters and buffers are left as they were.
         """
+
+    @property
+    def lost(self) -> int:
+        """Perturbed queries of this rank since the last bind whose difference counts as 0, the loss being lost there."""
+        return 0
+
+    def made(self) -> dict[str, Mapping[str, Tensor]]:
+        """What has to be the same on all ranks, but comes from a file or from user code that each rank runs by itself.
+
+        The name that errors call it -> tensors by name; what others depend on comes first. Ranks compare it before they begin.
+        """
+        keys = {"task.kind": self.config.task.kind, "model.name": self.config.model.name}
+        own = [f"{key} = {value}" for key, value in keys.items() if ":" in value]
+        return {own[0]: {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}} if own else {}
 
     def prunable(self) -> Sequence[str]:
         """Names of the parameters that pruning chooses among, in the engine's order; the others stay active.

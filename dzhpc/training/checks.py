@@ -78,12 +78,20 @@ def check_finite(
     raise NumericalError(f"step {step}, rank {rank}: {what} is not finite ({share}); {advice()}")
 
 
-def check_changes(step: int, estimate: torch.Tensor, estimator: Estimator, task: Task) -> None:
-    """Raise NumericalError where no perturbation changed what the black box answered."""
-    if not task.cost.box or not estimator.asks or not len(estimate) or estimate.any():
+def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Estimator, task: Task) -> None:
+    """Raise NumericalError where no perturbation changed the loss: it is lost under all, or the black box answers alike.
+
+    Collective: all ranks hold the same estimate, so that all of them ask each other or none does.
+    """
+    if not estimator.asks or not len(estimate) or estimate.any():
         return
     n = estimator.perturbations(len(estimate))
-    raise NumericalError(
-        f"step {step}: {task.cost.box} answered the same under all {n or ''} perturbations: quantised answers? "
-        f"raise zo.mu (now {estimator.zo.mu:g})".replace("  ", " ")
-    )
+    if n and sum(world.allgather(task.lost)) >= n:
+        raise NumericalError(
+            f"step {step}: all {n} perturbed parameters are infeasible, or diverge; lower zo.mu (now {estimator.zo.mu:g})"
+        )
+    if task.cost.box:
+        raise NumericalError(
+            f"step {step}: {task.cost.box} answered the same under all {n or ''} perturbations: quantised answers? "
+            f"raise zo.mu (now {estimator.zo.mu:g})".replace("  ", " ")
+        )

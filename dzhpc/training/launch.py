@@ -26,6 +26,7 @@ from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
 from dzhpc.tasks import Task, make_task
+from dzhpc.tasks.agreement import check_losses, check_made, user_code
 from dzhpc.training.active_set import read_lpr
 from dzhpc.training.checks import check_restart
 from dzhpc.training.trainer import Trainer
@@ -44,7 +45,7 @@ def restarts(path: Path, restart: str) -> bool:
 
 
 def task_of(config: Config, device: torch.device, restarts: bool) -> Task:
-    """The task of an input, tried out, so that what cannot work is said before the run folder is made.
+    """The task of an input.
 
     restarts: then model.weights and sparsity.lpr are left alone: the checkpoint has what they held. Raises InputError.
     """
@@ -53,9 +54,6 @@ def task_of(config: Config, device: torch.device, restarts: bool) -> Task:
         config.model.weights = None
     task = make_task(config, device)
     task.config.model.weights = weights
-    try_out(task)
-    if not restarts and config.sparsity.lpr:
-        read_lpr(task)
     return task
 
 
@@ -86,11 +84,23 @@ def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] |
         lock.release()
 
 
-def try_out(task: Task) -> None:
-    """Bind a batch once, and see that a checkpoint can hold all tensors. Raises InputError. Buffers are left as they were."""
-    h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
-    with Pinned(task.model, task.engine.index.device).unchanged():
-        task.bind(0)
+def try_out(world: World, task: Task, restarts: bool) -> None:
+    """Compare over the ranks what each has made, bind a batch, read the LPR file of a first start, see that a checkpoint can hold
+    all tensors: what cannot work is said before the run folder is made.
+
+    Where the loss ends in user code it is bound twice, which tells noise. Raises InputError. Buffers and random numbers are left
+    as they were. Collective.
+    """
+    check_made(world, task.made())
+    losses = []
+    with world.together():
+        h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
+        for _ in range(2 if user_code(task.config) else 1):
+            with Pinned(task.model, task.engine.index.device).unchanged():
+                losses.append(task.bind(0))
+        if not restarts and task.config.sparsity.lpr:
+            read_lpr(task)
+    check_losses(world, task.config, losses)
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:

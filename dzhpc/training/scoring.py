@@ -9,13 +9,18 @@ from dzhpc.errors import InputError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
 from dzhpc.tasks import Task
+from dzhpc.tasks.agreement import check_made
 from dzhpc.training.active_set import Pattern
 
 log = logging.getLogger("dzhpc")
 
 
 def score(world: World, task: Task, out: Path) -> None:
-    """Score the initial weights on all ranks and write the ratios. Raises InputError for too many queries. Collective."""
+    """Score the initial weights on all ranks and write the ratios. Collective.
+
+    Raises InputError for too many queries, and where ranks hold different data or weights.
+    """
+    check_made(world, task.made())
     pattern = Pattern(task, world.split)
     check_budget(task.config.task.max_queries, pattern.score_queries)
     lpr = pattern.score()

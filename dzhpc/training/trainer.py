@@ -104,7 +104,7 @@ class Trainer:
         loss, estimate = self._gradient()
         step, n = self.state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
-        checks.check_changes(step, estimate, self._estimator, self.task)
+        checks.check_changes(self.world, step, estimate, self._estimator, self.task)
         self.state.partial, self.budget.queries = None, self.budget.queries + self.budget.of_step(n)
         lr = self.state.optimizer.param_groups[0]["lr"]
         self._update(estimate)
@@ -193,6 +193,8 @@ class Trainer:
         raise BlackBoxError(f"{failure}; {self.world.on_root(keep)}")
 
     def _advice(self) -> str:
+        if self.state.step == 0:
+            return "nothing was trained yet: lower zo.mu, or look at the loss, the data, and the starting weights"
         files = self.folder.checkpoint_files()
         return f"lower optim.lr or zo.mu; the last good checkpoint is {shown(files[0])}" if files else "lower optim.lr or zo.mu"
 

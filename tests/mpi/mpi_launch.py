@@ -209,7 +209,7 @@ def children(pid: int) -> list[int]:
 
 
 def batch(
-    ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 180, meanwhile: Callable[[Job], None] | None = None
+    ranks: int, cwd: Path, cases: Sequence[Case], timeout: float = 400, meanwhile: Callable[[Job], None] | None = None
 ) -> dict[str, Result]:
     """Several command lines on the ranks of one MPI job: name -> result. All ranks must leave with one exit code.
 

@@ -195,7 +195,12 @@ def numerical(ground) -> dict[str, Result]:
         ),
         Case("nan-scores", "train", ["digits.toml", "--run-dir", "nan-scores", *sets(zo__mu=1e38)]),
         objective("direction", *sets(task__function="userland:NoDirection", zo__estimator="rge", zo__q=4)),
-        objective("disagrees", *sets(task__function="userland:Disagrees")),
+        *(objective(name.lower(), *sets(task__function=f"userland:{name}")) for name in ("Disagrees", "Noisy", "Infeasible")),
+        Case(
+            "shuffled",
+            "train",
+            ["digits.toml", "--run-dir", "shuffled", *sets(data__name="userland:tiles_of_each_rank", data__batch_size=20)],
+        ),
         Case("drifts", "train", ["own.toml", "--run-dir", "drifts", *drifts]),
         objective("no-start", *sets(task__function="userland:FailsToStart")),
         objective("shape", *sets(task__function="userland:WrongShape")),
@@ -234,7 +239,7 @@ def test_the_last_good_checkpoint_is_good(ground, numerical, name):
 
 
 def test_nan_of_a_direction_and_of_scores(numerical):
-    numerical["nan-rge"].error(5, "step 1", "lower optim.lr or zo.mu")
+    numerical["nan-rge"].error(5, "step 1", "nothing was trained yet: lower zo.mu")
     numerical["nan-scores"].error(5, "pruning scores are not finite", "zo.mu")
 
 
@@ -243,8 +248,22 @@ def test_nan_of_one_direction_names_the_rank_that_met_it(numerical):
 
 
 def test_replicas_that_differ(ground, numerical):
-    numerical["disagrees"].error(5, "step 0: the state of rank 1 differs from rank 0's")
     numerical["drifts"].error(5, "step 2: the state of rank 1 differs from rank 0's", "restart from the last checkpoint")
+
+
+def test_what_user_code_makes_on_one_rank_only_is_named(ground, numerical):
+    made = "gives something else on rank 1 than on rank 0; seed what it draws, the same on every rank"
+    numerical["disagrees"].error(2, "task.function = userland:Disagrees: initial(): ", made)
+    numerical["shuffled"].error(2, "data.name = userland:tiles_of_each_rank: ", made)
+    line = numerical["noisy"].error(
+        2, "task.function = userland:Noisy: ", "the same theta and the same batch; a loss must draw no"
+    )
+    assert re.search(r"Noisy: \S+ and then \S+ for", line)
+    assert not any((ground / name).exists() for name in ("disagrees", "shuffled", "noisy"))
+
+
+def test_a_step_of_which_all_is_infeasible_ends_the_run(numerical):
+    numerical["infeasible"].said_once(5, "step 1: all 3 perturbed parameters are infeasible, or diverge; lower zo.mu (now ")
 
 
 def test_a_rank_that_cannot_start(ground, numerical):

@@ -95,6 +95,20 @@ class Disagrees(Bowl):
         return np.full(3, float(RANK))
 
 
+class Noisy(Bowl):
+    """No function of theta and step: every process has noise of its own."""
+
+    def __call__(self, thetas, step):
+        return super().__call__(thetas, step) + np.random.default_rng().normal(size=len(thetas))
+
+
+class Infeasible(Bowl):
+    """Only theta0 itself is feasible."""
+
+    def __call__(self, thetas, step):
+        return np.where((thetas != 0).any(1), np.inf, super().__call__(thetas, step))
+
+
 class FailsToStart(Bowl):
     """Rank 1 does not get what the others get."""
 
@@ -281,6 +295,12 @@ def stripes():
         return images.astype(np.uint8), labels
 
     return part(105), part(30)
+
+
+def tiles_of_each_rank():
+    train, test = tiles()
+    order = np.random.default_rng(RANK).permutation(len(train[1]))
+    return (train[0][order], train[1][order]), test
 
 
 def tiles():

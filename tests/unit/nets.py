@@ -269,3 +269,8 @@ HARD = {
     "own loss": lambda: (tanh_net(4, 4), vectors(), lambda out, y: (out - y).abs().mean(), None),
     "a layer alone": lambda: (nn.Linear(4, 4).double(), vectors(), "mse", None),
 }
+
+
+def sixteen_bits(dtype):
+    """A network of float16 or bfloat16."""
+    return nn.Linear(3, 2).to(getattr(torch, dtype))

@@ -75,11 +75,30 @@ def test_the_last_layer_of_a_denoiser_in_fp32():
         (lambda x: x.sum(), InputError, "gave \\[\\] for 4 inputs"),
         (lambda x: x * float("nan"), NumericalError, "not finite"),
         (lambda x: "no answer", InputError, "gave str; expected an array of numbers"),
+        (lambda x: x * 1j, InputError, "gave complex numbers; expected real ones"),
+        (lambda x: x.numpy().astype(complex), InputError, "gave complex numbers; expected real ones"),
+        (lambda x: np.ma.masked_greater(x.numpy(), 0), InputError, "gave a masked array with masked entries; fill them"),
+        (lambda x: [[1, 2], [3], [4], [5]], InputError, "gave list, which is no array"),
+        (lambda x: np.array([1.0, None, 2, 3]), InputError, "gave ndarray of object; expected an array of numbers"),
     ],
 )
 def test_answers_that_cannot_be_right_are_named(answer, error, message):
     with pytest.raises(error, match=message):
         BlackBox(answer)(torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(
+    "dtype", [">f8", "<f4", "f2", ">f4", "longdouble", "uint8", "uint16", "uint32", "uint64", ">i4", "bool", "object"]
+)
+def test_answers_of_any_width_and_byte_order_are_taken_by_their_value(dtype):
+    x, back = torch.tensor([[1.0, 0], [0, 1]]), (slice(None), slice(None, None, -1))
+    answers = BlackBox(lambda x: x.astype(dtype)[back], numpy=True)(x)
+    assert answers.tolist() == [[0, 1], [1, 0]]
+    assert torch.equal(answers.double(), x.flip(1).double())
+
+
+def test_a_masked_array_without_masked_entries_is_an_array():
+    assert BlackBox(lambda x: np.ma.masked_greater(x.numpy(), 5))(torch.ones(2, 1)).tolist() == [[1], [1]]
 
 
 def test_the_box_never_sees_a_tensor_that_could_carry_a_gradient():

@@ -381,3 +381,27 @@ def test_relative_paths_are_meant_from_where_a_verb_was_started(monkeypatch, tmp
     assert paths.absolute("runs/a") == tmp_path / "runs" / "a"
     assert paths.shown(tmp_path / "runs" / "a") == "runs/a" == paths.shown("runs/a")
     assert (paths.shown("/etc/a"), paths.shown(tmp_path)) == ("/etc/a", ".")
+
+
+def test_two_inputs_have_modules_of_one_name_each_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in "ab":
+        (tmp_path / name / "own_pair").mkdir(parents=True)
+        (tmp_path / name / "own_single.py").write_text(f"from own_pair.inner import WHO\nOWN = {name!r}\n")
+        (tmp_path / name / "own_pair" / "inner.py").write_text(f"WHO = {name!r}\n")
+    (tmp_path / "a" / "only_a.py").write_text("X = 1\n")
+    before = list(sys.path)
+    for name in "aba":
+        config.look_in(tmp_path / name)
+        assert [config.import_object(f"own_single:{k}", "k") for k in ("OWN", "WHO")] == [name, name]
+        assert sys.path[0] == str(tmp_path / name) and sys.path[1:] == before
+        kept = sys.modules["own_single"]
+        config.look_in(tmp_path / name)  # the same again forgets nothing
+        assert sys.modules["own_single"] is kept
+    assert config.import_object("only_a:X", "k") == 1
+    config.look_in(tmp_path / "b")
+    with pytest.raises(InputError, match="cannot import only_a"):
+        config.import_object("only_a:X", "k")
+    config.look_in()
+    assert sys.path == before
+    assert "own_single" not in sys.modules

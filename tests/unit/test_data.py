@@ -142,11 +142,75 @@ def test_a_balanced_batch_is_balanced_even_where_a_class_is_rare():
         ((np.zeros((0, 1, 2, 2)), []), "training set has images"),
         ((np.zeros((2, 1, 2, 2)), [0, 2]), r"labels run .*2, but the data set names 2 classes"),
         ((np.zeros((2, 1, 2, 2)), [-1, 0]), "-1"),
+        ((np.zeros((2, 1, 2, 2)), [0, 0.5]), "the training labels hold 0.5; expected whole numbers from 0"),
+        ((np.zeros((2, 1, 2, 2)), [0, np.nan]), "the training labels hold nan; expected whole numbers"),
+        (
+            (np.zeros((2, 1, 2, 2)), np.eye(2)),
+            r"the training labels are \[2, 2\]; expected \[N\], .*of one-hot labels their argmax",
+        ),
+        ((np.zeros((2, 1, 2, 2)), ["a", "b"]), "the training labels are list of text"),
+        ((np.zeros((2, 1, 2, 2)) + 1j, [0, 1]), "the training images are complex numbers"),
+        ((np.full((2, 1, 2, 2), [[[[0, np.nan]]]]), [0, 1]), "the training images: image 0 holds a number that is not finite"),
+        (
+            (np.zeros((2, 1, 2, 2), np.uint8), [0, 1]),
+            r"training images are uint8 \[1, 2, 2\], the test images float32 \[1, 2, 2\]",
+        ),
+        ((np.zeros((2, 1, 3, 2)), [0, 1]), r"training images are float32 \[1, 3, 2\], the test images float32 \[1, 2, 2\]"),
+        ((np.full((2, 1, 2, 2), 4000, np.int16), [0, 1]), "the training images are int16 from 4000 to 4000; expected uint8"),
+        ((np.full((2, 1, 2, 2), -1), [0, 1]), "the training images are int64 from -1 to -1; expected uint8"),
+        ((np.zeros((2, 28, 28), np.uint8), [0, 1]), r"the training images are \[2, 28, 28\]; expected \[N, C, H, W\]"),
+        ((np.zeros((2, 16, 16, 3)), [0, 1]), r"\[2, 16, 16, 3\], which looks like \[N, H, W, C\]; transpose\(0, 3, 1, 2\) gives"),
+        ((np.zeros((2, 12, 16, 3), np.uint8), [0, 1]), r"looks like \[N, H, W, C\]"),
+        ((["a", "b"], [0, 1]), "the training images are list of text"),
     ],
 )
 def test_images_and_labels_that_do_not_fit_each_other_are_refused(train, message):
     with pytest.raises(InputError, match=message):
         data.make_data_set(train, (np.zeros((2, 1, 2, 2)), [0, 1]), classes=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([1, 2, 3], [1, 2], "labels run from 1 to 3; expected them to count classes from 0"),
+        ([0, 1, 0], [0, 2], "label 2 is in the test set alone; no training image has it"),
+        ([0, 1, 10**12], [0, 1], "labels run to 1000000000000, but there are 3 training images"),
+    ],
+)
+def test_labels_that_do_not_count_classes_are_refused(train, test, message):
+    with pytest.raises(InputError, match=message):
+        data.make_data_set((np.zeros((3, 1, 2, 2)), train), (np.zeros((2, 1, 2, 2)), test))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", ">i4", "int64", "uint16", "uint32", "uint64"])
+def test_pixels_of_any_integer_are_the_same_pixels(dtype):
+    pixels = np.arange(200, 224).reshape(2, 1, 3, 4)
+    found = data.make_data_set((pixels.astype(dtype), [[0], [1.0]]), (pixels.astype(dtype), np.array([True, False])))
+    assert found.train.images.dtype == torch.uint8
+    assert found.train.images.tolist() == pixels.tolist()
+    assert (found.train.labels.tolist(), found.test.labels.tolist()) == ([0, 1], [1, 0])
+
+
+def test_booleans_are_black_and_white_and_other_floats_are_float32():
+    mask = np.eye(4, dtype=bool)[None, None].repeat(2, 0)
+    assert data.make_data_set((mask, [0, 1]), (mask, [0, 1])).train.images.unique().tolist() == [0, 255]
+    for dtype in (np.float16, np.float64, ">f4", np.longdouble):
+        found = data.make_data_set((mask.astype(dtype)[:, :, ::-1], [0, 1]), (mask.astype(dtype), [0, 1])).train.images
+        assert found.dtype == torch.float32
+        assert torch.equal(found, torch.from_numpy(mask).flip(2).float())
+
+
+def test_mean_and_std_that_are_given_hold_for_floating_point_images_too():
+    found = numbered(4)
+    found.mean, found.std = torch.tensor([0.5]), torch.tensor([2.0])
+    assert found.normalise(found.train.images).flatten().tolist() == [-0.25, 0.25, 0.75, 1.25]
+
+
+def test_vectors_are_inputs_but_cannot_be_cropped():
+    vectors = data.make_data_set((np.ones((4, 5)), [0, 1, 0, 1]), (np.ones((2, 5)), [0, 1]))
+    assert data.Batches(vectors, 2, 0, augment=False).batch(0)[0].shape == (2, 5)
+    with pytest.raises(InputError, match=r"data\.augment: crops images \[N, C, H, W\], the data set has \[4, 5\]"):
+        data.Batches(vectors, 2, 0, augment=True)
 
 
 def test_packed_data_come_back(tmp_path):
@@ -164,12 +228,12 @@ def test_the_users_own_function_gives_a_data_set(tmp_path, monkeypatch):
     (tmp_path / "own_data.py").write_text(
         "import numpy as np\n"
         "def rgb():\n    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)\n"
-        "    return (images, [0, 2]), (images, [1, 1])\n"
+        "    return (images, [0, 1]), (images, [1, 1])\n"
         "def wrong():\n    return 5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = data.load(config.Data(name="own_data:rgb"), 0)
-    assert (found.classes, found.train.images.shape, found.train.labels.tolist()) == (["0", "1", "2"], (2, 3, 2, 2), [0, 2])
+    assert (found.classes, found.train.images.shape, found.train.labels.tolist()) == (["0", "1"], (2, 3, 2, 2), [0, 1])
     for name, message in (
         ("own_data:wrong", r"expected \(\) -> \(\(images, labels\), \(images, labels\)\)"),
         ("own_data:absent", "module own_data has no 'absent'"),

@@ -10,7 +10,7 @@ import dzhpc
 from dzhpc import config, data
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
-from dzhpc.errors import CheckpointError, InputError
+from dzhpc.errors import CheckpointError, InputError, NumericalError
 from dzhpc.files import runfolder
 from dzhpc.files.checkpoint import State
 from dzhpc.method.first_order import PARTS
@@ -55,6 +55,26 @@ class Flat(nn.Conv2d):
 
     def forward(self, x):
         return super().forward(x).view(x.shape[0], -1).view(x.shape)
+
+
+def column(images):
+    return classify(images)[:, :1]
+
+
+def flat(images):
+    return classify(images)[:, 0]
+
+
+def excluding(images):
+    return np.where([True, True, False, True], classify(images), -np.inf)
+
+
+def nowhere(images):
+    return np.full((len(images), 4), -np.inf)
+
+
+def unbounded(images):
+    return np.where([True, True, False, True], classify(images), np.inf)
 
 
 def images():
@@ -113,15 +133,16 @@ def test_the_query_gradient_is_that_of_a_white_box_copy(user, kind):
     model = DnCNN(4, 6).double()
     randomise(model)
     net = user.NET.double()
-    answers, box = Answers("f", 4), BlackBox(lambda images: net(torch.from_numpy(images)).detach().numpy(), 7, numpy=True)
+    answers, box = Answers(), BlackBox(lambda images: net(torch.from_numpy(images)).detach().numpy(), 7, numpy=True)
     clean = torch.rand(6, 3, 8, 8).double()
     targets = answers.probabilities(box(clean))
     engine = make_engine(kind, model, ClassifierLoss(box, answers))
-    engine.bind(clean + 0.25 * torch.randn_like(clean), targets)
+    noisy = clean + 0.25 * torch.randn_like(clean)
+    engine.bind(noisy, targets)
     coords = np.random.default_rng(1).permutation(engine.index.size)[:200]
     estimate = dzhpc.cge(engine, coords, 1e-4)
     copy = ClassifierLoss(box, answers, net)
-    exact = torch.autograd.grad(copy(model(engine._inputs), targets), engine.index.parameters)
+    exact = torch.autograd.grad(copy(model(noisy), targets), engine.index.parameters)
     exact = engine.index.flatten(exact)[torch.from_numpy(coords)]
     user.NET.float()
     assert torch.cosine_similarity(estimate, exact, dim=0) > 0.999
@@ -138,7 +159,7 @@ def test_the_query_gradient_with_trained_weights(data_root, cifar10):
     keys = [f"task.classifier={files[1]}", "task.classifier_model=resnet20", "task.kind=defense"]
     net = load_network(config.load(None, keys), cifar10, torch.device("cpu")).double()
     clean = cifar10.test.images[:8].double() / 255
-    answers, box = Answers("f", 10), BlackBox(lambda images: net(torch.from_numpy(images)).numpy(), numpy=True)
+    answers, box = Answers(), BlackBox(lambda images: net(torch.from_numpy(images)).numpy(), numpy=True)
     engine = make_engine("delta", model, ClassifierLoss(box, answers, net))
     engine.bind(clean + 0.25 * torch.randn_like(clean), answers.probabilities(box(clean)))
     coords = np.random.default_rng(0).permutation(1728)[:40]
@@ -200,8 +221,8 @@ def test_evaluation_counts_the_classifiers_right_answers_with_one_noise_draw_an_
 
 def test_answers_are_logits_or_probabilities_as_the_first_ones_show():
     logits, p = torch.tensor([[2.0, -1.0], [0.0, 0.0]]), torch.tensor([[0.26, 0.75], [1.0, 0.0]])  # quantised: sums to 1.01
-    assert torch.allclose(Answers("f", 2).probabilities(logits), torch.softmax(logits.double(), 1))
-    answers = Answers("f", 2)
+    assert torch.allclose(Answers().probabilities(logits), torch.softmax(logits.double(), 1))
+    answers = Answers()
     assert torch.allclose(answers.probabilities(p), p.double() / torch.tensor([[1.01], [1.0]]).double(), atol=1e-7)
     assert answers.cross_entropy(p, torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()).tolist() == pytest.approx(
         [-np.log(0.75 / 1.01), 0.0], abs=1e-7
@@ -329,6 +350,30 @@ def test_answers_of_another_number_of_classes_are_refused():
         task_of("task.classifier=own_defense:of_three").bind(0)
     with pytest.raises(InputError, match=r"needs task\.classifier"):
         config.load(None, list(SMALL))
+
+
+@pytest.mark.parametrize("name", ["of_three", "column", "flat"])
+def test_certified_classes_are_those_of_the_data_set(name, tmp_path):
+    keys = [f'{k.partition("=")[0]}="{k.partition("=")[2]}"' for k in ("kind=defense", f"classifier=own_defense:{name}")]
+    (tmp_path / "i.toml").write_text("[task]\n" + "\n".join(keys) + '\n[data]\nname = "own_defense:images"\n')
+    defense = load_defense(tmp_path / "i.toml", torch.device("cpu"), without_denoiser=True)
+    with pytest.raises(InputError, match=rf"own_defense:{name}: gave \[5.*\] for 5 images; expected \[5, 4\]"):
+        defense.classify(torch.rand(5, 3, 8, 8))
+
+
+def test_a_logit_of_minus_infinity_excludes_a_class():
+    task = task_of("task.classifier=own_defense:excluding")
+    assert np.isfinite(task.bind(0))
+    assert task.engine.differences(np.arange(3), 1e-3).isfinite().all()
+    rows = task.evaluate(range(task.evaluation_parts), 0)
+    assert np.isfinite(rows).all()
+    logits = torch.tensor([[1.0, -torch.inf, 2.0]])
+    target = torch.tensor([[0.25, 0.0, 0.75]]).double()
+    expected = -(target * F.log_softmax(torch.tensor([[1.0, -1e9, 2.0]]).double(), 1)).sum()
+    assert Answers().cross_entropy(logits, target).tolist() == pytest.approx([float(expected)])
+    for name in ("nowhere", "unbounded"):
+        with pytest.raises(NumericalError, match=f"own_defense:{name} gave answers that are not finite"):
+            task_of(f"task.classifier=own_defense:{name}").bind(0)
 
 
 def test_float_images_must_be_pixels():

@@ -381,6 +381,6 @@ def test_explain_says_for_each_parameter_what_is_done_or_why_it_is_not():
     assert lines[0] == (
         "first.weight [5, 4]: one coordinate at a time, since gt gives integers or truth values; first gt mul last"
     )
-    assert lines[2] == "last.weight [3, 5]: 15 coordinates a chunk, 0 programs, 0 of them of merged operations; last"
+    assert lines[2] == "last.weight [3, 5]: 15 coordinates a chunk, 0 runs, 0 of them merged; last"
     assert lines[4] == "idle.weight [2, 2]: the output does not depend on it"
     assert len(lines) == len(engine.index.names)

@@ -26,8 +26,8 @@ def flat(engine, gradient):
 @pytest.mark.parametrize("mu", [1e-1, 1e-3, -1e-2])
 def test_on_a_quadratic_forward_differences_err_by_half_mu_times_the_curvature_and_central_ones_not_at_all(kind, mu):
     model = Quadratic(12)
-    engine = bound(model, (model.h, None), kind, lambda out, _: out)
-    round_off = 1e-14 * abs(float(engine._base)) / abs(mu) + 1e-13
+    engine = dzhpc.make_engine(kind, model, lambda out, _: out)
+    round_off = 1e-14 * abs(engine.bind(model.h, None)) / abs(mu) + 1e-13
     exact, coords = model.gradient(), range(12)
     assert torch.allclose(dzhpc.cge(engine, coords, mu) - exact, mu / 2 * model.h.diag(), rtol=0, atol=round_off)
     assert torch.allclose(dzhpc.cge(engine, coords, mu, "central"), exact, rtol=0, atol=round_off)

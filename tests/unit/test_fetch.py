@@ -15,6 +15,7 @@ from PIL import Image
 from dzhpc import config, data, fetch
 from dzhpc.data import fetching
 from dzhpc.errors import InputError
+from dzhpc.job.launch import run_verb
 
 
 def run(*arguments):
@@ -67,8 +68,101 @@ def test_classes_that_differ_between_train_and_val_are_refused(tmp_path, image_f
 
 def test_a_damaged_image_is_refused(tmp_path, image_folder):
     (image_folder / "val" / "dog" / "38.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(InputError, match="cannot be read as an image folder"):
+    with pytest.raises(InputError, match=r"val/dog/38\.png: cannot be read as an image \(cannot identify image file\)"):
         run("pets", "--from", image_folder, "--size", 8, "--root", tmp_path)
+
+
+def pack(folder, size=8):
+    return data.load(config.Data(name="imagefolder", path=folder.name, root=str(folder.parent), image_size=size), 0)
+
+
+def test_a_greyscale_image_of_16_bits_is_scaled_to_8(image_folder):
+    pixels = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    save(image_folder / "train" / "cat" / "a.png", pixels)
+    save(image_folder / "train" / "cat" / "b.tif", pixels)
+    (image_folder / "train" / "cat" / "c.pgm").write_bytes(b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes())
+    expected = torch.from_numpy((pixels / 257).round().astype(np.uint8)).expand(3, 8, 8)
+    found = pack(image_folder).train.images
+    assert all(torch.equal(image, expected) for image in found[2:5])
+    assert len(expected.unique()) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [("f.tif", np.float32, "floating-point values from 0 to 1"), ("i.tif", np.int32, "32-bit values from 0 to 1")],
+)
+def test_images_of_wider_values_are_refused_by_name(image_folder, name, dtype, message):
+    save(image_folder / "train" / "cat" / name, np.eye(8, dtype=dtype))
+    with pytest.raises(InputError, match=rf"train/cat/{name}: cannot be read as an image \({message}; save 8 or 16 bits"):
+        pack(image_folder)
+
+
+def test_a_file_that_cannot_be_decoded_is_named_whatever_the_decoder_raises(image_folder, monkeypatch):
+    noise, path = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8), image_folder / "train" / "dog" / "cut.jpg"
+    save(path, noise)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"train/dog/cut\.jpg: cannot be read as an image \(image file is truncated"):
+        pack(image_folder)
+    save(path, noise)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(InputError, match=r"train/dog/cut\.jpg: cannot be read as an image \(Image size .* decompression bomb"):
+        pack(image_folder)
+
+
+def test_an_image_is_turned_as_its_exif_says(image_folder):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0] = 255  # the upper row, once it is turned the right one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(image_folder / "train" / "dog" / "turned.png", exif=exif)
+    turned = pack(image_folder).train.images[3]
+    assert (turned[:, :, -1] == 255).all()
+    assert not turned[:, :, :-1].any()
+
+
+def test_files_of_other_kinds_are_left_out_and_counted(image_folder, tmp_path, capsys, monkeypatch):
+    save(image_folder / "train" / "cat" / "x.gif", np.zeros((8, 8, 3), np.uint8))
+    for name in ("x.heic", "y.HEIC", "notes"):
+        (image_folder / "train" / "dog" / name).write_bytes(b"x")
+    monkeypatch.setattr("sys.argv", ["fetch", "pets", "--from", str(image_folder), "--size", "8", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit) as leave:
+        run_verb(fetch.parser(), fetch.main, parallel=False)
+    out, err = capsys.readouterr()
+    assert leave.value.code == 0
+    assert out.splitlines()[:2] == [f"{image_folder}/train: 3 images, 2 classes", f"{image_folder}/val: 2 images, 2 classes"]
+    assert err == f"{image_folder}/train: 4 files are left out: 1 .gif, 2 .heic, 1 notes\n"
+
+
+@pytest.mark.parametrize(("link", "to"), [("cat/loop", ".."), ("cat/loop", "."), ("cat/more", "../dog"), ("bird", "dog")])
+def test_a_link_that_would_count_images_twice_is_refused(image_folder, link, to):
+    (image_folder / "train" / link).symlink_to(to)
+    with pytest.raises(InputError, match=r"train/\S+: is the same folder as \S+, so its images would be counted twice"):
+        pack(image_folder)
+
+
+def test_links_to_files_and_to_folders_elsewhere_are_followed(image_folder, tmp_path):
+    plain, store = pack(image_folder), tmp_path / "store"
+    store.mkdir()
+    (image_folder / "train" / "cat").rename(store / "cat")
+    (image_folder / "train" / "cat").symlink_to(store / "cat")
+    (image_folder / "val" / "dog" / "38.png").rename(store / "blob")
+    (image_folder / "val" / "dog" / "38.png").symlink_to(store / "blob")
+    linked = pack(image_folder)
+    assert torch.equal(plain.train.images, linked.train.images)
+    assert torch.equal(plain.test.images, linked.test.images)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(image_folder):
+    for part in ("train", "val"):
+        (image_folder / part / "dog").rename(image_folder / part / "caf\udce9")
+    with pytest.raises(InputError, match=r"train/caf\\udce9: the name of a class is no text in UTF-8; rename the folder"):
+        pack(image_folder)
+
+
+def test_an_empty_class_is_named(image_folder):
+    (image_folder / "val" / ".ipynb_checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"val/\.ipynb_checkpoints: holds no image .*; fill it, or remove it"):
+        pack(image_folder)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,93 @@ def test_starting_weights_come_from_a_torch_state_dict(tmp_path, wrapped):
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
+def wrappings(state):
+    """What other codes save."""
+    named = lambda prefix: {f"{prefix}{k}": v for k, v in state.items()}  # noqa: E731
+    other = {k: torch.zeros_like(v) for k, v in state.items()}
+    return {
+        "compiled": named("_orig_mod."),
+        "compiled in parallel": {"model": named("_orig_mod.module."), "epoch": 3},
+        "parallel compiled": {"net": named("module._orig_mod.")},
+        "lightning": {"state_dict": {**named("model."), "loss.weight": torch.ones(3)}, "optimizer_states": [{"step": 1}]},
+        "compiled inside": {"model_state_dict": {k.replace("layer1.", "layer1._orig_mod."): v for k, v in named("net.").items()}},
+        "deep": {"checkpoint": {"model": {"state_dict": named("backbone.")}}},
+        "teacher": {"state_dict": {**{f"teacher.{k}": v.reshape(-1)[:0] for k, v in state.items()}, **named("student.")}},
+        "ema beside": {"ema": other, "state_dict": state},
+        "ema alone": {"model": None, "ema_state_dict": named("module.")},
+        "without counters": {k: v for k, v in state.items() if "num_batches" not in k},
+        "parameters": {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
+        "half": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+    }
+
+
+@pytest.mark.parametrize("name", wrappings({}))
+def test_starting_weights_are_found_where_other_codes_put_them(tmp_path, name):
+    state, path = {k: torch.randint(1, 9, v.shape).to(v) for k, v in resnet20().state_dict().items()}, tmp_path / "w.pt"
+    torch.save(wrappings(state)[name], path)
+    found = zoo.build(config.Model(name="resnet20", weights=str(path)), 0).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in state.items() if name != "without counters" or "num_batches" not in k)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>", "is a web page; download the weights themselves"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:",
+            "is a pointer of git-lfs; get the file itself with `git lfs",
+        ),
+        ((2**7).to_bytes(8, "little") + b'{"a":{"dtype":"F32"', "is a safetensors file; write torch.save"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file that dzhpc did not write"),
+        (b"not weights", "is no file of torch.save, or is cut short"),
+        (nn.ReLU(), "holds Python objects (torch.nn.modules.activation.ReLU), not only tensors; save model.state_dict() instead"),
+        ([1, 2], "does not fit SimpleCNN: holds no tensors by name"),
+        (
+            {"state_dict": {f"module.{k}": v for k, v in SimpleCNN(2, 5).state_dict().items()}},
+            "does not fit SimpleCNN: holds 16 tensors below state_dict (module.features.0.weight, module.features.0.bias, "
+            "...), the model wants 16 (features.0.weight, features.0.bias, ...); features.0.weight is [5, 3, 3, 3], in "
+            "the model [4, 3, 3, 3]",
+        ),
+        ({"a.weight": torch.ones(2)}, "the file has no features.0.weight (14 in all); the model has no a.weight (1 in all)"),
+    ],
+)
+def test_a_file_that_is_no_weights_of_the_model_says_what_it_holds(tmp_path, content, message):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError) as refusal:
+        zoo.build(config.Model(name="cnn", depth=2, width=4, weights=str(path)), 0)
+    assert message in str(refusal.value)
+    assert "weights_only" not in str(refusal.value)
+
+
+def test_a_torchvision_network_is_built_by_its_name_with_its_own_keys():
+    section = config.Model(name="torchvision.models:resnet18", num_classes=7)
+    zoo.fill_in(section, classes=7, in_channels=3)
+    assert section.fields == {"num_classes": 7}
+    assert zoo.build(section, 0).fc.out_features == 7
+
+
+def test_only_what_a_constructor_names_is_filled_in():
+    section = config.Model(name="cnn")
+    zoo.fill_in(section, classes=7, in_channels=1, dims=2)
+    assert section.fields == {"classes": 7, "in_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "torch.nn:LazyLinear", "out_features": 3}, "weight has no shape yet"),
+        ({"name": "torch.nn:LazyBatchNorm1d", "affine": False}, "running_mean has no shape yet"),
+        ({"name": "nets:sixteen_bits", "dtype": "bfloat16"}, "weight is bfloat16; expected float32 or float64"),
+        ({"name": "nets:sixteen_bits", "dtype": "float16"}, "weight is float16; expected float32 or float64"),
+    ],
+)
+def test_parameters_without_a_shape_or_of_16_bits_are_refused(keys, message):
+    with pytest.raises(InputError, match=f"model {keys['name']}: {message}"):
+        zoo.build(config.Model(**keys), 0)
+
+
 def test_starting_weights_come_from_a_checkpoint_of_ours(tmp_path):
     model, path = trained(), tmp_path / "step-00000003.h5"
     checkpoint_of(model, "", path)

@@ -7,7 +7,7 @@ import torch
 import dzhpc
 from dzhpc import config
 from dzhpc.errors import InputError
-from dzhpc.tasks import make_task
+from dzhpc.tasks import make_task, objective
 
 MODULE = '''
 import numpy as np
@@ -70,14 +70,46 @@ class Scalar(Numpy):
         return 0.5
 
 
-class Dotted(Numpy):
+class Named(Numpy):
+    """Names that a Module has, too, and one with a dot."""
+
     def initial(self):
-        return {"layer.weight": np.ones(5)}
+        return {"half": np.ones(2), "type": np.ones(1), "training": np.ones(1), "layer.weight": np.ones(1)}
 
 
-class Reserved(Numpy):
+class Endian(Numpy):
     def initial(self):
-        return {"training": np.ones(5)}
+        return super().initial().astype(">f8")[::-1]
+
+    def __call__(self, thetas, step):
+        return super().__call__(thetas, step).astype(">f8")
+
+
+class Slashed(Numpy):
+    def initial(self):
+        return {"layer/weight": np.ones(5)}
+
+
+class Complex(Numpy):
+    def initial(self):
+        return np.ones(5) * 1j
+
+
+class NotANumber(Numpy):
+    def initial(self):
+        return {"a": np.ones(4), "b": np.array([np.nan])}
+
+
+class Half(Numpy):
+    def initial(self):
+        return np.ones(5, np.float16)
+
+
+class Walled(Numpy):
+    """Infeasible once theta_1 or theta_3 grows."""
+
+    def __call__(self, thetas, step):
+        return np.where((thetas[:, [1, 3]] > [2, 4]).any(1), np.inf, super().__call__(thetas, step))
 
 
 class Empty(Numpy):
@@ -210,10 +242,57 @@ def test_losses_of_a_wrong_shape_are_refused(name, message):
         task_of(name).bind(0)
 
 
-@pytest.mark.parametrize("name", ["NoInitial", "NoCall", "number", "absent", "Dotted", "Reserved", "Empty", "Words"])
+@pytest.mark.parametrize("name", ["NoInitial", "NoCall", "number", "absent", "Empty", "Words", "Slashed", "Complex"])
 def test_an_objective_that_cannot_be_used_is_refused_by_its_name(name):
     with pytest.raises(InputError, match=f"own_objective:{name}|own_objective has no 'absent'"):
         task_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Complex", r"initial\(\) gave what is no theta0 \(block theta is complex numbers; expected real ones\)"),
+        ("NotANumber", r"initial\(\) gave what is no theta0 \(block b holds a number that is not finite\)"),
+        ("Empty", r"initial\(\) gave what is no theta0 \(no block\)"),
+        ("Half", "trainable parameters are float16; expected float32 or float64"),
+    ],
+)
+def test_a_theta0_that_cannot_be_trained_says_what_it_is(name, message):
+    with pytest.raises(InputError, match=message):
+        task_of(name)
+
+
+def test_blocks_may_have_the_names_of_methods():
+    task = task_of("Named")
+    assert [name for name, _ in task.model.named_parameters()] == ["half", "type", "training", "layer.weight"]
+    task.bind(0)
+    assert task.engine.differences([4], 2.0).tolist() == [0.5 * 5 * (9 - 1)]
+
+
+def test_big_endian_arrays_and_negative_strides_are_arrays():
+    task = task_of("Endian")
+    assert task.model.theta.tolist() == THETA[::-1].tolist()
+    assert task.bind(2) == 0.5 * ((THETA[::-1] - 2) ** 2 * WEIGHTS).sum()
+
+
+def test_an_infeasible_theta_stays_out_of_the_step_and_is_counted_and_named(monkeypatch, caplog):
+    monkeypatch.setattr(objective.log, "propagate", True)
+    task, free = task_of("Walled"), task_of("Numpy")
+    for each in (task, free):
+        each.bind(0)
+    found, expected = (each.engine.differences(np.arange(5), 0.1) for each in (task, free))
+    expected[[1, 3]] = 0
+    assert torch.equal(found, expected)
+    assert task.lost == 2
+    assert caplog.messages == [
+        "task.function = own_objective:Walled: infeasible (+inf) when theta[1] (coordinate 1) is perturbed: "
+        "it stays out of this step"
+    ]
+    axes = torch.eye(5, dtype=torch.float64)
+    assert torch.equal(task.engine.directional(axes, 0.1), expected)
+    task.bind(1)
+    assert caplog.messages[1:] == ["4 infeasible thetas in all in the step before"]
+    assert task.lost == 0
 
 
 def test_a_coordinate_out_of_range_is_refused_before_any_query():

@@ -252,6 +252,19 @@ def test_sources_that_cannot_be_compared(place):
         evaluation.Experiment(run.config, torch.device("cpu"))
 
 
+def test_two_solvers_of_one_name_are_not_one_experiment(tmp_path):
+    sources = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "i.toml").write_text('[task]\nkind = "sol"\nsimulator = "own:step"\nreference = "own:whole"\n')
+        (tmp_path / name / "own.py").write_text("step = whole = abs\n")
+        sources.append(str(tmp_path / name / "i.toml"))
+    assert len(evaluation.read_all(sources)) == 2
+    (tmp_path / "b" / "own.py").write_text("step = whole = len\n")
+    with pytest.raises(InputError, match=r"a/own\.py and \S+b/own\.py are two modules of one name: a table is of one experiment"):
+        evaluation.read_all(sources)
+
+
 # --- figures ---
 
 

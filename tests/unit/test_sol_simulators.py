@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dzhpc.tasks.sol.phiflow import PhiFlow
 from dzhpc.tasks.sol.projected import AT_ONCE, Projected
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.simulators import make_simulator
+from dzhpc.tasks.sol.solvers import OwnSolver, Simulation
 from dzhpc.tasks.sol.wake import DT, Wake, pack, unpack, viscosity
 
 CPU, WAKE = torch.device("cpu"), Wake()
@@ -243,6 +245,17 @@ def test_the_users_function_may_diverge_but_not_change_shape(monkeypatch):
         simulator(torch.ones(3, 2), torch.ones(3))
     with pytest.raises(InputError, match=r"gave \[2, 2\] for states \[3, 2\]"):
         own(lambda s, p: s[1:], monkeypatch)(torch.ones(3, 2), torch.ones(3))
+
+
+def test_states_that_are_no_real_numbers_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="own_simulator:step gave complex numbers; expected real ones"):
+        own(lambda s, p: s * np.exp(0.3j), monkeypatch)(torch.ones(3, 2), torch.ones(3))
+    states = np.ones((4, 3))
+    for given, message in ((states * 1j, "complex numbers"), (np.ma.masked_array(states, states > 0), "a masked array")):
+        monkeypatch.setitem(sys.modules, "own_reference", SimpleNamespace(whole=lambda p, given=given: given))
+        keys = SolKeys(simulator="own_simulator:step", reference="own_reference:whole", warm_up=1, frames=3)
+        with pytest.raises(InputError, match=f"task.reference = own_reference:whole gave {message}"):
+            next(OwnSolver(keys).advance(Simulation(1.0)))
 
 
 def test_the_users_function_is_asked_again_where_it_raises(monkeypatch):

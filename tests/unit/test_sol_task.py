@@ -338,6 +338,12 @@ def test_a_correction_that_diverges_unperturbed_ends_the_run(cliff, kind):
         make(kind, 0, means[0] - 1e-4, np.inf)
 
 
+def test_a_solver_that_spoils_a_frame_of_the_reference_is_named(cliff):
+    make, _, windows = cliff
+    with pytest.raises(NumericalError, match=r"^first: cliff makes what is not finite of this frame of the reference$"):
+        make("full", 0, float(windows.states[0, 0, 0].mean()) - 1e-4, np.nan)
+
+
 def test_the_bound_is_in_standard_deviations_from_the_reference(cliff):
     make, _, windows = cliff
     loss = make("full").loss
@@ -467,6 +473,18 @@ def test_first_order_parts_add_up_to_the_gradient_of_the_loss():
     assert loss == pytest.approx(task.bind(5), rel=1e-6)
     whole = task.engine.index.flatten(task.engine.gradient())
     torch.testing.assert_close(gradient, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_a_correction_that_diverges_untrained_is_not_blamed_on_training():
+    task = task_of()
+    randomised(task.model)
+    with torch.no_grad():
+        for p in task.model.parameters():
+            p.mul_(1e6)
+    with pytest.raises(NumericalError, match="before any weight is perturbed; nothing was trained yet: look at the simulator"):
+        task.bind(0)
+    with pytest.raises(NumericalError, match=r"perturbed; lower optim\.lr, and go back to an earlier checkpoint"):
+        task.bind(1)
 
 
 def test_scores_too_far_from_theta_say_so():

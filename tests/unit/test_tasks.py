@@ -34,6 +34,16 @@ class TooWide(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class Auxiliary(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x):
+        x = self.fc(x.flatten(1))
+        return (x, x) if self.training else x
+
+
 class Large(TooWide):
     def __init__(self):
         super().__init__()
@@ -74,6 +84,10 @@ def test_a_model_for_other_classes_or_channels_is_refused(key):
     ("name", "message"),
     [
         ("TooWide", r"model own_models:TooWide gives \[2, 11\] for inputs \[2, 1, 8, 8\]; expected \[2, 10\], a logit per class"),
+        (
+            "Auxiliary",
+            r"model own_models:Auxiliary gives tuple for inputs \[2, 1, 8, 8\] while it is trained; expected \[2, 10\]",
+        ),
         ("Large", r"model own_models:Large cannot take inputs \[1, 8, 8\]: .*shapes cannot be multiplied"),
     ],
 )

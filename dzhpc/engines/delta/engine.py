@@ -31,6 +31,7 @@ from dzhpc.method.coordinates import ParameterIndex, cut
 log = logging.getLogger("dzhpc")
 BUDGET_MB = {"cpu": 32.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 4  # of the largest change downstream that are alive at once
+NAMED = 6  # operations of a route in an explanation
 LARGEST = 64  # coordinates in a chunk: more would leave the last chunk of a layer emptier, and save little
 
 
@@ -137,12 +138,12 @@ class Delta(NetworkEngine):
         name = f"{self.index.names[owner]} {list(self.index.parameters[owner].shape)}"
         if not route.nodes:
             return f"{name}: the output does not depend on it"
-        operations = " ".join(name_of(node) for node in route.nodes[:-1])
+        names = [name_of(node) for node in route.nodes[:-1]]
+        operations = " ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         if route.refusal:
             return f"{name}: one coordinate at a time, since {route.refusal}; {operations}"
-        programs = [run.fused for run in sized.runs]
-        merged = f"{len(programs)} programs, {sum(programs)} of them of merged operations"
-        return f"{name}: {self._size(owner)} coordinates a chunk, {merged}; {operations}"
+        merged = sum(run.fused for run in sized.runs)
+        return f"{name}: {self._size(owner)} coordinates a chunk, {len(sized.runs)} runs, {merged} of them merged; {operations}"
 
     def _follow(self, traced: Traced) -> None:
         """Plan a new trace, which still holds the values of its first run."""

@@ -1,6 +1,7 @@
 """The classifier that a defence stands in front of: how it is loaded, asked, and how its answers are compared (A2)."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from dzhpc import data
 from dzhpc.config import Config, Model, import_object, is_function, path_of
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
 from dzhpc.models import zoo
@@ -21,18 +22,39 @@ log = logging.getLogger("dzhpc")
 SMALLEST = 1e-12  # a probability that a quantised classifier calls 0
 
 
+class Classifier(BlackBox):
+    """A black box whose answers are a logit or probability for each class [N, K]; -inf is the logit of an excluded one.
+
+    Raises as BlackBox does; InputError for answers that are not [N, classes].
+    """
+
+    def __init__(self, function: Callable, classes: int, limit: int, numpy: bool, retries: int, classifier: str):
+        super().__init__(function, limit, numpy, retries, f"task.classifier = {classifier}")
+        self._classes = classes
+
+    def check(self, answers: Tensor, count: int) -> None:
+        """Raise InputError or NumericalError for answers to ``count`` images that cannot be right."""
+        if list(answers.shape) != [count, self._classes]:
+            raise InputError(
+                f"{self.name}: gave {list(answers.shape)} for {count} images; expected [{count}, {self._classes}], a logit or "
+                "probability for each class of the data set"
+            )
+        if not (torch.isfinite(answers) | torch.isneginf(answers)).all() or torch.isneginf(answers).all(1).any():
+            raise NumericalError(f"{self.name} gave answers that are not finite")
+
+
 def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> BlackBox:
     """``task.classifier`` as a function that can only be asked: images [N, C, H, W] in [0, 1] -> answers [N, K].
 
     Raises InputError for a function or a file that cannot be used.
     """
-    task = config.task
+    task, classes = config.task, len(data_set.classes)
     if is_function(task.classifier):
         function = import_object(task.classifier, "task.classifier")
         if not callable(function):
             raise InputError(f"task.classifier = {task.classifier}: is no function of images [N, C, H, W]")
-        return BlackBox(function, task.batch_limit, True, task.retries, f"task.classifier = {task.classifier}")
-    return BlackBox(load_network(config, data_set, device), task.batch_limit)
+        return Classifier(function, classes, task.batch_limit, True, task.retries, task.classifier)
+    return Classifier(load_network(config, data_set, device), classes, task.batch_limit, False, 0, task.classifier)
 
 
 def load_network(config: Config, data_set: data.DataSet, device: torch.device) -> Frozen:
@@ -71,20 +93,13 @@ class Answers:
     """Makes probabilities of a classifier's answers [N, K]; the first ones show whether they are that already, or logits.
 
     A quantised classifier's probabilities add up to 1 only roughly, so they are divided by their sum.
-    Raises InputError for answers that are not [N, classes].
     """
 
-    def __init__(self, name: str, classes: int):
-        self._name, self._classes = name, classes
+    def __init__(self):
         self._logits: bool | None = None
 
     def log_probabilities(self, answers: Tensor) -> Tensor:
         """log p [N, K] in float64."""
-        if answers.ndim != 2 or answers.shape[1] != self._classes:
-            raise InputError(
-                f"task.classifier = {self._name}: gave {list(answers.shape)} for {len(answers)} images; "
-                f"expected [{len(answers)}, {self._classes}], a logit or probability for each class of the data set"
-            )
         answers = answers.double()
         if self._logits is None:
             self._logits = bool((answers < 0).any()) or bool(((answers.sum(1) - 1).abs() > 0.1).any())
@@ -99,8 +114,8 @@ class Answers:
         return self.log_probabilities(answers).exp()
 
     def cross_entropy(self, answers: Tensor, targets: Tensor) -> Tensor:
-        """-sum_k t_k log p_k of answers [N, K] and probabilities t [N, K] -> [N] float64."""
-        return -(targets * self.log_probabilities(answers)).sum(1)
+        """-sum_k t_k log p_k of answers [N, K] and probabilities t [N, K] -> [N] float64; where t_k = 0, log p_k may be -inf."""
+        return -torch.where(targets > 0, targets * self.log_probabilities(answers), 0).sum(1)
 
 
 class ClassifierLoss(BlackBoxLoss):

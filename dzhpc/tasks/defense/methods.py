@@ -12,6 +12,7 @@ from dzhpc.job import device as devices
 from dzhpc.job.launch import add_user_modules, stopped, survey
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
+from dzhpc.tasks.agreement import check_made
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification
 from dzhpc.tasks.defense.inference import load_defense
@@ -69,6 +70,7 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
             if defense.box is None:
                 raise InputError(f"{paths.shown(source)}: names no task.classifier, so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
+        check_made(world, {f"data.name = {defense.config.data.name}": defense.data.tensors()})
         survey(world, device, defense.config.run)
         requests = requests or Requests(defense.config, out if world.is_root else None)
         name = args.label or label_of(source, args.no_denoiser)

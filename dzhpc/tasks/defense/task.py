@@ -3,7 +3,7 @@
 (A2): minimise E CE(f(D(x + delta)), f(x)) over D, delta ~ N(0, sigma^2), by queries; f(x) are the classifier's own soft answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class DefenseTask(Task):
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self._box = self._network = None
         if task.classifier:
-            self._answers = Answers(task.classifier, len(data_set.classes))
+            self._answers = Answers()
             self._box = load_box(config, data_set, device)
             if self._first_order:
                 self._network = load_network(config, data_set, device)
@@ -66,6 +66,9 @@ class DefenseTask(Task):
         bind = batch * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
         bind += batch * (self._code_size() if self.latent else 0)
         return Cost(bind, batch, 2 * tests, f"task.classifier = {self.config.task.classifier}")
+
+    def made(self) -> dict[str, Mapping[str, Tensor]]:
+        return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
 
     def bind(self, step: int) -> float:
         self._set_mode()

@@ -20,6 +20,7 @@ from dzhpc.files.checkpoint import State, config_of, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.models import zoo
 from dzhpc.models.weights import assign
+from dzhpc.tasks.agreement import user_code
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Trajectories
@@ -94,6 +95,8 @@ def read_all(sources: list[Path], data_root: Path | None = None) -> list[Run]:
     Raises InputError where reference or coarse solver differ.
     """
     found = [read(source) for source in sources]
+    for run in found:
+        _check_modules(run.config, [Path(source).parent for source in sources if source.endswith(".toml")])
     runs = [run for run in found if run.checkpoints] or found
     for run in runs:
         run.config.data.root = str(data_root) if data_root else run.config.data.root
@@ -102,6 +105,15 @@ def read_all(sources: list[Path], data_root: Path | None = None) -> list[Run]:
             if old != new:
                 raise InputError(f"{key} is {new!r} in {run.name}, {old!r} in {runs[0].name}: a table is of one experiment")
     return runs
+
+
+def _check_modules(config: Config, folders: list[Path]) -> None:
+    """Raise InputError where two folders of input files hold different modules of a name that ``config`` uses."""
+    for name in user_code(config).values():
+        file = f"{name.split(':')[0].replace('.', '/')}.py"
+        paths = [folder / file for folder in folders if (folder / file).is_file()]
+        if len({path.read_bytes() for path in paths}) > 1:
+            raise InputError(f"{paths[0]} and {paths[1]} are two modules of one name: a table is of one experiment")
 
 
 def _value(config: Config, key: str) -> object:

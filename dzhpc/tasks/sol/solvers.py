@@ -76,7 +76,7 @@ class OwnSolver(BlackBox):
 
     def __init__(self, task: SolKeys):
         function, name = import_object(task.reference, "task.reference"), f"task.reference = {task.reference}"
-        super().__init__(lambda p: np.asarray(function(float(p[0])))[None], 1, True, task.retries, name)
+        super().__init__(lambda p: np.asanyarray(function(float(p[0])))[None], 1, True, task.retries, name)
         self._warm_up, self._frames = task.warm_up, task.frames
         self.about = {"staggered": False, "reference": task.reference, "warm_up": task.warm_up, "frames": task.frames}
 

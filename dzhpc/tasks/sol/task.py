@@ -1,7 +1,8 @@
 """Solver in the loop: a network corrects a coarse solver at every step, trained through n unrolled steps by queries."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
 from dzhpc.tasks.sol.simulators import make_simulator
-from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta, Windows
+from dzhpc.tasks.sol.unrolled import Diverged, Unrolled, UnrolledDelta, Windows
 
 log = logging.getLogger("dzhpc")
 LONGEST = 500  # steps of an evaluation
+UNTRAINED = "nothing was trained yet: look at the simulator, the reference, and the starting weights"
+T = TypeVar("T")
 
 
 class SolTask(Task):
@@ -54,15 +57,31 @@ class SolTask(Task):
         # no box is named: where the last layer is zero, perturbing the others changes nothing
         self.cost = Cost(batch * task.unroll, batch * (task.unroll - 1), self.evaluation_parts * self._steps)
 
+    @property
+    def lost(self) -> int:
+        return self.engine.lost
+
+    def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        train = {"states": self.reference.train.states, "parameters": self.reference.train.parameters}
+        return {f"data.name = {self.config.data.name}": train, **super().made()}
+
     def bind(self, step: int) -> float:
         self.model.train()
-        return self.engine.bind(self.windows.batch(step))
+        return self._advised(step, lambda: self.engine.bind(self.windows.batch(step)))
+
+    @staticmethod
+    def _advised(step: int, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except Diverged as error:
+            cause = "lower optim.lr, and go back to an earlier checkpoint" if step else UNTRAINED
+            raise NumericalError(f"{error}; {cause}") from None
 
     def bind_for_scores(self, number: int) -> float:
         self.model.train()
         try:
             return self.engine.bind(self.windows.drawn(number))
-        except NumericalError as error:
+        except Diverged as error:
             raise NumericalError(
                 f"{error} (pruning scores are taken at theta and, for ZO-GraSP, at theta + zo.mu * gradient, which may be far "
                 'away: lower zo.mu, or use sparsity.scores = "random")'
@@ -76,7 +95,7 @@ class SolTask(Task):
 
         def loss(positions: slice) -> torch.Tensor:
             part = windows[positions]
-            return self.engine.loss(part).sum() * (count / len(part.names))
+            return self._advised(step, lambda: self.engine.loss(part)).sum() * (count / len(part.names))
 
         return count, loss
 

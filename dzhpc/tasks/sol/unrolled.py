@@ -34,6 +34,10 @@ BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache,
 COPIES = 3  # of a layer's largest features that are alive at once
 
 
+class Diverged(NumericalError):
+    """The corrected solver diverges at theta."""
+
+
 @dataclass
 class Windows:
     """Pieces of B reference trajectories: states [B, n + 1, ...], the first to start from; parameters [B]; what errors say."""
@@ -62,17 +66,17 @@ class UnrolledLoss:
     def __call__(self, windows: Windows, first: Tensor | None = None, path: list | None = None) -> Tensor:
         """What each step and window adds to the loss [n, B] float64, with its graph.
 
-        first: the solver's first step, where it is known. path: gets (S(s_{i-1}), s_i) for i = 1 .. n. Raises NumericalError for
-        a theta that diverges.
+        first: the solver's first step, where it is known. path: gets (S(s_{i-1}), s_i) for i = 1 .. n. Raises Diverged for a
+        theta that diverges, NumericalError where the solver's first step, which knows no theta, is not finite.
         """
         losses = []
         for step, (advanced, states, terms) in enumerate(self.steps(windows, self.first(windows) if first is None else first)):
             if (bad := ~(terms <= self.most)).any():
-                name = windows.names[int(bad.nonzero()[0])]
-                raise NumericalError(
-                    f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed; lower "
-                    "optim.lr, and go back to an earlier checkpoint"
-                )
+                window = int(bad.nonzero()[0])
+                name = windows.names[window]
+                if step == 0 and not torch.isfinite(advanced[window]).all():
+                    raise NumericalError(f"{name}: {self.simulator.name} makes what is not finite of this frame of the reference")
+                raise Diverged(f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed")
             losses.append(terms)
             if path is not None:
                 path.append((advanced, states))
@@ -115,6 +119,11 @@ class InTheLoop(NetworkEngine):
         self._windows, self._first = windows, self.loss.first(windows)
         return self._bound(self._base_losses().sum())
 
+    @property
+    def lost(self) -> int:
+        """Queries that have diverged since the last bind."""
+        return self.diverged - self._diverged_before
+
     @abstractmethod
     def _base_losses(self) -> Tensor:
         """What each step and window adds to the loss at theta [n, B] float64."""
@@ -139,7 +148,7 @@ class InTheLoop(NetworkEngine):
         self.diverged += 1
 
     def _say_how_many(self) -> None:
-        count, self._diverged_before = self.diverged - self._diverged_before, self.diverged
+        count, self._diverged_before = self.lost, self.diverged
         if count > 1:
             log.warning("%d perturbed queries in all diverged in the step before", count)
 

@@ -1,0 +1,52 @@
+"""What every rank makes by itself: noise in a loss is told from rounding. Several ranks are in tests/mpi."""
+
+import math
+
+import pytest
+import torch
+
+from dzhpc import config
+from dzhpc.errors import InputError
+from dzhpc.job.world import World
+from dzhpc.tasks import agreement, make_task
+
+OWN = config.load(None, ["task.kind=objective", "task.function=own:Loss", "sparsity.ratio=0.0"])
+
+
+@pytest.mark.parametrize("losses", [[1.5], [1.5, 1.5], [math.nan, math.nan], [math.inf, math.inf], [0.0, 0.0]])
+def test_equal_losses_are_accepted_without_a_word(losses, caplog, monkeypatch):
+    monkeypatch.setattr(agreement.log, "propagate", True)
+    agreement.check_losses(World(), OWN, losses)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.001], [1.0, math.nan], [math.inf, 1.0], [0.0, 1e-9]])
+def test_noise_is_refused_with_the_name_of_the_function(losses):
+    with pytest.raises(
+        InputError, match=r"^task\.function = own:Loss: \S+ and then \S+ for the same theta and the same batch; a loss"
+    ):
+        agreement.check_losses(World(), OWN, losses)
+
+
+def test_rounding_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(agreement.log, "propagate", True)
+    agreement.check_losses(World(), OWN, [1.0, 1.000001])
+    assert caplog.messages == [
+        "task.function = own:Loss: 1.0 and then 1.000001 for the same theta and the same batch: bits will not come again"
+    ]
+
+
+def test_what_ranks_compare_are_data_and_what_user_code_makes():
+    keys = ["data.name=digits", "data.batch_size=100", "model.name=cnn", "model.depth=1"]
+    task = make_task(config.load(None, keys), torch.device("cpu"))
+    made = task.made()
+    assert {name: sorted(tensors) for name, tensors in made.items()} == {
+        "data.name = digits": ["test/images", "test/labels", "train/images", "train/labels"]
+    }
+    assert agreement.user_code(task.config) == {}
+    assert agreement.user_code(OWN) == {"task.function": "own:Loss"}
+    task.config.model.name = "own:Net"
+    assert list(task.made()) == ["data.name = digits", "model.name = own:Net"]
+    assert list(task.made()["model.name = own:Net"]) == [
+        k for k, _ in [*task.model.named_parameters(), *task.model.named_buffers()]
+    ]
