@@ -96,7 +96,7 @@ def read_all(sources: list[Path], data_root: Path | None = None) -> list[Run]:
     """
     found = [read(source) for source in sources]
     for run in found:
-        _check_modules(run.config, [Path(source).parent for source in sources if source.endswith(".toml")])
+        _check_modules(run.config, [source.parent for source in sources if source.suffix == ".toml"])
     runs = [run for run in found if run.checkpoints] or found
     for run in runs:
         run.config.data.root = str(data_root) if data_root else run.config.data.root
