@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from dzhpc.config import paths
+from dzhpc.config.options import number
+from dzhpc.config.sections import Count, Positive, Ratio, Seed, Threads
 from dzhpc.errors import InputError
 from dzhpc.job.launch import run_verb
 from dzhpc.job.log import show
@@ -22,23 +24,25 @@ def parser() -> argparse.ArgumentParser:
     g = kinds.add_parser("gradient", help="engines side by side: time, memory, and error against float64")
     g.add_argument("--model", default="resnet20", help="resnet20, resnet56, resnet18, vit-tiny, or cnn:DEPTH")
     g.add_argument("--weights", help="start from this file (a checkpoint or a torch state_dict); else random weights")
-    g.add_argument("--batch", type=int, default=128, help="images of 32 x 32 random pixels")
-    g.add_argument("--coords", type=int, default=200, help="how many of the coordinates drawn by the LPR over the whole network")
-    g.add_argument("--reference", type=int, default=200, help="compare with float64 on so many of them")
-    g.add_argument("--ratio", type=float, default=0.9, help="sparsity of the LPR (first-order GraSP on this batch)")
-    g.add_argument("--mu", type=float, default=5e-3, help="smoothing parameter")
+    g.add_argument("--batch", type=number(Count), default=128, help="images of 32 x 32 random pixels")
+    g.add_argument(
+        "--coords", type=number(Count), default=200, help="how many of the coordinates drawn by the LPR over the whole network"
+    )
+    g.add_argument("--reference", type=number(Count), default=200, help="compare with float64 on so many of them")
+    g.add_argument("--ratio", type=number(Ratio), default=0.9, help="sparsity of the LPR (first-order GraSP on this batch)")
+    g.add_argument("--mu", type=number(Positive), default=5e-3, help="smoothing parameter")
     g.add_argument("--engines", default="full,reuse,delta")
     g.add_argument("--precisions", default="fp32,bf16", help="of engine delta; the others have fp32 only")
-    g.add_argument("--memory-mb", type=float, help="zo.memory_mb of engine delta")
-    g.add_argument("--threads", type=int, default=1)
-    g.add_argument("--repeats", type=int, default=5, help="interleaved repetitions")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--memory-mb", type=number(Positive), help="zo.memory_mb of engine delta")
+    g.add_argument("--threads", type=number(Threads), default=1)
+    g.add_argument("--repeats", type=number(Count), default=5, help="interleaved repetitions")
+    g.add_argument("--seed", type=number(Seed), default=0)
     g.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     g.add_argument("--json", type=paths.option, help="write the figures here")
     s = kinds.add_parser("scaling", help="seconds a training step on several numbers of ranks")
     s.add_argument("input", help="TOML input file")
     s.add_argument("--ranks", default="1,2", help="numbers of ranks")
-    s.add_argument("--steps", type=int, default=5, help="steps of each run; the first, which compiles, does not count")
+    s.add_argument("--steps", type=number(Count), default=5, help="steps of each run; the first, which compiles, does not count")
     s.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
     s.add_argument("--json", type=paths.option, help="write the figures here")
     return p

@@ -61,9 +61,10 @@ need_input() {
         echo "$INPUT: no such input file in $PWD; submit from the folder that holds inputs/ and slurm/, or set INPUT" >&2
         exit 2
     fi
-    settings data.name,data.root,model.weights,task.classifier "$@"
+    settings data.name,data.root,model.weights,task.classifier,task.kind "$@"
     root=${values[1]:-${DZHPC_DATA:-data}}
-    if [ "${values[0]}" = cifar10 ] && [ ! -e "$root/cifar10.h5" ] && [ ! -d "$root/cifar10/cifar-10-batches-py" ]; then
+    # An objective has no data, and a task of your own may have others.
+    if [[ ${values[4]} =~ ^(classification|defense)$ ]] && [ "${values[0]}" = cifar10 ] && [ ! -e "$root/cifar10.h5" ] && [ ! -d "$root/cifar10/cifar-10-batches-py" ]; then
         echo "$root: no CIFAR-10 there (cifar10.h5); get it on a node with network access: python -m dzhpc.fetch cifar10 --root $root" >&2
         exit 2
     fi

@@ -40,6 +40,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Total = Annotated[int, Field(ge=1, le=MANY)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
 
 
@@ -58,8 +61,8 @@ class Run(Section):
 
     name: str | None = Field(None, description="the run folder's name; None: the input file's name")
     dir: str = Field("runs", description="the folder in which run folders lie")
-    seed: int = Field(0, ge=0, lt=2**63, description="every random number is a function of (seed, purpose, step)")
-    threads: int = Field(1, ge=1, le=4096, description="CPU threads per rank; bits may differ between thread counts")
+    seed: Seed = Field(0, description="every random number is a function of (seed, purpose, step)")
+    threads: Threads = Field(1, description="CPU threads per rank; bits may differ between thread counts")
     share_gpu: bool = Field(False, description="let several ranks use one GPU; otherwise that is an error")
     mixed_nodes: bool = Field(False, description="let ranks differ in processor type or compiler, and so in bits; else an error")
     deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
@@ -134,7 +137,7 @@ class Zo(Section):
 class Sparsity(Section):
     """Which coordinates are perturbed."""
 
-    ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="the fraction of prunable weights that is pruned")
+    ratio: Ratio = Field(0.9, description="the fraction of prunable weights that is pruned")
     target: Literal["gradients", "weights"] = Field(
         "gradients", description="prune the gradient, or the weights themselves (static)"
     )

@@ -75,7 +75,8 @@ def _cifar10(section: configuration.Data) -> DataSet:
         return packed.load(root / "cifar10.h5")
     fetch = f"get it with `python -m dzhpc.fetch cifar10 --root {paths.shown(root)}`"
     if not (root / "cifar10").is_dir():
-        raise InputError(f"{paths.shown(root)}: holds neither cifar10.h5 nor cifar10/; {fetch}")
+        where = paths.shown(root)
+        raise InputError(f"data.name = cifar10: neither {where}/cifar10.h5 nor {where}/cifar10 exists; {fetch}")
     return cifar10_from(root / "cifar10", fetch)
 
 

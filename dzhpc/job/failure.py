@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dzhpc.config.paths import shown
-from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, message_of
+from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, is_out_of_memory, message_of
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
 
@@ -27,7 +27,7 @@ def keep_traceback(error: BaseException, rank: int, folder: Path | None) -> str:
     """Where the traceback of an exception nobody foresaw went, as " (...)": a file in ``folder``, else standard error and ""."""
     if isinstance(error, BlackBoxError) and error.__cause__ is not None:
         error = error.__cause__  # the user's own code
-    if isinstance(error, (DzhpcError, KeyboardInterrupt)):
+    if isinstance(error, (DzhpcError, KeyboardInterrupt)) or is_out_of_memory(error):
         return ""
     text = "".join(traceback.format_exception(error))
     if folder is not None and folder.is_dir():

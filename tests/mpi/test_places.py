@@ -62,7 +62,7 @@ def done(place) -> dict[str, Result]:
         Case("never-again", "train", [*start, "--run-dir", "again", "--restart", "never"]),
         Case("fresh", "train", [*start, "--run-dir", "fresh"]),
         objective("wanders-again", *sets(task__function="user:Wanders", run__name="rel", stop__epochs=3, stop__steps=2)),
-        Case("home", "train", ["objective.toml", *SHORT, *sets(run__dir="~/runs", run__name="$A_^b")], home),
+        Case("home", "train", ["objective.toml", *SHORT, *sets(run__dir="~/runs", run__name="$A_^b")], home | {"DRAW": "1"}),
         Case("scratch", "train", ["objective.toml", *SHORT, "--run-dir=$SCRATCH/x"], home),
         Case("unset", "train", ["objective.toml", "--run-dir=$NOWHERE/x"]),
     ]
@@ -99,6 +99,7 @@ def test_user_code_may_fork(place, done):
 def test_paths_are_expanded_and_names_are_not(place, done):
     done["home"].succeeded()
     done["scratch"].succeeded()
+    assert (place / "home" / "runs" / "$A_^b" / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(checkpoints(place / "home" / "runs" / "$A_^b")) == 3 and len(checkpoints(place / "fast" / "x")) == 3
     assert done["unset"].code == 2 and "argument --run-dir: $NOWHERE/x: the variable NOWHERE is not set" in done["unset"].err
     assert not (place / "~").exists() and not (place / "$NOWHERE").exists()

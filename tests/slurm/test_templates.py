@@ -150,7 +150,7 @@ def test_prune_then_train(cluster, place):
 
 
 def test_missing_data_and_inputs(cluster, place):
-    """Said within the first second, with the command that helps; and no requeue."""
+    """Said at once, with the command that helps; and no requeue."""
     cases = {
         "python -m dzhpc.fetch cifar10 --root nowhere": ["slurm/resnet20.sh", "--set", "data.root=nowhere"],
         "--set model.weights=FILE": ["slurm/resnet20.sh", *TINY, "--set", "model.weights=gone.h5"],
@@ -160,7 +160,7 @@ def test_missing_data_and_inputs(cluster, place):
         assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0")
         assert said in output(fields)
         assert len(output(fields).splitlines()) == 1
-        assert fields["RunTime"] in ("00:00:00", "00:00:01")
+        assert fields["RunTime"] < "00:00:10"  # no rank was started
     fields = cluster.end_of(cluster.submit("slurm/cnn.sh", "--array=0", cwd=place, env={"INPUT": "absent.toml"}))
     assert "absent.toml: no such input file" in output(fields)
 

@@ -32,10 +32,19 @@ def test_the_launcher_of_another_mpi_is_refused(monkeypatch, variable):
         check_launch(1)
 
 
+@pytest.mark.parametrize("variable", ["PALS_RANKID", "ALPS_APP_PE", "FLUX_TASK_RANK", "PMIX_RANK"])
+def test_so_is_one_that_says_a_rank_and_no_size(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(errors.LaunchError, match=rf"{variable} = 1, but MPI sees 1 rank: mpi4py was built.*INSTALL"):
+        check_launch(1)
+    assert check_launch(2) is None
+
+
 @pytest.mark.parametrize(
     ("size", "environment"),
     [
         (1, {}),
+        (1, {"PALS_RANKID": "0"}),
         (1, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}),  # a batch shell in an allocation of several tasks
         (1, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}),  # an interactive step
         (4, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dzhpc.config import paths
+from dzhpc.config.sections import LARGEST
 from dzhpc.errors import InputError, message_of
 from dzhpc.job import device as devices
 from dzhpc.job.launch import add_user_modules, stopped, survey
@@ -26,6 +27,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: expected at least 1")
+        if value is not None and value > LARGEST:
+            raise InputError(f"--{name} {value}: expected at most {LARGEST:,}")
     for name in ("sigma", "grid"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
