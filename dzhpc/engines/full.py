@@ -22,7 +22,7 @@ class Full(NetworkEngine):
     callable without ``parameters`` that is no torch.nn.Module, and where there is no trainable parameter.
     """
 
-    at_once, peak_bytes, compile_s, environment = AT_ONCE, 0, 0.0, PLAIN
+    at_once, base_bytes, peak_bytes, compile_s, environment = AT_ONCE, 0, 0, 0.0, PLAIN
 
     def __init__(self, model: Callable, loss: str | Loss, parameters: Mapping[str, Tensor] | None = None):
         self.loss = loss_of(loss)

@@ -41,6 +41,13 @@ class Engine(Protocol):
         """Evaluations of the loss so far: one a coordinate or direction, one a ``bind``."""
 
     @property
+    def base_bytes(self) -> int:
+        """Bytes of what the last ``bind`` keeps besides the model: the same on every rank, whatever is asked afterwards.
+
+        It is the memory that a run's record shows, which depends neither on ranks nor on restarts.
+        """
+
+    @property
     def peak_bytes(self) -> int:
         """Bytes that the engine holds now besides the model: base values, the batch among them, and what was derived from them.
 

@@ -10,9 +10,9 @@ from math import prod
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dzhpc.engines.windows import borders, padded, seen, window_of
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex
 
@@ -81,13 +81,8 @@ class _Added:
     def _shifted(self, conv: nn.Conv2d, inputs: Tensor) -> Tensor:
         """What each query's weight is multiplied with [P, B, H', W']: its input channel, padded, at its place in the kernel."""
         channel, down, right = self._in
-        (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        wide = F.pad(inputs[self._query, :, channel], _padding(conv), mode)
-        p, b, h, w = wide.shape
-        out_h, out_w = (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
-        size, stride = (p, kh, kw, b, out_h, out_w), (b * h * w, dh * w, dw, h * w, sh * w, sw)
-        return wide.contiguous().as_strided(size, stride)[self._query, down, right]
+        wide = padded(inputs[self._query, :, channel], borders(conv), conv.padding_mode)
+        return seen(wide.contiguous(), window_of(conv))[self._query, down, right]
 
 
 def try_out(model: nn.Module, sample: Tensor) -> tuple[RankOne, int]:
@@ -139,16 +134,6 @@ def _users(model: nn.Module) -> list[list[tuple[nn.Module, bool]]]:
                 raise InputError(f"{name} belongs to {type(module).__name__}, neither a Conv2d nor a Linear module; {ADVICE}")
             users[place[id(p)]].append((module, key == "bias"))
     return users
-
-
-def _padding(conv: nn.Conv2d) -> list[int]:
-    """As F.pad has it: left, right, top, bottom."""
-    if conv.padding == "valid":
-        return [0] * 4
-    if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
-    return [n for n in reversed(conv.padding) for _ in range(2)]
 
 
 def _draw_weights(model: nn.Module) -> None:

@@ -39,9 +39,14 @@ class Reuse(NetworkEngine):
         self._outputs: Tensor | None = None  # at theta
 
     @property
-    def peak_bytes(self) -> int:
+    def base_bytes(self) -> int:
         """Memory of the kept features; 0 before the first ``bind``."""
         return self._tails.traced.kept_bytes if self._tails else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """That of the kept features: nothing is derived from them."""
+        return self.base_bytes
 
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:

@@ -51,7 +51,7 @@ class Reason(IntEnum):
         }.get(self, "running")  # fmt: skip
 
 
-_signals: list[tuple[int, float]] = []  # received so far, and when (time.monotonic)
+received_signals: list[tuple[int, float]] = []  # received so far, and when (time.monotonic)
 
 
 _masks = threading.local()  # of a thread that forks: which signals it had blocked before
@@ -70,7 +70,7 @@ def _look_after_forks() -> None:
 
 
 def _note(received: int, frame: object) -> None:
-    _signals.append((received, time.monotonic()))
+    received_signals.append((received, time.monotonic()))
 
 
 def _hold() -> None:
@@ -123,7 +123,7 @@ class Requests:
         """This rank's reason to stop after the step under way."""
         found = self._look()
         if found and not self._found:
-            self._since = _signals[0][1] if _signals else time.monotonic()
+            self._since = received_signals[0][1] if received_signals else time.monotonic()
         self._found = max(self._found, found)
         return self._found
 
@@ -142,8 +142,8 @@ class Requests:
             )
 
     def _look(self) -> Reason:
-        if _signals:
-            return Reason.TERMINATED if any(number == signal.SIGTERM for number, _ in _signals) else Reason.SIGNAL
+        if received_signals:
+            return Reason.TERMINATED if any(number == signal.SIGTERM for number, _ in received_signals) else Reason.SIGNAL
         if self._file is None:
             return Reason.NONE
         now = time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dzhpc import config as configuration
-from dzhpc.errors import CheckpointError, InputError
+from dzhpc.errors import CheckpointError, DzhpcError, InputError, message_of
 from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.seeds import derive
@@ -74,8 +74,12 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
         torch.manual_seed(derive(seed, "weights"))
         try:
             model = constructor(section)(**section.fields)
+        except DzhpcError:
+            raise
         except (TypeError, ValueError) as error:
             raise InputError(f"[model] {section.name}: {error}") from None
+        except Exception as error:  # its arguments come from the input
+            raise InputError(f"[model] {section.name}: {message_of(error)}") from None
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
     _check_tensors(model, section.name)

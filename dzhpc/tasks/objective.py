@@ -57,7 +57,7 @@ class ObjectiveEngine:
         counted, and named in a warning.
     """
 
-    peak_bytes, compile_s, environment = 0, 0.0, PLAIN
+    base_bytes, peak_bytes, compile_s, environment = 0, 0, 0.0, PLAIN
 
     def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, retries: int, name: str):
         self.index = ParameterIndex.of(model)

@@ -117,7 +117,7 @@ class Trainer:
             step, self.state.epoch, loss, lr, float(torch.linalg.vector_norm(estimate.double())), self.budget.queries,
             self.budget.queries - queries_before, time.perf_counter() - start,
             max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)), slowest,
-            devices.peak_bytes(self._index.device, self.task.engine.peak_bytes),
+            devices.peak_bytes(self._index.device, self.task.engine.base_bytes),
         )  # fmt: skip
         self._record.add_step(made)
         progress.show(made)

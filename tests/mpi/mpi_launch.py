@@ -23,7 +23,7 @@ SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/s
 NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun could not open its own port; we were not started
 ENVIRONMENT = dict(os.environ)  # of the jobs that run batches: what single tests change is not meant for them
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
-TIMINGS = {"train/step_s", "train/comm_s", "train/peak_bytes"}  # and memory: they depend on a rank's slice
+TIMINGS = {"train/step_s", "train/comm_s"}
 OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
 
 
@@ -130,7 +130,7 @@ class Job:
     running: ClassVar[dict[int, "Job"]] = {}  # by the number of ranks
 
     def __init__(self, ranks: int):
-        self._ranks, self._batches = ranks, 0
+        self._ranks, self._batches, self._heard = ranks, 0, 0
         self._folder = Path(tempfile.mkdtemp(prefix=f"job-{ranks}-"))
         words = [MPIRUN, "-n", ranks, sys.executable, Path(__file__).with_name("several.py"), self._folder, os.getpid()]
         with open(self._folder / "noise", "wb") as noise:
@@ -141,7 +141,10 @@ class Job:
 
     @classmethod
     def of(cls, ranks: int) -> "Job":
-        """The running job of so many ranks, or a new one."""
+        """The running job of so many ranks, or a new one, also where it was killed from outside while it had nothing to do."""
+        if ranks in cls.running and (code := cls.running[ranks]._process.poll()) is not None:
+            print(f"{ranks} idle ranks ended ({code}): {cls.running[ranks].words()}", file=sys.stderr)
+            cls.running[ranks].close()
         if ranks not in cls.running:
             cls.running[ranks] = cls(ranks)
         return cls.running[ranks]
@@ -150,11 +153,16 @@ class Job:
         """The ranks."""
         return children(self._process.pid)
 
+    def words(self) -> str:
+        """What mpirun and ranks outside a case have said since this was asked last."""
+        said, start = (self._folder / "noise").read_bytes(), self._heard
+        self._heard = len(said)
+        return said[start:].decode().replace("\0", "")
+
     def run(self, files: Path, cwd: Path, cases: Sequence[Case], timeout: float, meanwhile: Callable | None) -> tuple[int, str]:
         """Run a batch, whose results come into ``files``: 0, or what became of the job, which then is over; and its words."""
         lines = [{"name": c.name, "verb": c.verb, "args": [str(a) for a in c.args], "env": dict(c.env)} for c in cases]
         work = {"cwd": str(cwd), "files": str(files), "cases": lines}
-        heard = (self._folder / "noise").stat().st_size
         (self._folder / "part").write_text(json.dumps(work))
         (self._folder / "part").rename(self._folder / f"{self._batches}.json")
         self._batches += 1
@@ -163,7 +171,7 @@ class Job:
             if meanwhile is not None:
                 meanwhile(self)
             code = self._wait(files, self._ranks * len(cases), timeout)
-            return code, (self._folder / "noise").read_bytes()[heard:].decode().replace("\0", "")
+            return code, self.words()
         finally:
             if code != 0:
                 stop(self._process)

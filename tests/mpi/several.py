@@ -59,7 +59,7 @@ def run(case: dict, files: Path) -> None:
         sys.path[:] = path
         os.chdir(here)
         forget(Path.cwd())
-        stopping._signals.clear()
+        stopping.received_signals.clear()
     name("part").write_text(json.dumps(code))
     name("part").rename(name("code"))
 

@@ -59,7 +59,7 @@ def test_bits_are_equal_for_all_rank_counts(launched, name):
         results[ranks, name].succeeded()
     alone = bits(runs / "1" / name)
     assert any(place.startswith("optimizer/") for place in alone)
-    assert sum(place.startswith("metrics/train/") for place in alone) == 6 + 1  # columns but timings and memory; rows
+    assert sum(place.startswith("metrics/train/") for place in alone) == 7 + 1  # columns but the two timings; rows
     for ranks in RANKS[name][1:]:
         assert_same(alone, bits(runs / str(ranks) / name))
 

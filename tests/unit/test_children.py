@@ -25,7 +25,7 @@ assert child.exitcode == 0, child.exitcode
 assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 os.kill(os.getpid(), signal.SIGTERM)  # the rank itself takes note and lives
 from dzhpc.job import stopping
-assert len(stopping._signals) == 1
+assert len(stopping.received_signals) == 1
 print("all ended")
 """
 COMES_BACK = """

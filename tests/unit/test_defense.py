@@ -195,11 +195,11 @@ def test_features_before_the_first_trainable_layer_are_not_kept():
 
 def test_the_noise_of_a_step_is_the_same_for_base_and_perturbed_queries_and_differs_between_steps():
     task = task_of("zo.engine=full", "task.sigma=0.5")
-    clean, noisy = task._batch(4)
+    clean, noisy = task.batch(4)
     noise = (noisy - clean) / 0.5
-    assert torch.equal(task._batch(4)[1], noisy)
+    assert torch.equal(task.batch(4)[1], noisy)
     assert abs(float(noise.mean())) < 0.05 and float(noise.std()) == pytest.approx(1, abs=0.05)
-    assert not torch.allclose(noise, (task._batch(5)[1] - task._batch(5)[0]) / 0.5)
+    assert not torch.allclose(noise, (task.batch(5)[1] - task.batch(5)[0]) / 0.5)
     task.bind(4)
     assert task.engine.differences([0, 5], 0.0).tolist() == [0.0, 0.0]  # mu = 0: any other noise would show
 
@@ -209,8 +209,8 @@ def test_evaluation_counts_the_classifiers_right_answers_with_one_noise_draw_an_
     rows = task.evaluate(range(task.evaluation_parts), 0)
     images, labels = task.data.test.images.float() / 255, task.data.test.labels
     noise = torch.cat([evaluation_noise(images[k : k + 1], range(k, k + 1), task.config) for k in range(20)])
-    answers = task._box(task.model(images + noise).clamp(0, 1))
-    target = torch.softmax(task._box(images).double(), 1)
+    answers = task.box(task.model(images + noise).clamp(0, 1))
+    target = torch.softmax(task.box(images).double(), 1)
     expected = F.cross_entropy(answers.double(), target, reduction="sum")
     assert rows.shape == (4, 3)
     assert rows.sum(0) == pytest.approx([float(expected), int((answers.argmax(1) == labels).sum()), 20], rel=1e-5)
@@ -228,7 +228,7 @@ def test_answers_are_logits_or_probabilities_as_the_first_ones_show():
         [-np.log(0.75 / 1.01), 0.0], abs=1e-7
     )
     task = task_of("task.classifier=own_defense:softly")
-    assert task.bind(0) < 3 and task._answers._logits is False
+    assert task.bind(0) < 3 and not task.answers.are_logits
 
 
 def test_first_order_parts_give_the_gradient_of_the_whole_batch_however_they_are_dealt_out(user):
@@ -248,7 +248,7 @@ def test_first_order_parts_give_the_gradient_of_the_whole_batch_however_they_are
 def test_pre_training_moves_batch_norm_by_the_mean_of_its_parts():
     task = task_of("task.loss=mse", "zo.estimator=autograd", "model.batch_norm=true", "data.batch_size=16", keys=SMALL)
     bn = task.model.model[3]
-    clean, noisy = task._batch(0)
+    clean, noisy = task.batch(0)
     loss, _ = task.shared.join(task.shared.rows(range(PARTS), 0))
     assert int(bn.num_batches_tracked) == 1
     seen = torch.relu(task.model.model[0](noisy))
@@ -305,7 +305,7 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
     (tmp_path / "input.toml").write_text(task.config.to_toml())
     noisy = torch.rand(9, 3, 8, 8)
     with torch.no_grad():
-        expected = task._box(task.model(noisy).clamp(0, 1)).argmax(1)
+        expected = task.box(task.model(noisy).clamp(0, 1)).argmax(1)
     cpu = torch.device("cpu")
     for source in (tmp_path / "run", folder.checkpoint_files()[0]):
         defense = load_defense(source, cpu)
@@ -316,7 +316,7 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
     again = zoo.build(config.Model(name="dncnn", depth=3, width=5, weights=str(tmp_path / "run")), 7)
     assert torch.equal(again.model[2].weight, task.model.model[2].weight)  # weights of a run folder are its newest
     bare = load_defense(tmp_path / "input.toml", cpu, without_denoiser=True)
-    assert torch.equal(bare.classify(noisy), task._box(noisy).argmax(1))
+    assert torch.equal(bare.classify(noisy), task.box(noisy).argmax(1))
     assert torch.equal(load_defense(tmp_path / "input.toml", cpu).denoise(noisy), noisy)  # a new denoiser is the identity
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_defense(tmp_path, cpu)
@@ -387,12 +387,12 @@ def test_float_images_must_be_pixels():
 def test_the_gradient_through_a_queried_code_is_that_of_autograd(user):
     """ZO-AE-DS: CGE on the code, the chain rule before it; the decoder and the box are only ever asked."""
     task = task_of("model.name=ae-ds", "model.latent=12", "model.hidden=4", "zo.estimator=latent", "zo.mu=1e-3")
-    white_box = ClassifierLoss(task._box, task._answers, user.NET)
-    clean, noisy = task._batch(1)
-    exact = torch.autograd.grad(white_box(task.model(noisy), task._targets(clean)), task.engine.index.parameters)
-    asked = task._box.queries
+    white_box = ClassifierLoss(task.box, task.answers, user.NET)
+    clean, noisy = task.batch(1)
+    exact = torch.autograd.grad(white_box(task.model(noisy), task.targets(clean)), task.engine.index.parameters)
+    asked = task.box.queries
     _, gradient = task.shared.join(task.shared.rows(range(PARTS), 1))
-    assert task._box.queries - asked == task.cost.bind == 10 * (2 + 12)
+    assert task.box.queries - asked == task.cost.bind == 10 * (2 + 12)
     names = [n for n in task.engine.index.names if not n.startswith("decoder")]
     mine, right = task.engine.index.split(gradient), dict(zip(task.engine.index.names, exact, strict=True))
     a, b = (torch.cat([g[n].flatten() for n in names]) for g in (mine, right))

@@ -72,6 +72,10 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_random_numbers_
         (config.Model(name="resnet99"), r'model\.name = "resnet99": expected cnn \| resnet20'),
         (config.Model(name="cnn", depth=0), r"model\.depth = 0.*expected at least 1"),
         (config.Model(name="cnn", depth="two"), r"\[model\] cnn: "),
+        (
+            config.Model(name="torch.nn:Linear", in_features=-1, out_features=2),
+            r"\[model\] torch.nn:Linear: RuntimeError: .*negative",
+        ),
         (config.Model(name="torch.nn:Relu"), "module torch.nn has no 'Relu'"),
         (config.Model(name="pathlib:Path"), "gave a PosixPath, expected a torch.nn.Module"),
         (config.Model(name="collections:OrderedDict"), 'model.name = "collections:OrderedDict"'),

@@ -21,7 +21,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 print(processor.instruction_set())
 print(*sorted(processor.capabilities()))
 print(device.has_fast_bf16(torch.device("cpu")), winograd.is_possible(), pick_vec_isa())
-print(programs._in_halves([torch.zeros(2, 16, dtype=torch.bfloat16)]))
+print(programs.half_filled([torch.zeros(2, 16, dtype=torch.bfloat16)]))
 import logging
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 make_engine("delta", nn.Linear(3, 2), "cross_entropy", "bf16")

@@ -217,9 +217,10 @@ def test_dynamic_patterns_are_redrawn_at_their_interval_from_one_score_and_stati
     assert list(sets) == [0, 4, 8]
     assert len({tuple(s) for s in sets.values()}) == 3
     assert dynamic.queries == 2 * 3 + 2
-    static = Pattern(digits_task("sparsity.redraw_steps=4", "sparsity.pattern=static"), split_over(1))
+    task = digits_task("sparsity.redraw_steps=4", "sparsity.pattern=static")
+    static = Pattern(task, split_over(1))
     assert list(steps_with_new_sets(static, 12)) == [0]
-    assert static.coords.tolist() == pruning.best(static.lpr, static._task.engine.index).tolist()
+    assert static.coords.tolist() == pruning.best(static.lpr, task.engine.index).tolist()
     anew = Pattern(digits_task("sparsity.redraw_steps=4", "sparsity.pattern=regrasp"), split_over(1))
     assert list(steps_with_new_sets(anew, 12)) == [0, 4, 8]
     assert anew.queries == 3 * (2 * 3 + 2)

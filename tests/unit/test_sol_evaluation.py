@@ -7,6 +7,7 @@ from PIL import Image
 
 from dzhpc import config as configuration
 from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files import drawing
 from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.tasks.sol import evaluation, figures, reference, results, wake
@@ -298,7 +299,7 @@ def test_figures_of_the_wake_and_of_lines(tmp_path):
 
 
 def test_the_flow_goes_to_the_right_and_the_rod_lies_at_the_origin():
-    plt = figures._pyplot()
+    plt = drawing.pyplot()
     figure, axes = plt.subplots()
     scene, omega = figures.Scene(wake.Wake(8)), np.zeros((7, 15))
     shown = scene.image(axes, omega, (-1, 1))

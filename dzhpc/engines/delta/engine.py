@@ -87,6 +87,11 @@ class Delta(NetworkEngine):
         return self._kernels.seconds
 
     @property
+    def base_bytes(self) -> int:
+        """Memory of the batch's base values; 0 before the first ``bind``."""
+        return self._traced.kept_bytes if self._traced else 0
+
+    @property
     def peak_bytes(self) -> int:
         """Memory of the batch's base values and of what was derived from them so far; 0 before the first ``bind``."""
         if self._propagation is None:

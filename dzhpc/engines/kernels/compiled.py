@@ -89,7 +89,7 @@ class Programs:
             "assert_indirect_indexing": False,  # channels come from coordinates, which were checked
             "fx_graph_cache": False,  # its keys know nothing of instruction sets; those of the compiled code behind it do
         }
-        if _in_halves(tensors):
+        if half_filled(tensors):
             options["cpp.simdlen"] = 256
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where a CUDA build meets no GPU
         try:
@@ -123,7 +123,7 @@ def largest(traced: fx.GraphModule) -> int:
     return max((v.numel() for v in values if isinstance(v, Tensor)), default=0)
 
 
-def _in_halves(tensors: list[Tensor]) -> bool:
+def half_filled(tensors: list[Tensor]) -> bool:
     """Whether rows of bfloat16 fill half a 512-bit register only: loading parts is five times slower than narrow registers."""
     rows = [t.shape[t.stride().index(1)] for t in tensors if t.dtype == torch.bfloat16 and 1 in t.stride()]
     wide = tensors[0].device.type == "cpu" and "avx512_f" in processor.capabilities()

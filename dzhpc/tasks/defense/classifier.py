@@ -96,15 +96,15 @@ class Answers:
     """
 
     def __init__(self):
-        self._logits: bool | None = None
+        self.are_logits: bool | None = None  # None before the first answers
 
     def log_probabilities(self, answers: Tensor) -> Tensor:
         """log p [N, K] in float64."""
         answers = answers.double()
-        if self._logits is None:
-            self._logits = bool((answers < 0).any()) or bool(((answers.sum(1) - 1).abs() > 0.1).any())
-            log.info("task.classifier gives %s", "logits" if self._logits else "probabilities")
-        if self._logits:
+        if self.are_logits is None:
+            self.are_logits = bool((answers < 0).any()) or bool(((answers.sum(1) - 1).abs() > 0.1).any())
+            log.info("task.classifier gives %s", "logits" if self.are_logits else "probabilities")
+        if self.are_logits:
             return F.log_softmax(answers, 1)
         p = answers.clamp_min(SMALLEST)
         return (p / p.sum(1, keepdim=True)).log()

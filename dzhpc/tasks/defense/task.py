@@ -37,13 +37,13 @@ class DefenseTask(Task):
         self.data = as_pixels(data_set).to(device)
         self.model, self._layout = build_denoiser(self.config, self.data, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
-        self._box = self._network = None
+        self.box = self._network = None
         if task.classifier:
-            self._answers = Answers()
-            self._box = load_box(config, data_set, device)
+            self.answers = Answers()
+            self.box = load_box(config, data_set, device)
             if self._first_order:
                 self._network = load_network(config, data_set, device)
-        self.loss = loss = ClassifierLoss(self._box, self._answers, self._network) if task.loss == "classifier" else mse
+        self.loss = loss = ClassifierLoss(self.box, self.answers, self._network) if task.loss == "classifier" else mse
         self.latent = self._latent_loss() if config.zo.estimator == "latent" else None
         if config.zo.estimator in ("autograd", "latent"):  # the engine only serves scores
             self.shared = SharedGradient(self.model, seed, self._shared_batch)
@@ -62,7 +62,7 @@ class DefenseTask(Task):
     def _cost(self) -> Cost:
         batch, tests = self.config.data.batch_size, len(self.data.test)
         if self.config.task.loss == "mse":
-            return Cost(evaluation=tests if self._box else 0)
+            return Cost(evaluation=tests if self.box else 0)
         bind = batch * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
         bind += batch * (self._code_size() if self.latent else 0)
         return Cost(bind, batch, 2 * tests, f"task.classifier = {self.config.task.classifier}")
@@ -72,30 +72,30 @@ class DefenseTask(Task):
 
     def bind(self, step: int) -> float:
         self._set_mode()
-        clean, noisy = self._batch(step)
-        return self.engine.bind(noisy, self._targets(clean))
+        clean, noisy = self.batch(step)
+        return self.engine.bind(noisy, self.targets(clean))
 
     def bind_for_scores(self, number: int) -> float:
         self._set_mode()
         clean, _ = self.batches.balanced(number)
-        return self.engine.bind(self._noisy(clean, "score-noise", number), self._targets(clean))
+        return self.engine.bind(self._noisy(clean, "score-noise", number), self.targets(clean))
 
     def _shared_batch(self, step: int) -> tuple[int, Callable[[slice], Tensor]]:
         """What :class:`dzhpc.method.first_order.SharedGradient` asks for."""
         self._set_mode()
-        clean, noisy = self._batch(step)
+        clean, noisy = self.batch(step)
 
         def loss(positions: slice) -> Tensor:
             if self.latent:
-                return self.latent(self.model.encode(noisy[positions]), self._targets(clean[positions]))
-            return self.loss(self.model(noisy[positions]), self._targets(clean[positions]))
+                return self.latent(self.model.encode(noisy[positions]), self.targets(clean[positions]))
+            return self.loss(self.model(noisy[positions]), self.targets(clean[positions]))
 
         return len(clean), loss
 
     @torch.no_grad()
     def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
         self.model.eval()
-        defense = Defense(self.config, self.data, self.model, self._box, self._layout)
+        defense = Defense(self.config, self.data, self.model, self.box, self._layout)
         rows, size = np.zeros((len(parts), 3)), self.config.eval.batch_size
         for k, part in enumerate(parts):
             numbers = range(part * size, min((part + 1) * size, len(self.data.test)))
@@ -103,18 +103,18 @@ class DefenseTask(Task):
             labels = self.data.test.labels[numbers.start : numbers.stop]
             denoised = defense.denoise(images + evaluation_noise(images, numbers, self.config))
             correct, loss = np.nan, ((denoised - images).double() ** 2).mean((1, 2, 3)).sum()
-            if self._box is not None:
-                answers = self._box(denoised)
+            if self.box is not None:
+                answers = self.box(denoised)
                 correct = int((answers.argmax(1) == labels).sum())
                 if self.config.task.loss == "classifier":
-                    loss = self._answers.cross_entropy(answers, self._targets(images)).sum()
+                    loss = self.answers.cross_entropy(answers, self.targets(images)).sum()
             rows[k] = float(loss), correct, len(labels)
         return rows
 
     def _latent_loss(self) -> QueriedLoss:
         if not hasattr(self.model, "encode") or not hasattr(self.model, "decode"):
             raise InputError(f'zo.estimator = "latent": model {self.config.model.name} has no encode and decode; use ae-ds')
-        losses = lambda images, targets: self._answers.cross_entropy(self._box(images.clamp(0, 1)), targets)  # noqa: E731
+        losses = lambda images, targets: self.answers.cross_entropy(self.box(images.clamp(0, 1)), targets)  # noqa: E731
         return QueriedLoss(self.model.decode, losses, self.config.zo.mu)
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class DefenseTask(Task):
     def _set_mode(self) -> None:
         self.model.train(self.config.task.loss == "mse")
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(x, x + delta) of a step."""
         clean, _ = self.batches.batch(step)
         return clean, self._noisy(clean, "noise", step)
@@ -138,8 +138,8 @@ class DefenseTask(Task):
         return images.contiguous(memory_format=self._layout)
 
     @torch.no_grad()
-    def _targets(self, clean: Tensor) -> Tensor:
+    def targets(self, clean: Tensor) -> Tensor:
         """f(x) as probabilities [B, K], or x itself for pre-training."""
         if self.config.task.loss == "mse":
             return clean
-        return self._answers.probabilities(self._box(clean.contiguous()))
+        return self.answers.probabilities(self.box(clean.contiguous()))

@@ -156,7 +156,7 @@ class InTheLoop(NetworkEngine):
 class Unrolled(InTheLoop):
     """Engine ``full``: all steps for each query, but for the solver's first one, which no perturbation reaches."""
 
-    peak_bytes = 0
+    base_bytes = peak_bytes = 0
 
     def cut(self, coords: np.ndarray) -> list[range]:
         """Runs of one parameter."""
@@ -201,6 +201,11 @@ class UnrolledDelta(InTheLoop):
         self._advanced: tuple[Tensor, ...] = ()  # S(s_{i-1}), n of [B, ...]
         self._path: tuple[Tensor, ...] = ()  # s_i
         self._twice: list[Tensor] = []  # 2 r_i
+
+    @property
+    def base_bytes(self) -> int:
+        """As ``peak_bytes``: it is known from the shapes."""
+        return self.peak_bytes
 
     @property
     def peak_bytes(self) -> int:
