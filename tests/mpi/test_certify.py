@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from mpi_launch import Case, Result, assert_same, batch, contents, sets
 
-from dzhpc.files import store
 from dzhpc.tasks.defense import certificates
 
 INPUT = """
@@ -87,7 +86,7 @@ def disturbed(place):
 
     def disturb(name: str, which, number: int) -> tuple[Result, list]:
         file = place / name / "defense.h5"
-        rows = lambda: store.load_certificates(file)[0] if file.exists() else []  # noqa: E731
+        rows = lambda: certificates.load(file)[0] if file.exists() else []  # noqa: E731
 
         def meanwhile(_) -> None:
             until(lambda: sum(row.done for row in rows()) >= 5, "five images")
@@ -220,7 +219,7 @@ def test_a_kill_half_way_costs_little(place, disturbed, done):
 
 def test_a_broken_classifier_ends_it_on_all_ranks_and_what_is_known_is_kept(place, done):
     done["broken"].error(6, "rank 1: task.classifier = prototypes:nearest: RuntimeError: out of order")
-    assert [row.idx for row in store.load_certificates(place / "broken" / "defense.h5")[0]] != []
+    assert [row.idx for row in certificates.load(place / "broken" / "defense.h5")[0]] != []
 
 
 def test_the_file_stop_ends_it_in_good_order(place, done):
