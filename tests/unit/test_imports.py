@@ -120,3 +120,10 @@ def test_importing_the_package_starts_neither_mpi_nor_cuda():
     code = "import sys, dzhpc, torch; print('mpi4py.MPI' in sys.modules, torch.cuda.is_initialized(), sorted(dzhpc.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False False ['autograd', 'cge', 'load_model', 'make_engine', 'rge']"
+
+
+def test_no_module_is_long_and_no_class_does_everything(project):
+    modules = {path: path.read_text() for path in (project / "dzhpc").rglob("*.py")}
+    assert {str(path): n for path, text in modules.items() if (n := text.count("\n")) > 300} == {}
+    classes = [node for text in modules.values() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    assert {c.name: n for c in classes if (n := sum(isinstance(m, ast.FunctionDef) for m in c.body)) > 25} == {}
