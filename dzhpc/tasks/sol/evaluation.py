@@ -6,7 +6,7 @@ depend neither on the others nor on the number of ranks.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ class Run:
         return self.checkpoints[self.chosen][1]
 
 
-def read(path: Path) -> Run:
+def read(source: str | Path) -> Run:
     """A run folder with all its checkpoints, a single checkpoint, or an input file. Raises InputError or CheckpointError."""
+    path = Path(source)
     if path.suffix == ".toml":
         return Run(path.stem, _checked(configuration.load(path), path), [])
     if not path.is_dir():
@@ -89,14 +90,14 @@ def _checked(config: Config, source: Path) -> Config:
     return config
 
 
-def read_all(sources: list[Path], data_root: Path | None = None) -> list[Run]:
+def read_all(sources: Sequence[str | Path], data_root: str | Path | None = None) -> list[Run]:
     """All runs; input files only where there is no run. ``data_root`` replaces the data.root of each.
 
     Raises InputError where reference or coarse solver differ.
     """
     found = [read(source) for source in sources]
     for run in found:
-        _check_modules(run.config, [source.parent for source in sources if source.suffix == ".toml"])
+        _check_modules(run.config, [path.parent for path in map(Path, sources) if path.suffix == ".toml"])
     runs = [run for run in found if run.checkpoints] or found
     for run in runs:
         run.config.data.root = str(data_root) if data_root else run.config.data.root
