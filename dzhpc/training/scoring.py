@@ -4,9 +4,11 @@ import logging
 from pathlib import Path
 
 from dzhpc.config import Config
+from dzhpc.engines.pinned import seed_others
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
+from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
 
@@ -17,6 +19,7 @@ def score(world: World, task: Task, out: Path) -> None:
     """Score the initial weights on all ranks and write the ratios. Raises InputError for too many queries. Collective."""
     pattern = Pattern(task, world.split)
     check_budget(task.config.task.max_queries, pattern.score_queries)
+    seed_others(derive(task.config.run.seed, "scores"))
     lpr = pattern.score()
     world.on_root(lambda: save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
     log.info("%s\nwritten: %s", lpr.table(), out)

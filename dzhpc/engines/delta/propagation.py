@@ -259,6 +259,7 @@ class Propagation:
             return known[a] if known is not None and a in known else self.network.value(a)
 
         def run(args: tuple, kwargs: dict):
+            self.network.moved.put_back(node)
             if node.op == "call_method":
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return (module or node.target)(*args, **kwargs)
