@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dzhpc.engines.pinned import Pinned
+from dzhpc.engines import selfcheck
+from dzhpc.engines.pinned import Pinned, seed_others
 from dzhpc.errors import DzhpcError
 from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
@@ -20,6 +21,7 @@ from dzhpc.job.lock import Lock
 from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
+from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import read_lpr
 from dzhpc.training.checks import check_restart
@@ -57,12 +59,15 @@ def run(
 
 
 def try_out(task: Task) -> None:
-    """Bind a batch once and read the LPR file, so that what cannot work is said before the run folder is made.
+    """Bind a batch once, look whether the engine is right about it, and read the LPR file: what cannot work is said early.
 
-    Raises InputError. Buffers are left as they were.
+    Raises InputError, before the run folder is made. Buffers and random numbers are left as they were.
     """
     with Pinned(task.model, task.engine.index.device).unchanged():
+        seed_others(derive(task.config.run.seed, "model", 0))
         task.bind(0)
+        if said := selfcheck.check(task.engine, task.config.run.seed):
+            log.info(said)
     if task.config.sparsity.lpr:
         read_lpr(task)
 
