@@ -30,7 +30,7 @@ class Full(NetworkEngine):
             raise InputError("a callable that is not a torch.nn.Module needs parameters = {name: tensor}")
         super().__init__(ParameterIndex(parameters) if parameters is not None else ParameterIndex.of(model), model)
         self.model = model
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
@@ -39,7 +39,7 @@ class Full(NetworkEngine):
         Raises InputError for a model that overwrites its input.
         """
         self._begin()
-        self._batch = inputs, targets
+        self.batch = inputs, targets
         with untouched(inputs, self.model):
             base = self._loss(None)
         return self._bound(base)
@@ -61,7 +61,7 @@ class Full(NetworkEngine):
         return "engine full: the whole model for every query, one coordinate at a time"
 
     def _loss(self, owner: int | None) -> Tensor:
-        inputs, targets = self._batch
+        inputs, targets = self.batch
         return self.loss(self.model(inputs), targets)
 
     def _loss_with_graph(self) -> Tensor:

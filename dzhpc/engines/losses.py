@@ -24,12 +24,19 @@ class ManyLoss(Protocol):
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of logits [B, K] against labels [B], summed in float64: the loss changes by 1e-5 of itself."""
-    return F.cross_entropy(outputs.double(), targets)
+    return F.cross_entropy(_tensor(outputs).double(), targets)
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error over all elements, summed in float64."""
-    return F.mse_loss(outputs.double(), targets.double())
+    return F.mse_loss(_tensor(outputs).double(), targets.double())
+
+
+def _tensor(outputs: object) -> Tensor:
+    """Raises InputError for a network that gives anything else."""
+    if not isinstance(outputs, Tensor):
+        raise InputError(f"the network gives {type(outputs).__name__}; a loss that has a name takes one tensor")
+    return outputs
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mse": mse}

@@ -27,6 +27,12 @@ class NetworkEngine(ABC):
         self._start: Moment | None = None  # as the base pass found buffers and random numbers
         self._base: Tensor | None = None  # the loss at theta, a scalar; None where no batch is bound
 
+    @property
+    def base(self) -> float:
+        """The loss at theta that was bound last."""
+        self._need_base()
+        return float(self._base)
+
     def unbind(self) -> None:
         """See :class:`dzhpc.engines.protocol.Engine`."""
         self._base = None
@@ -68,10 +74,11 @@ class NetworkEngine(ABC):
     def _begin(self) -> None:
         """A base pass begins."""
         self.unbind()
-        self._start = self._pinned.note()
+        self._start = self._pinned.begin()
 
     def _bound(self, base: Tensor) -> float:
         """The base pass is over."""
+        self._pinned.settle(self._start)
         self.queries += 1
         self._base = base
         return float(base)
@@ -135,8 +142,12 @@ def stacked(values: list[Tensor], index: ParameterIndex) -> Tensor:
 
 @contextmanager
 def untouched(inputs: Tensor, model: object) -> Iterator[None]:
-    """Raises InputError where the model overwrites its batch within."""
-    version = inputs._version
+    """Raises InputError where the model overwrites its batch or a parameter within."""
+    parameters = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+    version, versions = inputs._version, {name: p._version for name, p in parameters.items()}
     yield
     if inputs._version != version:
         raise InputError(f"{type(model).__name__} overwrites its input, so no second pass would see the same batch")
+    for name, p in parameters.items():
+        if p._version != versions[name]:
+            raise InputError(f"{type(model).__name__} overwrites its parameter {name} in forward, so no query would be at theta")

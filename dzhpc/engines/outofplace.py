@@ -10,6 +10,7 @@ import operator
 
 import torch
 from torch import Tensor, fx
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from dzhpc.errors import InputError
 
@@ -35,17 +36,37 @@ def remove_in_place(module: fx.GraphModule, name: str, engine: str) -> None:
 
 
 def take_by_position(module: fx.GraphModule) -> None:
-    """Tensors that a function written in Python takes by keyword become positional: readers find them at one place."""
+    """Tensors that an operation takes by keyword become positional, where its arguments are known: rules find them at one place.
+
+    Hooks see arguments as the user gave them.
+    """
     for node in module.graph.nodes:
-        if node.op != "call_function" or all(a in _nodes_in(node.args) for a in node.all_input_nodes):
+        if all(a in _nodes_in(node.args) for a in node.all_input_nodes):
             continue
-        try:
-            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-        except (TypeError, ValueError):  # functions written in C++ have no signature
-            continue
-        bound.apply_defaults()
-        node.args, node.kwargs = bound.args, bound.kwargs
+        for signature in _signatures(module, node):
+            try:
+                bound = signature.bind(*node.args, **node.kwargs)
+            except TypeError:
+                continue
+            node.args, node.kwargs = bound.args, bound.kwargs
+            break
     module.recompile()
+
+
+def _signatures(module: fx.GraphModule, node: fx.Node) -> list[inspect.Signature]:
+    """What an operation may be called with; [] where that is not known, or not to be changed."""
+    target = node.target
+    if node.op == "call_module":
+        leaf = module.get_submodule(target)
+        return [] if leaf._forward_hooks or leaf._forward_pre_hooks else [inspect.signature(leaf.forward)]
+    if node.op == "call_method":
+        target = getattr(torch, target, None)
+    if not callable(target):
+        return []
+    try:
+        return [inspect.signature(target)]
+    except (TypeError, ValueError):  # it is written in C++
+        return get_signature_for_torch_op(target) or []
 
 
 def _nodes_in(arguments: object) -> list[fx.Node]:

@@ -1,11 +1,17 @@
 """What a pass may move and must leave as it was: buffers, random numbers, parameters."""
 
-from collections.abc import Iterable, Iterator
+import pickle
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+#: why a network is not the same at each query
+OWN_STATE = "it keeps state that is no buffer (register it), or draws from a random generator of its own (draw from torch's)"
 
 
 @contextmanager
@@ -19,36 +25,82 @@ def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
         _put_back(tensors, saved)
 
 
+def seed(value: int) -> None:
+    """Seed every generator that a forward pass may draw from: torch's, NumPy's global one, and Python's ``random``."""
+    torch.manual_seed(value)
+    seed_others(value)
+
+
+def seed_others(value: int) -> None:
+    """As :func:`seed`, but for torch's, which every process begins with in one state."""
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A random number generator that everybody draws from: its state as bytes, and the way back to one."""
+
+    name: str
+    state: Callable[[], bytes]
+    go_to: Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The buffers of one module at some time: the tensors that were registered, and copies of their values."""
+
+    registered: dict[str, Tensor | None]
+    values: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Moment:
-    """Buffers and states of the random number generators at some time."""
+    """Buffers, module by module, and states of the random number generators at some time."""
 
-    buffers: list[Tensor]
-    random: list[Tensor]
+    buffers: list[tuple[nn.Module, Slots]]
+    random: dict[Generator, bytes]
 
 
 class Pinned:
     """The buffers of a model, and the random numbers that its forward pass may draw on ``device``: noted and put back.
 
-    model: its buffers are pinned if it is a torch.nn.Module; any other callable has none.
+    model: its buffers are pinned if it is a torch.nn.Module, also where a pass registers others in their place; any other
+    callable has none. Generators of a user's own (``numpy.random.default_rng``) cannot be pinned: nobody knows of them.
     """
 
     def __init__(self, model: object, device: torch.device):
-        self._buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
-        self._device = device
+        self._modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._generators = _generators(device)
+        self._watched = self._generators
+
+    def begin(self) -> Moment:
+        """The present, at which a base pass begins."""
+        self._watched = self._generators
+        return self.note()
+
+    def settle(self, start: Moment) -> None:
+        """The base pass is over: of NumPy's and Python's generators those that it left alone are no longer looked after.
+
+        Their states are large, and noting them would cost a small network much of a query.
+        """
+        self._watched = [g for g in self._generators if g.name.startswith("torch") or g.state() != start.random[g]]
 
     def note(self) -> Moment:
         """The present."""
-        return Moment([b.clone() for b in self._buffers], _random_states(self._device))
+        return Moment([(m, _slots(m)) for m in self._modules], {g: g.state() for g in self._watched})
 
     def rewind(self, moment: Moment) -> None:
         """Put buffers and random numbers back to what they were."""
-        _put_back(self._buffers, moment.buffers)
-        _set_random_states(moment.random, self._device)
+        for module, slots in moment.buffers:
+            if slots.registered or module._buffers:
+                _fill(module, slots)
+        for generator in self._watched:
+            generator.go_to(moment.random[generator])
 
-    def has_drawn(self, moment: Moment) -> bool:
-        """Whether a random number was drawn since."""
-        return any(not torch.equal(a, b) for a, b in zip(moment.random, _random_states(self._device), strict=True))
+    def drawn(self, moment: Moment) -> str:
+        """The generator from which a random number was drawn since, "" where none was."""
+        return next((g.name for g in self._watched if g.state() != moment.random[g]), "")
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -61,18 +113,47 @@ class Pinned:
 
 
 @torch.no_grad()
-def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
+def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Of every generator that a forward pass may use; the one place that knows them."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
+def _slots(module: nn.Module) -> Slots:
+    registered = dict(module._buffers.items())
+    return Slots(registered, {key: b.clone() for key, b in registered.items() if b is not None})
 
 
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+def _fill(module: nn.Module, slots: Slots) -> None:
+    """Put a module's buffers back, tensors and values."""
+    now = dict(module._buffers.items())
+    for key in now.keys() - slots.registered.keys():
+        del module._buffers[key]
+    for key, tensor in slots.registered.items():
+        if key not in now or now[key] is not tensor:
+            module._buffers[key] = tensor
+    _put_back((slots.registered[key] for key in slots.values), slots.values.values())
+
+
+def _generators(device: torch.device) -> list[Generator]:
+    """Every generator that a forward pass may use; the one place that knows them."""
+    found = [Generator("torch", _bytes_of(torch.get_rng_state), lambda state: torch.set_rng_state(_tensor(state)))]
+    if device.type == "cuda":
+        set_cuda = lambda state: torch.cuda.set_rng_state(_tensor(state), device)  # noqa: E731
+        found.append(Generator("torch.cuda", _bytes_of(lambda: torch.cuda.get_rng_state(device)), set_cuda))
+    numpy = Generator(
+        "NumPy's global generator",
+        lambda: pickle.dumps(np.random.get_state(legacy=False)),
+        lambda state: np.random.set_state(pickle.loads(state)),
+    )
+    python = Generator(
+        "Python's random", lambda: pickle.dumps(random.getstate()), lambda state: random.setstate(pickle.loads(state))
+    )
+    return [*found, numpy, python]
+
+
+def _bytes_of(state: Callable[[], Tensor]) -> Callable[[], bytes]:
+    return lambda: state().numpy().tobytes()
+
+
+def _tensor(state: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

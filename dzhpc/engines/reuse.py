@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from dzhpc.engines.full import CHUNK
 from dzhpc.engines.losses import Loss, loss_of
+from dzhpc.engines.moved import closure
 from dzhpc.engines.network import NetworkEngine, untouched
 from dzhpc.engines.protocol import AT_ONCE, PLAIN
-from dzhpc.engines.traced import Traced, Traces, closure, need_module
+from dzhpc.engines.traced import Traced, Traces, need_module
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex, cut
 
@@ -35,7 +36,7 @@ class Reuse(NetworkEngine):
         self._memory_mb = memory_mb
         self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "reuse")
         self._tails: Tails | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None
         self._outputs: Tensor | None = None  # at theta
 
     @property
@@ -52,7 +53,7 @@ class Reuse(NetworkEngine):
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
         """As :meth:`dzhpc.engines.full.Full.bind`. Raises InputError for features that need more than ``memory_mb``, too."""
         self._begin()
-        self._batch = inputs, targets
+        self.batch = inputs, targets
         with untouched(inputs, self.model):
             traced = self._traces.current(inputs, targets, self._start, frozenset())
             if self._tails is None or self._tails.traced is not traced:
@@ -88,10 +89,10 @@ class Reuse(NetworkEngine):
             )
 
     def _loss(self, owner: int | None) -> Tensor:
-        return self.loss(self._tails.outputs(owner, self._outputs), self._batch[1])
+        return self.loss(self._tails.outputs(owner, self._outputs), self.batch[1])
 
     def _loss_with_graph(self) -> Tensor:
-        return self.loss(self.model(self._batch[0]), self._batch[1])
+        return self.loss(self.model(self.batch[0]), self.batch[1])
 
 
 class Tails:
@@ -99,26 +100,36 @@ class Tails:
 
     def __init__(self, traced: Traced, parameters: int):
         self.traced = traced
-        self._made: dict[tuple[fx.Node, ...], fx.GraphModule] = {}
+        self._matters = closure([next(reversed(traced.order))], lambda node: node.all_input_nodes)  # else it is bookkeeping
+        self._made: dict[tuple[fx.Node, ...], tuple[fx.GraphModule, list[fx.Node]]] = {}
         starts = {traced.users(owner) for owner in [*range(parameters), None]}
         self._frontiers = {users: self._frontier(users) for users in starts}
         #: what the base pass must keep
         self.wanted = frozenset(node for found in self._frontiers.values() for node in found or ())
 
     def outputs(self, parameter: int | None, base: Tensor) -> Tensor:
-        """Outputs after a change of parameter number ``parameter``, of any if None; ``base`` where they do not depend on it."""
+        """Outputs after a change of parameter number ``parameter``, of any if None; ``base`` where they do not depend on it.
+
+        Buffers are those that the base pass found, or, of a module that had moved them before the tail begins, what it had made.
+        """
         users = self.traced.users(parameter)
         frontier = self._frontiers[users]
         if frontier is None:
             return base
         if users not in self._made:
-            self._made[users] = self._cut_off(users, frontier)
-        return self._made[users](*map(self.traced.value, frontier))
+            self._made[users] = self._cut_off(users, frontier), self.traced.moved.begun(self._downstream(users))
+        tail, begun = self._made[users]
+        for node in begun:
+            self.traced.moved.put_back(node)
+        return tail(*map(self.traced.value, frontier))
+
+    def _downstream(self, users: tuple[fx.Node, ...]) -> set[fx.Node]:
+        return closure(users, lambda node: node.users) & self._matters
 
     def _frontier(self, users: tuple[fx.Node, ...]) -> list[fx.Node] | None:
         """The base values that a tail takes, in order; None where the output does not depend on ``users``."""
-        downstream = closure(users, lambda node: node.users)
-        if not any(node.op == "output" for node in downstream):
+        downstream = self._downstream(users)
+        if not downstream:
             return None
         found = {a for node in downstream for a in node.all_input_nodes if a not in downstream}
         return sorted(found, key=self.traced.order.get)
@@ -127,6 +138,6 @@ class Tails:
         """The operations downstream of ``users`` as a module of its own, over values of the frontier."""
         tail = fx.Graph()
         copies = {node: tail.placeholder(f"kept_{k}") for k, node in enumerate(frontier)}
-        for node in sorted(closure(users, lambda node: node.users), key=self.traced.order.get):
+        for node in sorted(self._downstream(users), key=self.traced.order.get):
             copies[node] = tail.node_copy(node, copies.__getitem__)
         return fx.GraphModule(self.traced.module, tail)

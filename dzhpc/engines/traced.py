@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from dzhpc.engines.losses import Loss
+from dzhpc.engines.moved import Moved, address_of, closure, differ, scale_of
 from dzhpc.engines.outofplace import remove_in_place, take_by_position
-from dzhpc.engines.pinned import Moment, Pinned
+from dzhpc.engines.pinned import OWN_STATE, Moment, Pinned
 from dzhpc.errors import InputError
 
 
@@ -24,12 +25,13 @@ class Traced:
     """A module as a graph of operations, and the values of its last base pass.
 
     engine: who asks, for the errors. whole: layers of users that are kept whole, too. Raises InputError if torch.fx cannot trace
-    the module, or if it overwrites a value in a way that cannot be undone.
+    the module, or if it overwrites a value in a way that cannot be undone. moved: its buffers that move, once :meth:`watch` has
+    seen a pass.
     """
 
     def __init__(self, model: nn.Module, parameters: list[Tensor], engine: str = "reuse", whole: Container[type] = ()):
         name = type(model).__name__
-        self.module = fx.GraphModule(model, _trace(model, name, engine, whole))
+        self.module = _trace(model, name, engine, whole)
         remove_in_place(self.module, name, engine)
         take_by_position(self.module)
         self.order = {node: k for k, node in enumerate(self.module.graph.nodes)}
@@ -37,18 +39,31 @@ class Traced:
         self._all_users = tuple(sorted({node for users in self._users for node in users}, key=self.order.get))
         changing = closure(self._all_users, lambda node: node.users)
         self._near = changing | {a for node in changing for a in node.all_input_nodes}
-        self._state = {b.untyped_storage().data_ptr() for b in model.buffers()}
+        self._state = {address_of(b) for b in model.buffers()} - {0}
+        self.moved = Moved(self.module)
         self._wide: fx.GraphModule | None = None
         self._kept: dict[fx.Node, object] = {}
+        self._fresh: set[fx.Node] = set()  # whose values others may write to
 
-    def run(self, inputs: Tensor, wanted: Set[fx.Node] | None = None, observe: Callable[[fx.Node], None] | None = None) -> Tensor:
+    def run(self, inputs: Tensor, wanted: Set[fx.Node] | None = None) -> Tensor:
         """The base pass: the output; the values of the ``wanted`` operations are kept.
 
         wanted None: all values are kept; but of a tensor that no parameter changes, and that is not read beside one that changes,
-        only that it is a tensor. ``observe(node)`` is called after every operation.
+        only that it is a tensor.
         """
         self._kept.clear()
-        return _Recorder(self.module, lambda node, value: self._keep(node, value, wanted), observe).run(inputs)
+        return _Recorder(self.module, self._note(self.module), lambda node, value: self._keep(node, value, wanted)).run(inputs)
+
+    def watch(self, inputs: Tensor, wanted: Set[fx.Node] | None, observe: Callable[[fx.Node], None]) -> Tensor:
+        """As :meth:`run`, while it is seen which buffers move; ``observe(node)`` is called after every operation."""
+
+        def after(node: fx.Node, value: object) -> None:
+            self.moved.watched(node)
+            self._keep(node, value, wanted)
+            observe(node)
+
+        self._kept.clear()
+        return _Recorder(self.module, self.moved.watch, after).run(inputs)
 
     def run_wide(self, inputs: Tensor) -> Tensor:
         """As :meth:`run`, in float64: output, kept values and the model's buffers are float64's, rounded to their own types.
@@ -63,14 +78,16 @@ class Traced:
         self._kept.clear()
         here = dict(zip(self._wide.graph.nodes, self.module.graph.nodes, strict=True))
         keep = lambda node, value: self._keep(here[node], fx.node.map_aggregate(value, _narrowed), None)  # noqa: E731
-        output = _Recorder(self._wide, keep, None).run(inputs.double())
+        note = lambda node, values: self._note(self._wide)(here[node], values)  # noqa: E731
+        output = _Recorder(self._wide, note, keep).run(inputs.double())
         for wide, narrow in zip(self._wide.buffers(), self.module.buffers(), strict=True):
             narrow.copy_(wide)
         return output.to(inputs.dtype)
 
     def value(self, node: fx.Node) -> object:
-        """What an operation gave in the base pass, if it was kept."""
-        return self._kept[node]
+        """What an operation gave in the base pass, if it was kept; a copy of a buffer that operations write to."""
+        value = self._kept[node]
+        return value.clone() if node in self._fresh else value
 
     def users(self, parameter: int | None) -> tuple[fx.Node, ...]:
         """The operations that read parameter number ``parameter``, or any parameter, in order."""
@@ -87,20 +104,25 @@ class Traced:
     def storages(self) -> dict[int, int]:
         """{address: bytes} of the memory of all kept values; what several of them share occurs once."""
         tensors = [t for t in self._kept.values() if isinstance(t, Tensor)]
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return {address_of(t): t.untyped_storage().nbytes() for t in tensors if address_of(t)}
 
     @property
     def kept_bytes(self) -> int:
         """Memory of the kept values."""
         return sum(self.storages.values())
 
+    def _note(self, module: fx.GraphModule) -> Callable:
+        return lambda node, values: self.moved.note(node, module) if self.moved.writes(node) else None
+
     def _keep(self, node: fx.Node, value: object, wanted: Set[fx.Node] | None) -> None:
         """A buffer is copied: each query finds the buffers as they were before the base pass."""
         if wanted is None and node not in self._near and isinstance(value, Tensor):
             self._kept[node] = value.new_empty(0)
         elif wanted is None or node in wanted:
-            is_buffer = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._state
+            is_buffer = isinstance(value, Tensor) and address_of(value) in self._state
             self._kept[node] = value.clone() if is_buffer else value
+            if is_buffer and self.moved.moves(value):
+                self._fresh.add(node)
 
     def _nodes_using(self, parameter: Tensor) -> tuple[fx.Node, ...]:
         def reads(node: fx.Node) -> bool:
@@ -130,8 +152,11 @@ class Traces:
         """The trace for a batch. A new one was run once and holds the ``wanted`` values; buffers are as at ``start`` again."""
         made_for = (self._modes(), inputs.ndim)  # train and eval trace differently
         if made_for != self._made_for:
-            traced = Traced(self._model, self._parameters, self._engine, self._whole)
-            self._compare(traced, inputs, targets, start, wanted)
+            try:
+                traced = Traced(self._model, self._parameters, self._engine, self._whole)
+                self._compare(traced, inputs, targets, start, wanted)
+            finally:
+                self._pinned.rewind(start)
             self._traced, self._made_for = traced, made_for
         return self._traced
 
@@ -157,23 +182,38 @@ class Traces:
         name, random = type(self._model).__name__, []
 
         def note_random(node: fx.Node) -> None:
-            if not random and self._pinned.has_drawn(start):
-                random.append(name_of(node))
+            if not random and (generator := self._pinned.drawn(start)):
+                random.append(f"in {name_of(node)} (dropout?)" if generator.startswith("torch") else f"from {generator}")
 
-        try:
-            outputs = traced.run(inputs, wanted, note_random)
-        finally:
-            self._pinned.rewind(start)
+        if (generator := self._pinned.drawn(start)) and not generator.startswith("torch"):
+            random.append(f"from {generator}")  # the trace itself has drawn, and would repeat its numbers for ever
+        outputs = None if random else traced.watch(inputs, wanted, note_random)
         if random:
             raise InputError(
-                f"{name} draws random numbers in {random[0]} (dropout?), which a partial pass "
+                f"{name} draws random numbers {random[0]}, which a partial pass "
                 f'(engine "{self._engine}") cannot repeat; use engine = "full"'
             )
-        expected = self._model(inputs)
+        if conflict := traced.moved.conflict():
+            buffer, writer, reader = conflict
+            raise InputError(
+                f"{name} overwrites its buffer {buffer} (by {name_of(writer)}) and reads it again (by {name_of(reader)}), "
+                f'which engine "{self._engine}" cannot repeat; use engine = "full"'
+            )
+        moved = [b.clone() for b in self._model.buffers()]
         self._pinned.rewind(start)
+        first = self._model(inputs.clone())
+        self._pinned.rewind(start)
+        expected = self._model(inputs)
+        if isinstance(first, Tensor) and not torch.allclose(
+            first, expected, rtol=1e-4, atol=1e-4 * scale_of(first), equal_nan=True
+        ):
+            raise InputError(f"{name} gives something else each time it is asked: {OWN_STATE}")
         a, b = self._loss(outputs, targets), self._loss(expected, targets)
         if not torch.allclose(a, b, rtol=1e-5, equal_nan=True):
             raise InputError(f'engine "{self._engine}": the trace of {name} does not reproduce it; use engine = "full"')
+        for (key, buffer), value in zip(self._model.named_buffers(), moved, strict=True):
+            if differ(buffer, value):
+                raise InputError(f'engine "{self._engine}": the trace of {name} leaves another {key}; use engine = "full"')
 
 
 def need_module(model: object, engine: str) -> None:
@@ -187,18 +227,11 @@ def name_of(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def closure(start, neighbours: Callable) -> set[fx.Node]:
-    """All nodes reached from ``start``, those included."""
-    found, stack = set(start), list(start)
-    while stack:
-        fresh = [node for node in neighbours(stack.pop()) if node not in found]
-        found.update(fresh)
-        stack += fresh
-    return found
-
-
 class _Tracer(fx.Tracer):
-    """Buffers are part of the graph: what the forward pass writes to them must happen in each run, not while tracing."""
+    """Buffers are part of the graph: what the forward pass writes to them must happen in each run, not while tracing.
+
+    Nobody can look into a scripted module.
+    """
 
     proxy_buffer_attributes = True
 
@@ -207,25 +240,38 @@ class _Tracer(fx.Tracer):
         self._whole = whole
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._whole or super().is_leaf_module(m, module_qualified_name)
+        known = isinstance(m, torch.jit.ScriptModule) or type(m) in self._whole
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module, name: str, engine: str, whole: Container[type]) -> fx.Graph:
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        graph = _Tracer(whole).trace(model)
-    except Exception as error:  # tracing runs the user's forward, which may raise anything
-        text = f"{' '.join(str(error).split())}{_place(error)}"
-        raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
-    finally:
-        assigned = [key for module, own in buffers for key, b in own.items() if module._buffers.get(key) is not b]
-        for module, own in buffers:
-            module._buffers.update(own)
+def _trace(model: nn.Module, name: str, engine: str, whole: Container[type]) -> fx.GraphModule:
+    with _as_found(model) as assigned:
+        try:
+            module = fx.GraphModule(model, _Tracer(whole).trace(model))
+        except Exception as error:  # tracing runs the user's forward, which may raise anything
+            text = f"{' '.join(str(error).split())}{_place(error)}"
+            raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
     if assigned:
         raise InputError(
             f'{name} assigns its buffer {assigned[0]} in forward, which engine "{engine}" cannot repeat; use engine = "full"'
         )
-    return graph
+    return module
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[list[str]]:
+    """Afterwards the attributes of all modules are what they were; the list then names the buffers that were assigned."""
+    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    found, assigned = [(m, dict(vars(m)), dict(m._buffers)) for m in own], []
+    try:
+        yield assigned
+    finally:
+        for module, attributes, buffers in found:
+            assigned += [key for key, b in module._buffers.items() if buffers.get(key, module) is not b]
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _place(error: Exception) -> str:
@@ -236,17 +282,16 @@ def _place(error: Exception) -> str:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph; ``keep(node, value)`` gets every value."""
+    """Runs a graph; ``before(node, values of its inputs)`` and ``after(node, its value)`` are called for every operation."""
 
-    def __init__(self, module: fx.GraphModule, keep: Callable, observe: Callable | None):
+    def __init__(self, module: fx.GraphModule, before: Callable, after: Callable):
         super().__init__(module)
-        self._keep, self._observe = keep, observe
+        self._before, self._after = before, after
 
     def run_node(self, node: fx.Node):
+        self._before(node, [self.env[a] for a in node.all_input_nodes])
         value = super().run_node(node)
-        self._keep(node, value)
-        if self._observe:
-            self._observe(node)
+        self._after(node, value)
         return value
 
 

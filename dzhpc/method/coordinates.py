@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from dzhpc.errors import InputError
 
@@ -29,7 +30,15 @@ class ParameterIndex:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ParameterIndex":
-        return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
+        """Those of a network. Raises InputError for a lazy module, which has no shape before its first pass, and a sparse one."""
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if is_lazy(t):
+                raise InputError(f"{name} has no shape yet, being a lazy module's: give the module its sizes")
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, p in trainable.items():
+            if p.layout != torch.strided:
+                raise InputError(f"{name} is sparse; expected a dense parameter")
+        return cls(trainable)
 
     @property
     def size(self) -> int:

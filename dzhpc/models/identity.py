@@ -13,7 +13,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor], content: bool = False) -> str:
     for name, t in tensors.items():
         digest.update(f"{name}:{tuple(t.shape)}:{t.dtype};".encode())
         if content:
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = t.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

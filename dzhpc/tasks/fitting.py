@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dzhpc.config import Config
 from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import DzhpcError, InputError
+from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.models import zoo
 
 log = logging.getLogger("dzhpc")
@@ -19,10 +20,12 @@ T = TypeVar("T")
 def build(config: Config, device: torch.device, **sizes: int) -> nn.Module:
     """The network of ``config.model``; sizes are filled in there, where it takes them and the input leaves them out.
 
-    Raises InputError as :func:`dzhpc.models.zoo.build` does.
+    Raises InputError as :func:`dzhpc.models.zoo.build` does, and for parameters that cannot be perturbed.
     """
     zoo.fill_in(config.model, **sizes)
-    return zoo.build(config.model, config.run.seed).to(device)
+    model = zoo.build(config.model, config.run.seed).to(device)
+    ParameterIndex.of(model)
+    return model
 
 
 def lay_out(model: nn.Module, trial: Callable[[torch.memory_format], T], images: bool = True) -> T:

@@ -13,7 +13,8 @@ import torch
 
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
-from dzhpc.engines.pinned import Pinned
+from dzhpc.engines import selfcheck
+from dzhpc.engines.pinned import Pinned, seed_others
 from dzhpc.errors import message_of
 from dzhpc.files import h5
 from dzhpc.files.checkpoint import State, load_checkpoint
@@ -25,6 +26,7 @@ from dzhpc.job.lock import Lock
 from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
+from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task, make_task
 from dzhpc.tasks.agreement import check_losses, check_made, user_code
 from dzhpc.training.active_set import read_lpr
@@ -85,8 +87,10 @@ def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] |
 
 
 def try_out(world: World, task: Task, restarts: bool) -> None:
-    """Compare over the ranks what each has made, bind a batch, read the LPR file of a first start, see that a checkpoint can hold
-    all tensors: what cannot work is said before the run folder is made.
+    """What cannot work is said before the run folder is made.
+
+    Compares over the ranks what each has made, binds a batch, looks whether the engine is right about it, reads the LPR file of a
+    first start, sees that a checkpoint can hold all tensors.
 
     Where the loss ends in user code it is bound twice, which tells noise. Raises InputError. Buffers and random numbers are left
     as they were. Collective.
@@ -97,7 +101,10 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
         h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
         for _ in range(2 if user_code(task.config) else 1):
             with Pinned(task.model, task.engine.index.device).unchanged():
+                seed_others(derive(task.config.run.seed, "model", 0))
                 losses.append(task.bind(0))
+                if len(losses) == 1 and (said := selfcheck.check(task.engine, task.config.run.seed)):
+                    log.info(said)
         if not restarts and task.config.sparsity.lpr:
             read_lpr(task)
     check_losses(world, task.config, losses)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
+from dzhpc.engines.pinned import seed_others
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
+from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
 from dzhpc.tasks.agreement import check_made
 from dzhpc.training.active_set import Pattern
@@ -23,6 +25,7 @@ def score(world: World, task: Task, out: Path) -> None:
     check_made(world, task.made())
     pattern = Pattern(task, world.split)
     check_budget(task.config.task.max_queries, pattern.score_queries)
+    seed_others(derive(task.config.run.seed, "scores"))
     lpr = pattern.score()
     world.on_root(lambda: save_lpr(out, lpr, task.engine.index.split(lpr.scores)))
     log.info("%s\nwritten: %s", lpr.table(), shown(out))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dzhpc.config.paths import shown
+from dzhpc.engines.pinned import seed
 from dzhpc.errors import BlackBoxError, CheckpointError, NumericalError
 from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import RunFolder
@@ -129,7 +130,7 @@ class Trainer:
             self._save()
 
     def _seed(self) -> None:
-        torch.manual_seed(derive(self.config.run.seed, "model", self.state.step))
+        seed(derive(self.config.run.seed, "model", self.state.step))
 
     def _draw(self) -> bool:
         """A new S where one is due; new slices for a new S, once the first step was measured, and now and then: whether any."""

@@ -4,6 +4,7 @@ import copy
 import logging
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,9 +160,10 @@ def test_a_trial_that_raises_leaves_the_engine_as_it_was():
     model, inputs, targets = nn.Sequential(nn.Linear(8, 256), Doubled()), torch.randn(64, 8), torch.randn(64, 256)
     engine = dzhpc.make_engine("delta", model, lambda outputs, targets: (outputs - targets).abs().mean())
     with mock.patch.dict(table.MODULES, {Doubled: Rule(doubled)}):
-        with pytest.raises(RuntimeError, match="once"):
-            engine.bind(inputs, targets)
         engine.bind(inputs, targets)
+        with pytest.raises(RuntimeError, match="once"):
+            engine.cut(np.arange(8))
+        engine.cut(np.arange(8))
         assert not any(calls)  # trials go without kernels
         calls.clear()
         engine.differences(range(64), 1e-2)

@@ -41,6 +41,7 @@ class Delta(NetworkEngine):
     precision: "fp32": changes travel in the parameters' own type; "bf16": in bfloat16, statistics and losses as before.
     travel: any other type for changes to travel in, whatever ``precision`` says.
     memory_mb: chunks are cut so that their changes need no more MiB than this (None: a fixed default for each device type).
+    largest: coordinates in a chunk at most.
 
     Raises InputError for what is no module, has no parameters, or names no loss. ``bind`` raises it for a model that
     :class:`dzhpc.engines.traced.Traces` refuses, ``cut`` and ``differences`` where ``memory_mb`` is too small for one coordinate.
@@ -55,12 +56,14 @@ class Delta(NetworkEngine):
         precision: str = "fp32",
         memory_mb: float | None = None,
         travel: torch.dtype | None = None,
+        largest: int = LARGEST,
     ):
         need_module(model, "delta")
         self.model, self.loss = model, loss_of(loss)
         super().__init__(ParameterIndex.of(model), model)
         dtype = self.index.dtype
         self._limit = memory_mb * 2**20 if memory_mb else None
+        self._largest = largest
         self._said: set[str] = set()
         self._travel = travel or (torch.bfloat16 if precision == "bf16" else dtype)
         self._narrow = self._travel != torch.float32 or dtype != torch.float32  # whether float64 base values gain nothing
@@ -71,7 +74,7 @@ class Delta(NetworkEngine):
         self._tails: Tails | None = None  # for what no rule serves
         self._propagation: Propagation | None = None
         self._plans: Plans | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None
         self._outputs: Tensor | None = None  # at theta; None before the first base pass
         if precision == "bf16" and not devices.has_fast_bf16(self.index.device):
             self._say_once("this hardware has no fast bfloat16: precision = fp32 may be faster")
@@ -109,7 +112,7 @@ class Delta(NetworkEngine):
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
         """As :meth:`dzhpc.engines.full.Full.bind`."""
         self._begin()
-        self._batch, self._outputs = (inputs, targets), None
+        self.batch, self._outputs = (inputs, targets), None
         with untouched(inputs, self.model):
             self._follow(self._traces.current(inputs, targets, self._start, None))
             self._outputs = self._run_base(inputs)
@@ -179,7 +182,7 @@ class Delta(NetworkEngine):
                 f"{bytes_each / 2**20:.1f} MiB at this batch size; raise it or use a smaller data.batch_size"
             )
         budget = self._limit or BUDGET_MB[self.index.device.type] * 2**20
-        fits = int(max(1, min(LARGEST, budget // bytes_each, every)))
+        fits = int(max(1, min(self._largest, budget // bytes_each, every)))
         return fits if fits == every else 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
 
     @torch.no_grad()
@@ -187,7 +190,7 @@ class Delta(NetworkEngine):
         """For the shape of the batch bound last; it may be asked for long after that."""
         if self._outputs is None:
             self._need_base()
-        shape = self._batch[0].shape
+        shape = self.batch[0].shape
         if not self._plans.knows(shape):
             with self._pinned.unchanged(), self._traces.as_traced():
                 self._plans.measure(shape)
@@ -220,10 +223,10 @@ class Delta(NetworkEngine):
         return self._loss_change(changes[output].dense(self._traced.value(output)), count, self._base)
 
     def _loss(self, owner: int | None) -> Tensor:
-        return self.loss(self._tails.outputs(owner, self._outputs), self._batch[1])
+        return self.loss(self._tails.outputs(owner, self._outputs), self.batch[1])
 
     def _loss_with_graph(self) -> Tensor:
-        return self.loss(self.model(self._batch[0]), self._batch[1])
+        return self.loss(self.model(self.batch[0]), self.batch[1])
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

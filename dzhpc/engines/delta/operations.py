@@ -72,6 +72,7 @@ class Operations:
         module = self.module(node)
 
         def run(args: tuple, kwargs: dict):
+            self.network.moved.put_back(node)
             if node.op == "call_method":
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return (module or node.target)(*args, **kwargs)

@@ -29,8 +29,10 @@ def of_module(op: Operation, name: str, local: np.ndarray, mu: float) -> Origin 
     """What mu e_j on parameter ``name`` of ``op.module`` does to the output, j in ``local`` [P]; None where no rule is known."""
     hooked = op.module._forward_hooks or op.module._forward_pre_hooks  # what they do is not known
     rule = None if hooked else ORIGINS.get((type(op.module), name))
+    if rule is None:
+        return None
     place = np.unravel_index(local, op.module.get_parameter(name).shape)
-    found = rule(op, [_tensor(k, op.value) for k in place], op.value.new_tensor(mu)) if rule else None
+    found = rule(op, [_tensor(k, op.value) for k in place], op.value.new_tensor(mu))
     return found and replace(found, name=name)
 
 

@@ -88,6 +88,8 @@ class Plans:
         users, refusal = self._traced.users(owner), ""
         if len(users) > 1:
             refusal = f"{self._index.names[owner]} is shared by {len(users)} operations"
+        if nodes and not isinstance(nodes[-1].args[0], fx.Node):
+            refusal = "the network gives several values"
         for node in nodes:
             keywords: list[fx.Node] = []
             fx.map_arg(node.kwargs, keywords.append)
@@ -98,8 +100,8 @@ class Plans:
                 refusal = f"{name_of(node)} gives no tensor"
             if isinstance(value, Tensor) and not value.is_floating_point():
                 refusal = f"{name_of(node)} gives integers or truth values"
-            if node.op == "call_method" and node.target.endswith("_"):
-                refusal = f"{name_of(node)} overwrites a buffer that is read again"
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):  # changes would be lost in rounding
+                refusal = f"{name_of(node)} gives numbers of 16 bits"
         return refusal
 
     def _is_constant(self, node: fx.Node) -> bool:

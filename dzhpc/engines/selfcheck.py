@@ -1,0 +1,129 @@
+"""A look at the chosen engine before it is relied on: a few coordinates beside engine ``full``, and ``full`` beside itself.
+
+It sees what a trace or a rule gets wrong, and networks that are another one at each query. On copies of the network in float64,
+where rounding is far below what is compared; a mean error of a few percent passes, since no healthy network may be refused.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dzhpc.engines.delta.engine import Delta
+from dzhpc.engines.full import Full
+from dzhpc.engines.losses import LOSSES
+from dzhpc.engines.network import NetworkEngine
+from dzhpc.engines.pinned import OWN_STATE, Pinned
+from dzhpc.engines.protocol import Engine
+from dzhpc.engines.reuse import Reuse
+from dzhpc.errors import InputError, message_of
+from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.method.seeds import derive
+
+log = logging.getLogger("dzhpc")
+SAMPLES = 8  # of the batch: enough for BatchNorm to have something to average
+PARAMETERS, EACH = 4, 2  # of a parameter so many coordinates, which delta takes as one chunk
+STEP = 0.01  # mu, of a parameter's root mean square: what is wrong by a constant must show, too
+RELATIVE = 0.02  # of a difference: what two engines may differ by
+ABSOLUTE = 1e-9  # of the loss
+NOISE = 5.0  # times by how much mu and -mu do not mirror each other: networks that round some of themselves, or take steps
+
+
+def check(engine: Engine, seed: int) -> str:
+    """Compare on the batch that is bound, and say in one line what was found; "" where there is nothing to compare.
+
+    Only for networks and losses of our own that cost nothing to ask: no black box, no solver. Nothing moves, neither parameters,
+    buffers, random numbers, nor the engine's queries. Equal on all ranks for one seed.
+    Raises InputError where engines disagree, or ``full`` with itself.
+    """
+    known = isinstance(engine, (Full, Reuse, Delta)) and engine.loss in LOSSES.values()
+    if not known or not isinstance(engine.model, nn.Module):
+        return ""
+    kind = type(engine).__name__.lower()
+    with Pinned(engine.model, engine.index.device).unchanged(), _quietly():
+        try:
+            found = _ask(engine, seed)
+        except InputError:
+            raise
+        except Exception as error:  # a copy, or a pass in float64, may fail in any way
+            return f"engine {kind} was not tried beside full, since no copy of the network runs in float64: {message_of(error)}"
+    name = type(engine.model).__name__
+    found.compare(found.again, 0 * found.noise, f"{name} is another network at each query: {OWN_STATE}")
+    if found.other is None:
+        return f"engine {kind} gives the same again on {len(found.coords)} coordinates"
+    found.compare(found.other, NOISE * found.noise, f'engine "{kind}" is wrong about {name}; use zo.engine = "full"')
+    return f"engine {kind} agrees with full on {len(found.coords)} coordinates to {found.error():.0e}"
+
+
+@dataclass
+class _Differences:
+    """What was found for a few coordinates [n]: by engine full, by it again, and by the engine in question."""
+
+    index: ParameterIndex
+    coords: list[int]
+    base: float  # the loss at theta
+    full: Tensor
+    again: Tensor
+    noise: Tensor  # how far mu and -mu are from mirroring each other, the most of a parameter's coordinates
+    other: Tensor | None
+
+    def compare(self, other: Tensor, noise: Tensor, what: str) -> None:
+        """Raise InputError that says ``what`` where two numbers part beyond all rounding; what is not finite parts from none."""
+        scale = torch.maximum(self.full.abs(), other.abs())
+        allowed = RELATIVE * scale + ABSOLUTE * abs(self.base) + noise.nan_to_num()
+        apart = ((other - self.full).abs() - allowed).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        worst = int(apart.argmax())
+        if apart[worst] > 0:
+            numbers = f"differences {float(self.full[worst]):.4g} by full, {float(other[worst]):.4g}"
+            raise InputError(f"{what} ({self.index.describe(self.coords[worst])}: {numbers})")
+
+    def error(self) -> float:
+        """The largest difference from full, of the largest number."""
+        return float((self.other - self.full).abs().nan_to_num().max() / self.full.abs().nan_to_num(1.0).max().clamp_min(1e-300))
+
+
+def _ask(engine: Full | Reuse | Delta, seed: int) -> _Differences:
+    """All evaluations, each of an engine over a copy of the network as it was when the batch was bound."""
+    sample = [t[:SAMPLES].double() if t.is_floating_point() else t[:SAMPLES] for t in engine.batch]
+    make = {Full: Full, Reuse: Reuse, Delta: partial(Delta, largest=EACH)}[type(engine)]
+    engines = [kind(copy.deepcopy(engine.model).double(), engine.loss) for kind in dict.fromkeys([Full, make])]
+    for twin in engines:
+        twin.bind(*sample)
+    full, other = engines[0], engines[-1]
+    chosen = _coordinates(full.index, seed)
+    first, again, back = (_differences(full, chosen, factor) for factor in (1.0, 1.0, -1.0))
+    noise = [(a + b).abs().max().expand(len(a)) for a, b in zip(first, back, strict=True)]
+    beside = None if other is full else torch.cat(_differences(other, chosen))
+    coords = [int(j) for coords, _ in chosen for j in coords]
+    return _Differences(full.index, coords, full.base, torch.cat(first), torch.cat(again), torch.cat(noise), beside)
+
+
+def _coordinates(index: ParameterIndex, seed: int) -> list[tuple[np.ndarray, float]]:
+    """Some coordinates of some parameters, from the first to the last, and mu for them."""
+    draw, found = np.random.default_rng(derive(seed, "self-check")), []
+    for owner in sorted({int(k) for k in np.linspace(0, len(index.names) - 1, PARAMETERS).round()}):
+        p = index.parameters[owner]
+        coords = index.offsets[owner] + draw.choice(p.numel(), min(EACH, p.numel()), replace=False)
+        found.append((coords, STEP * (float(p.detach().square().mean().sqrt()) or STEP)))
+    return found
+
+
+def _differences(engine: NetworkEngine, chosen: list[tuple[np.ndarray, float]], factor: float = 1.0) -> list[Tensor]:
+    return [engine.differences(coords, factor * mu).cpu() for coords, mu in chosen]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Copies say again what the engine itself has said, or what is so in float64 alone."""
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
