@@ -103,28 +103,28 @@ class Trainer:
         new_slices = self._draw()
         self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
         loss, estimate = self._gradient()
-        step, n = self.state.step + 1, len(estimate)
+        step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
         checks.check_changes(self.world, step, estimate, self._estimator, self.task)
-        self.state.partial, self.budget.queries = None, self.budget.queries + self.budget.of_step(n)
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        state.partial, self.budget.queries = None, self.budget.queries + self.budget.of_step(n)
+        lr = state.optimizer.param_groups[0]["lr"]
         self._update(estimate)
         schedule.step()
-        self.state.step, self.progressed = step, True
+        state.step, self.progressed = step, True
         devices.synchronize(self._index.device)
         own = self.task.engine.compile_s - compiled_before
         slowest = self.world.maximum(round(1e3 * own)) / 1e3 if new_slices else own  # only new slices bring new programs
         made = Step(
-            step, self.state.epoch, loss, lr, float(torch.linalg.vector_norm(estimate.double())), self.budget.queries,
+            step, state.epoch, loss, lr, float(torch.linalg.vector_norm(estimate.double())), self.budget.queries,
             self.budget.queries - queries_before, time.perf_counter() - start,
             max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)), slowest,
             devices.peak_bytes(self._index.device, self.task.engine.base_bytes),
         )  # fmt: skip
         self._record.add_step(made)
         progress.show(made)
-        if self.state.step % self.config.run.check_every == 0:
+        if state.step % self.config.run.check_every == 0:
             checks.check_replicas(self.world, state.step, state.replicated())
-        if self.state.step % self._evaluation_interval == 0:
+        if state.step % self._evaluation_interval == 0:
             self._evaluate()
         if self._checkpoint_due():
             self._save()
