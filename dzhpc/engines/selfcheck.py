@@ -6,7 +6,7 @@ where rounding is far below what is compared; a mean error of a few percent pass
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,17 +56,16 @@ def check(engine: Engine, seed: int) -> str:
     name = type(engine.model).__name__
     found.compare(found.again, 0 * found.noise, f"{name} is another network at each query: {OWN_STATE}")
     if found.other is None:
-        return f"engine {kind} gives the same again on {len(found.coords)} coordinates"
+        return f"engine {kind} gives the same again on {len(found.names)} coordinates"
     found.compare(found.other, NOISE * found.noise, f'engine "{kind}" is wrong about {name}; use zo.engine = "full"')
-    return f"engine {kind} agrees with full on {len(found.coords)} coordinates to {found.error():.0e}"
+    return f"engine {kind} agrees with full on {len(found.names)} coordinates to {found.error():.0e}"
 
 
 @dataclass
 class _Differences:
     """What was found for a few coordinates [n]: by engine full, by it again, and by the engine in question."""
 
-    index: ParameterIndex
-    coords: list[int]
+    names: list[str]
     base: float  # the loss at theta
     full: Tensor
     again: Tensor
@@ -81,7 +80,7 @@ class _Differences:
         worst = int(apart.argmax())
         if apart[worst] > 0:
             numbers = f"differences {float(self.full[worst]):.4g} by full, {float(other[worst]):.4g}"
-            raise InputError(f"{what} ({self.index.describe(self.coords[worst])}: {numbers})")
+            raise InputError(f"{what} ({self.names[worst]}: {numbers})")
 
     def error(self) -> float:
         """The largest difference from full, of the largest number."""
@@ -92,30 +91,38 @@ def _ask(engine: Full | Reuse | Delta, seed: int) -> _Differences:
     """All evaluations, each of an engine over a copy of the network as it was when the batch was bound."""
     sample = [t[:SAMPLES].double() if t.is_floating_point() else t[:SAMPLES] for t in engine.batch]
     make = {Full: Full, Reuse: Reuse, Delta: partial(Delta, largest=EACH)}[type(engine)]
-    engines = [kind(copy.deepcopy(engine.model).double(), engine.loss) for kind in dict.fromkeys([Full, make])]
+    chosen = _coordinates(engine.index, seed)
+    names = [engine.index.describe(int(engine.index.range(key)[k])) for key, (elements, _) in chosen.items() for k in elements]
+    engines = [kind(_copy(engine.model, chosen), engine.loss) for kind in dict.fromkeys([Full, make])]
     for twin in engines:
         twin.bind(*sample)
     full, other = engines[0], engines[-1]
-    chosen = _coordinates(full.index, seed)
     first, again, back = (_differences(full, chosen, factor) for factor in (1.0, 1.0, -1.0))
     noise = [(a + b).abs().max().expand(len(a)) for a, b in zip(first, back, strict=True)]
     beside = None if other is full else torch.cat(_differences(other, chosen))
-    coords = [int(j) for coords, _ in chosen for j in coords]
-    return _Differences(full.index, coords, full.base, torch.cat(first), torch.cat(again), torch.cat(noise), beside)
+    return _Differences(names, full.base, torch.cat(first), torch.cat(again), torch.cat(noise), beside)
 
 
-def _coordinates(index: ParameterIndex, seed: int) -> list[tuple[np.ndarray, float]]:
-    """Some coordinates of some parameters, from the first to the last, and mu for them."""
-    draw, found = np.random.default_rng(derive(seed, "self-check")), []
+def _coordinates(index: ParameterIndex, seed: int) -> dict[str, tuple[np.ndarray, float]]:
+    """Parameter, from the first to the last -> some of its elements, and mu for them."""
+    draw, found = np.random.default_rng(derive(seed, "self-check")), {}
     for owner in sorted({int(k) for k in np.linspace(0, len(index.names) - 1, PARAMETERS).round()}):
         p = index.parameters[owner]
-        coords = index.offsets[owner] + draw.choice(p.numel(), min(EACH, p.numel()), replace=False)
-        found.append((coords, STEP * (float(p.detach().square().mean().sqrt()) or STEP)))
+        elements = draw.choice(p.numel(), min(EACH, p.numel()), replace=False)
+        found[index.names[owner]] = elements, STEP * (float(p.detach().square().mean().sqrt()) or STEP)
     return found
 
 
-def _differences(engine: NetworkEngine, chosen: list[tuple[np.ndarray, float]], factor: float = 1.0) -> list[Tensor]:
-    return [engine.differences(coords, factor * mu).cpu() for coords, mu in chosen]
+def _copy(model: nn.Module, trained: Container[str]) -> nn.Module:
+    """The network in float64, its other parameters frozen: an engine makes plans for no more than it is asked for."""
+    twin = copy.deepcopy(model).double()
+    for name, p in twin.named_parameters():
+        p.requires_grad_(name in trained)
+    return twin
+
+
+def _differences(engine: NetworkEngine, chosen: dict[str, tuple[np.ndarray, float]], factor: float = 1.0) -> list[Tensor]:
+    return [engine.differences(engine.index.range(key)[elements], factor * mu).cpu() for key, (elements, mu) in chosen.items()]
 
 
 @contextmanager
