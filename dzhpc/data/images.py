@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.config.paths import shown
 from dzhpc.data.dataset import DataSet, make_data_set
 from dzhpc.errors import InputError
 
@@ -46,13 +47,13 @@ def imagefolder_from(folder: Path, size: int) -> DataSet:
     test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or test is None:
         raise InputError(
-            f"{folder}: expected train/<class>/ and val/<class>/ (or test/) with images; check data.root and data.path"
+            f"{shown(folder)}: expected train/<class>/ and val/<class>/ (or test/) with images; check data.root and data.path"
         )
     shape = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     found = [_listed(part) for part in (folder / "train", test)]
     classes, others = (list(part) for part in found)
     if classes != others:
-        raise InputError(f"{folder}: train/ has the classes {classes}, {test.name}/ has {others}; they must agree")
+        raise InputError(f"{shown(folder)}: train/ has the classes {classes}, {test.name}/ has {others}; they must agree")
     splits = []
     for part in found:
         images = torch.stack([_image(path, shape) for paths in part.values() for path in paths])
@@ -73,15 +74,15 @@ def _listed(part: Path) -> dict[str, list[Path]]:
             found[folder.name] = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
             left_out.update(file.suffix.lower() or file.name for file in files if file.suffix.lower() not in IMG_EXTENSIONS)
             if not found[folder.name]:
-                raise InputError(f"{folder}: holds no image ({', '.join(IMG_EXTENSIONS)}); fill it, or remove it")
+                raise InputError(f"{shown(folder)}: holds no image ({', '.join(IMG_EXTENSIONS)}); fill it, or remove it")
     except OSError as error:
         raise InputError(f"{_shown(error.filename or part)}: cannot be read ({error.strerror})") from None
     if not found:
-        raise InputError(f"{part}: holds no folder of a class; expected {part.name}/<class>/ with images")
-    log.info("%s: %d images, %d classes", part, sum(map(len, found.values())), len(found))
+        raise InputError(f"{shown(part)}: holds no folder of a class; expected {part.name}/<class>/ with images")
+    log.info("%s: %d images, %d classes", shown(part), sum(map(len, found.values())), len(found))
     if left_out:
         kinds = ", ".join(f"{count} {_shown(kind)}" for kind, count in sorted(left_out.items()))
-        log.warning("%s: %d files are left out: %s", part, left_out.total(), kinds)
+        log.warning("%s: %d files are left out: %s", shown(part), left_out.total(), kinds)
     return found
 
 

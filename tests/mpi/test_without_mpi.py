@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,15 @@ def alone(place, broken) -> dict[str, Result]:
     files = place / "without"
     files.mkdir()
     table = [{**dataclasses.asdict(case), "args": [str(arg) for arg in case.args]} for case in cases]
-    (files / "job.json").write_text(json.dumps(table))
-    command = [sys.executable, Path(__file__).with_name("several.py"), files / "job.json"]
-    run(command, place, timeout=240, env=environment(PYTHONPATH=broken)).succeeded()
+    (files / "0.json").write_text(json.dumps({"cwd": str(place), "files": str(files), "cases": table}))
+    command = [sys.executable, Path(__file__).with_name("several.py"), files, os.getpid()]
+
+    def end_after_the_last(process) -> None:
+        while process.poll() is None and not (files / f"{cases[-1].name}.code.0").exists():
+            time.sleep(0.1)
+        (files / "end").touch()
+
+    run(command, place, timeout=240, env=environment(PYTHONPATH=broken), meanwhile=end_after_the_last).succeeded()
     read = lambda name, kind: (files / f"{name}.{kind}.0").read_text()  # noqa: E731
     return {c.name: Result(json.loads(read(c.name, "code")), read(c.name, "out"), read(c.name, "err"), 0.0) for c in cases}
 
@@ -65,7 +72,8 @@ def test_a_run_of_one_process_has_the_bits_of_any_other(place, alone):
 
 
 def test_serial_verbs(place, alone):
-    assert alone["fetch"].succeeded().out == "written: packed/flags.h5\n"
+    counts = "".join(f"flags/{part}: 2 images, 2 classes\n" for part in ("train", "val"))
+    assert alone["fetch"].succeeded().out == f"{counts}written: packed/flags.h5\n"
     assert "| alone | 2 |" in alone["report"].succeeded().out and (place / "drawn" / "curves.png").exists()
     assert alone["info"].succeeded().out.startswith("1 ranks, MPI: none (one process without a launcher), Python ")
     assert alone["bench"].code == 0
