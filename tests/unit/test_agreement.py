@@ -43,9 +43,41 @@ def test_rounding_is_a_warning(caplog, monkeypatch):
 
 def test_what_ranks_compare_are_data_and_what_user_code_makes():
     keys = ["data.name=digits", "data.batch_size=100", "model.name=cnn", "model.depth=1"]
+    task = make_task(config.load(None, keys), torch.device("cpu"))
+    made = task.made()
+    assert {name: sorted(tensors) for name, tensors in made.items()} == {
+        "data.name = digits": ["test/images", "test/labels", "train/images", "train/labels"]
+    }
+    assert agreement.user_code(task.config) == {}
+    assert agreement.user_code(OWN) == {"task.function": "own:Loss"}
+    task.config.model.name = "own:Net"
+    assert list(task.made()) == ["data.name = digits", "model.name = own:Net"]
+    assert list(task.made()["model.name = own:Net"]) == [
+        k for k, _ in [*task.model.named_parameters(), *task.model.named_buffers()]
+    ]
+
+
+class Noisy:
+    """A loss that draws from a generator that everybody draws from."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def initial(self):
+        return np.ones(3)
+
+    def __call__(self, thetas, step):
+        return (thetas**2).sum(1) + self.draw()
+
+
+@pytest.mark.parametrize("draw", [np.random.randn, random.random, lambda: float(torch.rand(()))])
+def test_a_loss_that_draws_from_a_global_generator_is_refused_by_one_process(draw, monkeypatch):
+    own = types.ModuleType("own_noise")
+    own.Loss = Noisy(draw)
+    monkeypatch.setitem(sys.modules, "own_noise", own)
     keys = ["task.kind=objective", "task.function=own_noise:Loss", "sparsity.ratio=0.0"]
     task = make_task(config.load(None, keys), torch.device("cpu"))
     with pytest.raises(InputError, match=r"own_noise:Loss: \S+ and then \S+ for the same theta"):
         launch.try_out(World(), task, False)
-    monkeypatch.setattr(own.Loss, "_draw", lambda: 0.5)
+    monkeypatch.setattr(own.Loss, "draw", lambda: 0.5)
     launch.try_out(World(), task, False)
