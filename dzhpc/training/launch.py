@@ -14,7 +14,8 @@ import torch
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
 from dzhpc.engines import selfcheck
-from dzhpc.engines.pinned import Pinned, seed_others
+from dzhpc.engines.full import Full
+from dzhpc.engines.pinned import Pinned, seed
 from dzhpc.errors import message_of
 from dzhpc.files import h5
 from dzhpc.files.checkpoint import State, load_checkpoint
@@ -29,6 +30,7 @@ from dzhpc.job.world import World
 from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task, make_task
 from dzhpc.tasks.agreement import check_losses, check_made, user_code
+from dzhpc.tasks.sol.unrolled import Unrolled
 from dzhpc.training.active_set import read_lpr
 from dzhpc.training.checks import check_restart
 from dzhpc.training.trainer import Trainer
@@ -92,16 +94,16 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     Compares over the ranks what each has made, binds a batch, looks whether the engine is right about it, reads the LPR file of a
     first start, sees that a checkpoint can hold all tensors.
 
-    Where the loss ends in user code it is bound twice, which tells noise. Raises InputError. Buffers and random numbers are left
-    as they were. Collective.
+    Where the loss ends in user code it is bound twice, which tells noise: with other random numbers, since nothing but a network
+    under engine ``full`` may draw any. Raises InputError. Buffers and random numbers are left as they were. Collective.
     """
     check_made(world, task.made())
-    losses = []
+    losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():
         h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
-        for _ in range(2 if user_code(task.config) else 1):
+        for k in range(2 if user_code(task.config) else 1):
             with Pinned(task.model, task.engine.index.device).unchanged():
-                seed_others(derive(task.config.run.seed, "model", 0))
+                seed(derive(task.config.run.seed, "model", 0 if may_draw else k))
                 losses.append(task.bind(0))
                 if len(losses) == 1 and (said := selfcheck.check(task.engine, task.config.run.seed)):
                     log.info(said)

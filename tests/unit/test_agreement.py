@@ -1,7 +1,11 @@
 """What every rank makes by itself: noise in a loss is told from rounding. Several ranks are in tests/mpi."""
 
 import math
+import random
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from dzhpc import config
 from dzhpc.errors import InputError
 from dzhpc.job.world import World
 from dzhpc.tasks import agreement, make_task
+from dzhpc.training import launch
 
 OWN = config.load(None, ["task.kind=objective", "task.function=own:Loss", "sparsity.ratio=0.0"])
 
@@ -50,3 +55,29 @@ def test_what_ranks_compare_are_data_and_what_user_code_makes():
     assert list(task.made()["model.name = own:Net"]) == [
         k for k, _ in [*task.model.named_parameters(), *task.model.named_buffers()]
     ]
+
+
+class Noisy:
+    """A loss that draws from a generator that everybody draws from."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def initial(self):
+        return np.ones(3)
+
+    def __call__(self, thetas, step):
+        return (thetas**2).sum(1) + self.draw()
+
+
+@pytest.mark.parametrize("draw", [np.random.randn, random.random, lambda: float(torch.rand(()))])
+def test_a_loss_that_draws_from_a_global_generator_is_refused_by_one_process(draw, monkeypatch):
+    own = types.ModuleType("own_noise")
+    own.Loss = Noisy(draw)
+    monkeypatch.setitem(sys.modules, "own_noise", own)
+    keys = ["task.kind=objective", "task.function=own_noise:Loss", "sparsity.ratio=0.0"]
+    task = make_task(config.load(None, keys), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"own_noise:Loss: \S+ and then \S+ for the same theta"):
+        launch.try_out(World(), task, False)
+    monkeypatch.setattr(own.Loss, "draw", lambda: 0.5)
+    launch.try_out(World(), task, False)
