@@ -40,6 +40,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Total = Annotated[int, Field(ge=1, le=MANY)]
+Directions = Annotated[int, Field(ge=1, le=10**8)]  # every rank holds a number of each
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -119,7 +120,7 @@ class Zo(Section):
         "delta", description="how differences are evaluated; objectives have their own"
     )
     mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
-    q: Count | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
+    q: Directions | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
@@ -156,7 +157,7 @@ class Sparsity(Section):
     )
     redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
     redraw_steps: Count | None = Field(None, description="draw a new S every so many steps instead")
-    q: Count = Field(192, description="zo-grasp: directions per RGE")
+    q: Directions = Field(192, description="zo-grasp: directions per RGE")
     lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
 
     def conflicts(self, config) -> Iterator[str]:

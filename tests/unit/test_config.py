@@ -280,8 +280,8 @@ def test_every_key_is_known_with_its_default_and_documented():
     [
         "run.seed=18446744073709551616", "run.seed=9223372036854775808", "run.threads=1000000000000", "run.threads=4097",
         "run.deadline_margin=inf", "run.check_every=2147483648", "data.batch_size=1000000000000", "data.std=[inf]",
-        "data.std=[0.0]", "data.mean=[nan]", "data.image_size=1000000", "zo.q=10000000000", "zo.memory_mb=1e300",
-        "sparsity.q=10000000000", "sparsity.redraw_epochs=10000000000", "sparsity.redraw_steps=10000000000", "optim.lr=inf",
+        "data.std=[0.0]", "data.mean=[nan]", "data.image_size=1000000", "zo.q=2000000000", "zo.memory_mb=1e300",
+        "sparsity.q=2000000000", "sparsity.redraw_epochs=10000000000", "sparsity.redraw_steps=10000000000", "optim.lr=inf",
         "optim.weight_decay=inf", "optim.weight_decay=nan", "optim.warmup_epochs=inf", "optim.milestones=[nan]",
         "optim.milestones=[-1.0]", "optim.gamma=inf", "stop.epochs=1e308", "stop.steps=18446744073709551616",
         "stop.queries=18446744073709551616", "stop.walltime=inf", "checkpoint.every_steps=18446744073709551616",
