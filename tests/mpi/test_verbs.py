@@ -183,8 +183,10 @@ def test_info_of_a_file(done):
 def test_info_of_the_keys(done):
     text = done[2, "keys"].succeeded().out
     assert re.findall(r"^## \[(\w+)\]$", text, re.MULTILINE) == [
-        "run", "task", "model", "data", "zo", "sparsity", "optim", "stop", "checkpoint", "eval",
+        "run", "model", "data", "zo", "sparsity", "optim", "stop", "checkpoint", "eval",
     ]  # fmt: skip
+    kinds = re.findall(r'^## \[task\], kind = "(\S+)"$', text, re.MULTILINE)
+    assert kinds == ["classification", "objective", "defense", "sol", "package.module:Class"]
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| key")]
     assert len(rows) > 40
     assert [row[0] for row in rows if len(row) != 3 or not row[2].strip(" |")] == []  # every key has a meaning
