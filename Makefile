@@ -10,8 +10,8 @@ run: venv
 
 test: venv
 	$(VENV)/bin/ruff check .
-	# three at a time, from those that wait most to those that compute
-	$(VENV)/bin/python -m pytest -q --durations=25 -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/mpi tests/regression tests/unit
+	$(VENV)/bin/python -m pytest -q --durations=25 -n 3 --dist loadfile tests/slurm tests/unit tests/regression # a third: Slurm's jobs wait
+	$(VENV)/bin/python -m pytest -q --durations=25 tests/mpi # by itself: its jobs have up to three ranks
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix
