@@ -195,6 +195,7 @@ def test_damaged_newest_checkpoint_is_skipped(first, second, name):
     said = f"restarting at step 4 from {name}/checkpoints/step-00000004.h5"
     assert second[name].out.startswith(f"{said}\n")
     log = [text.split(" ", 2)[2] for text in (first / name / "log.txt").read_text().splitlines()]
+    log = [text for text in log if not text.startswith("engine ")]  # the check of the engine at the start
     assert log[log.index(said) + 1] == line  # nothing that comes before the first line is lost
     assert [p.name for p in (first / name / "previous-001").iterdir()] == ["step-00000005.h5"]  # not lost, not in the way
     assert_undisturbed(first, name)
@@ -219,8 +220,9 @@ def test_damaged_files_do_not_count_among_those_kept(first, second):
 
 def test_never_sets_the_old_run_aside(first, second):
     lines = ["starting afresh in never", "moved 7 files of an earlier run to never/previous-001"]
-    assert second["never"].succeeded().out.splitlines()[:2] == lines
-    assert [line.split(" ", 2)[2] for line in (first / "never" / "log.txt").read_text().splitlines()[:2]] == lines
+    log = [line.split(" ", 2)[2] for line in (first / "never" / "log.txt").read_text().splitlines()]
+    for said in (second["never"].succeeded().out.splitlines(), log):  # less the check of the engine at the start
+        assert [line for line in said if not line.startswith("engine ")][:2] == lines
     old, aside = first / "half" / "sgd", first / "never" / "previous-001"
     for path in (*checkpoints(old), old / "metrics.h5", old / "log.txt", old / "input.toml"):
         assert (aside / path.name).read_bytes() == path.read_bytes()
