@@ -1,11 +1,14 @@
 """Shared fixtures. Data that are not in the repository lie below $DZHPC_DATA, else ../shared/data; without them tests skip."""
 
+import logging
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from dzhpc.config import paths
 
 torch.set_num_threads(1)
 settings.register_profile("dzhpc", deadline=None, max_examples=50, derandomize=True)
@@ -17,6 +20,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_of_a_verb():
+    """A verb called in this process says where it was started and takes the log for itself; the next test must not see it."""
+    yield
+    paths._started = None
+    logging.getLogger("dzhpc").propagate = True
 
 
 @pytest.fixture(scope="session")

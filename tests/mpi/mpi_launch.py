@@ -58,6 +58,10 @@ class Result:
         assert (self.code, self.err) == (0, ""), f"exit code {self.code}; stderr:\n{self.err[-3000:]}"
         return self
 
+    def less_the_check(self) -> str:
+        """Standard output without the lines of the check of the engine at the start."""
+        return "".join(line for line in self.out.splitlines(keepends=True) if not line.startswith("engine "))
+
 
 @dataclass
 class Case:

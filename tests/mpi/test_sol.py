@@ -197,5 +197,6 @@ def test_a_missing_reference_names_the_command_that_makes_it(runs):
     runs[1, "missing"].error(2, "nothing.h5: no such file", "python -m dzhpc.simulate INPUT -o nothing.h5")
 
 
-def test_a_solver_that_diverges_ends_the_run_and_names_window_and_step(runs):
-    runs[1, "diverges"].error(5, "simulation of parameter 0.", "frame", "unrolled step 1: the corrected solver diverges")
+def test_a_solver_that_cannot_take_the_reference_ends_the_run_and_names_the_frame(runs):
+    said = "task.simulator = looped:cliff makes what is not finite of this frame of the reference"
+    runs[1, "diverges"].error(5, "simulation of parameter 0.", "frame", said)
