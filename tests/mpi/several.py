@@ -4,7 +4,7 @@ Batches come as FOLDER/0.json, FOLDER/1.json, ... (see mpi_launch.py), until FOL
 The verbs' own ``run_verb`` is called as ``python -m dzhpc.VERB`` calls it. What is saved is the start of MPI and torch for each,
 and the plot at the end of each run: only where the verb ``report`` or DRAW in a case's environment asks for it there is one.
 SAVE_EVERY there says after how many seconds simulate and certify write down what a kill would cost.
-What a process keeps is taken back after each case: a user's modules, the environment, signals that came.
+What a process keeps is taken back after each case: a user's modules and kernels, the environment, signals that came.
 Of every case each rank leaves ``NAME.code.RANK``, ``NAME.out.RANK`` and ``NAME.err.RANK`` in the batch's folder.
 """
 
@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from dzhpc.engines.kernels.find import PROVIDERS
 from dzhpc.files import curves
 from dzhpc.job import shared_work, stopping
 from dzhpc.job.launch import run_verb
@@ -24,6 +25,7 @@ from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.sol import figures
 
 DRAWN = [(module, name, getattr(module, name)) for module, name in ((curves, "plot"), (certificates, "plot"), (figures, "draw"))]
+SHIPPED = {kind: list(providers) for kind, providers in PROVIDERS.items()}
 SAVE_EVERY, SEND_EVERY = shared_work.SAVE_EVERY, shared_work.SEND_EVERY
 
 
@@ -59,6 +61,7 @@ def run(case: dict, files: Path) -> None:
         sys.path[:] = path
         os.chdir(here)
         forget(Path.cwd())
+        PROVIDERS.update({kind: list(providers) for kind, providers in SHIPPED.items()})
         stopping.received_signals.clear()
     name("part").write_text(json.dumps(code))
     name("part").rename(name("code"))
