@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--ratio", type=number(Ratio), default=0.9, help="sparsity of the LPR (first-order GraSP on this batch)")
     g.add_argument("--mu", type=number(Positive), default=5e-3, help="smoothing parameter")
     g.add_argument("--engines", default="full,reuse,delta")
-    g.add_argument("--precisions", default="fp32,bf16", help="of engine delta; the others have fp32 only")
+    g.add_argument("--precisions", help="of engine delta (default: fp32,bf16, as far as the hardware has them); others have fp32")
     g.add_argument("--memory-mb", type=number(Positive), help="zo.memory_mb of engine delta")
     g.add_argument("--threads", type=number(Threads), default=1)
     g.add_argument("--repeats", type=number(Count), default=5, help="interleaved repetitions")

@@ -16,7 +16,7 @@ from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Sec
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
-FREE = ("data.root", "task.retries", "task.max_queries")
+FREE = ("data.root", "task.retries", "task.max_queries", "zo.emulate_bf16")
 FIRST_START = ("model.weights", "sparsity.lpr")  # files that only the start from nothing reads: a checkpoint has what they held
 PATHS = ("run.dir", "data.root", "data.path", "task.classifier", *FIRST_START)
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it

@@ -125,6 +125,13 @@ class Zo(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
     )
+    emulate_bf16: bool = Field(
+        False, description="take bf16 where the hardware has no bfloat16 products, which is slow, and else an error"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="delta: whether a C++ compiler (on a GPU Triton) is used; auto: where the queries of stop.epochs pay for it",
+    )
     memory_mb: Annotated[Positive, Field(le=1e9)] | None = Field(
         None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
     )

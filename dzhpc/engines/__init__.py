@@ -22,6 +22,7 @@ propagates the change itself, for many coordinates at once. What all of them off
 | kink | where an operation has no derivative (ReLU at 0): base values must lie on the right side of it |
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -41,6 +42,8 @@ def make_engine(
     precision: str = "fp32",
     memory_mb: float | None = None,
     parameters: Mapping[str, Tensor] | None = None,
+    queries: float = math.inf,
+    emulate_bf16: bool = False,
 ) -> Full | Reuse | Delta:
     """An engine over ``model``.
 
@@ -50,6 +53,8 @@ def make_engine(
     memory_mb: "reuse" refuses a batch whose cached features need more MiB than this (None: no limit); "delta" cuts its chunks
         so that their changes need no more (None: a fixed default for each device type).
     parameters: name -> tensor, for a callable that is not a module; these tensors are perturbed in place.
+    queries: how many are to come ("delta"): few do not pay for a compiler. inf: compile in any case; 0: never.
+    emulate_bf16: take "bf16" also where the hardware has no bfloat16 products; else that raises InputError.
 
     Raises InputError for an unknown kind, a model the engine cannot run, or a model without trainable parameters.
     """
@@ -64,5 +69,5 @@ def make_engine(
     if kind == "reuse":
         return Reuse(model, loss, memory_mb)
     if kind == "delta":
-        return Delta(model, loss, precision, memory_mb)
+        return Delta(model, loss, precision, memory_mb, queries=queries, emulate=emulate_bf16)
     raise InputError(f'engine = "{kind}": expected "full", "reuse" or "delta"')

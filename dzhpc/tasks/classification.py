@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from dzhpc import data
 from dzhpc.config import Config
-from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
 from dzhpc.tasks import fitting
 from dzhpc.tasks.protocol import Task
@@ -26,8 +25,8 @@ class Classification(Task):
         self.data = data_set.to(device)
         self.batches = data.Batches(self.data, config.data.batch_size, config.run.seed, config.data.augment)
         self._layout = fitting.lay_out(self.model, self._try_out, images=self.data.train.images.ndim == 4)
-        self.engine = make_engine(config.zo.engine, self.model, "cross_entropy", config.zo.precision, config.zo.memory_mb)
         self.steps_per_epoch = self.batches.steps_per_epoch
+        self.engine = fitting.engine_of(config, self.model, "cross_entropy", self.steps_per_epoch)
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
 
     def made(self) -> dict[str, Mapping[str, torch.Tensor]]:

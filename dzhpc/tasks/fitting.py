@@ -1,6 +1,7 @@
-"""Fitting a network to the data: what the data decide of its constructor's arguments, its memory layout, and a first try."""
+"""Fitting a network to the data: what they decide of its constructor's arguments, its memory layout, a first try, its engine."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.config import Config
+from dzhpc.engines import Delta, Full, Reuse, make_engine
+from dzhpc.engines.losses import Loss
 from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import DzhpcError, InputError
+from dzhpc.method import scores
 from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.method.estimators import make_estimator
 from dzhpc.models import zoo
 
 log = logging.getLogger("dzhpc")
@@ -42,6 +47,27 @@ def lay_out(model: nn.Module, trial: Callable[[torch.memory_format], T], images:
     if images:
         log.info("model %s cannot run in channels-last layout; using the slower contiguous one", type(model).__name__)
     return found
+
+
+def engine_of(config: Config, model: nn.Module, loss: str | Loss, steps_per_epoch: int) -> Full | Reuse | Delta:
+    """The engine of ``config.zo``. Raises InputError as :func:`dzhpc.engines.make_engine` does."""
+    zo = config.zo
+    queries = {"on": math.inf, "off": 0.0}.get(zo.compile)
+    if queries is None:
+        queries = _coordinate_queries(config, model, steps_per_epoch)
+    return make_engine(zo.engine, model, loss, zo.precision, zo.memory_mb, queries=queries, emulate_bf16=zo.emulate_bf16)
+
+
+def _coordinate_queries(config: Config, model: nn.Module, steps_per_epoch: int) -> int:
+    """What the whole schedule asks of single coordinates: directions and scores, which pass no compiled code, aside.
+
+    It follows from frozen keys alone, so that neither a restart nor an early end changes what is decided by it.
+    """
+    index, estimator = ParameterIndex.of(model), make_estimator(config.zo, config.run.seed)
+    prunable = sum(len(index.range(name)) for name in scores.prunable_layers(model, index, config.sparsity.prune))
+    active = index.size - round(config.sparsity.ratio * prunable)
+    steps = max(1, round(config.stop.epochs * steps_per_epoch))
+    return steps * estimator.perturbations(active) if estimator.by_coordinate else 0
 
 
 def _with(model: nn.Module, layout: torch.memory_format) -> torch.memory_format:

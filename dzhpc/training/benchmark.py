@@ -39,7 +39,8 @@ def gradient(args: argparse.Namespace) -> tuple[list[dict], str]:
     device = _device(args)
     model, inputs, labels = problem(args, device)
     coords = coordinates(model, inputs, labels, args)
-    kinds = [(e, p) for e in args.engines.split(",") for p in (args.precisions.split(",") if e == "delta" else ["fp32"])]
+    precisions = args.precisions or ("fp32,bf16" if devices.has_fast_bf16(device) else "fp32")
+    kinds = [(e, p) for e in args.engines.split(",") for p in (precisions.split(",") if e == "delta" else ["fp32"])]
     engines, bases = {}, {}
     for kind, precision in kinds:
         limit = args.memory_mb if kind == "delta" else None

@@ -151,6 +151,8 @@ def begin(folder: RunFolder, trainer: Trainer, state: State | None, stale: str, 
         trainer.task.steps_per_epoch,
         trainer.budget.last_step,
     )
+    if (bits := trainer.task.engine.environment)["compiled"] == "True":
+        log.info("compiled (zo.compile = %s), kernels of our own: %s", trainer.config.zo.compile, bits["kernels"])
     for line in devices.table(ranks):
         log.info(line)
     folder.write_input(trainer.config.to_toml())

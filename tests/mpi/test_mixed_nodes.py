@@ -38,7 +38,7 @@ def test_a_restart_on_another_processor_warns(place):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
 def test_a_rank_without_a_compiler_is_refused_unless_nodes_may_be_mixed(place):
-    bare, delta = ["-u", "CXX", f"PATH={place / 'nowhere'}"], sets(zo__engine="delta")
+    bare, delta = ["-u", "CXX", f"PATH={place / 'nowhere'}"], sets(zo__engine="delta", zo__compile="on")
     difference = ("rank 1 on host ", "compiled = False", "; rank 0 on host ", "compiled = True")
     train(place, "uncompiled", *delta, second=bare).said_once(4, *difference, "run.mixed_nodes")
     assert not (place / "uncompiled").exists()

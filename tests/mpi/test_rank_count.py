@@ -9,8 +9,11 @@ from dzhpc.job import processor
 CONFIGS = {
     "cge-dynamic": ("digits.toml", []),
     "cge-full-engine": ("digits.toml", sets(zo__engine="full", stop__steps=3)),
-    "delta": ("digits.toml", sets(zo__engine="delta", model__width=16, data__batch_size=112)),  # large enough to be compiled
-    "delta-bf16": ("digits.toml", sets(zo__engine="delta", zo__precision="bf16", model__width=18, data__batch_size=112)),
+    "delta": ("digits.toml", sets(zo__engine="delta", zo__compile="on", model__width=16, data__batch_size=112)),  # large enough
+    "delta-bf16": (
+        "digits.toml",
+        sets(zo__engine="delta", zo__compile="on", zo__precision="bf16", model__width=18, data__batch_size=112),
+    ),
     "rge": ("digits.toml", sets(zo__estimator="rge", zo__q=5, sparsity__scores="random")),
     "central-adam": ("digits.toml", sets(zo__difference="central", optim__name="adam", optim__lr=0.01, sparsity__ratio=0.8)),
     "regrasp": ("digits.toml", sets(sparsity__pattern="regrasp", sparsity__ratio=0.8)),

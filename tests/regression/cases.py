@@ -181,7 +181,7 @@ WHITE = "task.classifier=judge.th task.classifier_model=own:Judge "
 RING = "task.simulator=own:ring data.name=ring model.kernel=3 "
 SCORED = "sparsity.scores=zo-grasp sparsity.q=3 zo.mu=1e-5 "  # theta + mu g must not diverge
 LATENT = "model.name=ae-ds model.latent=4 model.hidden=3 model.image_size=8 zo.estimator=latent sparsity.ratio=0.0 "
-COMPILED = "zo.engine=delta data.train_limit=336 data.batch_size=112 sparsity.ratio=0.9 stop.steps=2 "
+COMPILED = "zo.engine=delta zo.compile=on data.train_limit=336 data.batch_size=112 sparsity.ratio=0.9 stop.steps=2 "
 PLAN = ["--images", "6", "--n0", "20", "--n", "200", "--batch", "40", "--sigma", "0.4"]
 
 CASES = dict([

@@ -7,6 +7,7 @@ channel stays there as long as it can.
 """
 
 import logging
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -42,9 +43,13 @@ class Delta(NetworkEngine):
     travel: any other type for changes to travel in, whatever ``precision`` says.
     memory_mb: chunks are cut so that their changes need no more MiB than this (None: a fixed default for each device type).
     largest: coordinates in a chunk at most.
+    queries: that are to come; with the bytes of the first base pass's values they decide, once, whether a compiler pays.
+        0: never; inf: always. Without a compiler no kernel of our own is made either.
+    emulate: take "bf16" on hardware without bfloat16 products, where it is slower than "fp32" by far.
 
-    Raises InputError for what is no module, has no parameters, or names no loss. ``bind`` raises it for a model that
-    :class:`dzhpc.engines.traced.Traces` refuses, ``cut`` and ``differences`` where ``memory_mb`` is too small for one coordinate.
+    Raises InputError for what is no module, has no parameters, or names no loss, and for bfloat16 without its products. ``bind``
+    raises it for a model that :class:`dzhpc.engines.traced.Traces` refuses, ``cut``, ``differences`` where ``memory_mb`` is too
+    small.
     """
 
     at_once = AT_ONCE
@@ -57,11 +62,18 @@ class Delta(NetworkEngine):
         memory_mb: float | None = None,
         travel: torch.dtype | None = None,
         largest: int = LARGEST,
+        queries: float = math.inf,
+        emulate: bool = False,
     ):
         need_module(model, "delta")
         self.model, self.loss = model, loss_of(loss)
         super().__init__(ParameterIndex.of(model), model)
-        dtype = self.index.dtype
+        if precision == "bf16" and not emulate and not devices.has_fast_bf16(self.index.device):
+            raise InputError(
+                'zo.precision = "bf16": this hardware has no bfloat16 products, and emulating them is slower than fp32 by far; '
+                'use "fp32" (or force it by zo.emulate_bf16 = true)'
+            )
+        dtype, self._queries = self.index.dtype, queries
         self._limit = memory_mb * 2**20 if memory_mb else None
         self._largest = largest
         self._said: set[str] = set()
@@ -76,8 +88,6 @@ class Delta(NetworkEngine):
         self._plans: Plans | None = None
         self.batch: tuple[Tensor, Tensor] | None = None
         self._outputs: Tensor | None = None  # at theta; None before the first base pass
-        if precision == "bf16" and not devices.has_fast_bf16(self.index.device):
-            self._say_once("this hardware has no fast bfloat16: precision = fp32 may be faster")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -157,6 +167,8 @@ class Delta(NetworkEngine):
         """Plan a new trace, which still holds the values of its first run."""
         if traced is self._traced:
             return
+        if self._traced is None:
+            self._kernels.weigh(self._queries, traced.kept_bytes)
         propagation = Propagation(traced, self.index.dtype, self._travel, self._kernels, self._say_once)
         self._plans = Plans(traced, propagation, self.index, lambda: self._kernels.compiling)
         self._traced, self._propagation, self._tails = traced, propagation, Tails(traced, len(self.index.names))

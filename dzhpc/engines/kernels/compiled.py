@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dzhpc.job import processor
 
 SMALL = 2**17  # elements: less work than this is not worth a compiler's second
+WORTH = 4e12  # queries of a run times bytes of a base pass's values that pay for a compiler: two million queries of the digits
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -43,6 +44,12 @@ class Programs:
         self.seconds = 0.0  # spent on making programs
         self._shared: dict[tuple, Callable] = {}
         self._called: dict[tuple, Program] = {}
+
+    def weigh(self, queries: float, size: int) -> None:
+        """Leave the compiler alone where so many queries (inf: unknown), of ``size`` bytes each, do not pay for it."""
+        if queries * size < WORTH and not self._reason:
+            few = f"{queries:,.0f} queries of {size / 2**20:.2g} MiB do not pay for a compiler"
+            self._reason = few if queries else "no compiler is asked for"
 
     @property
     def compiling(self) -> bool:

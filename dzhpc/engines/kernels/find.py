@@ -68,6 +68,10 @@ class Kernels:
         """Whether a compiler is at work; says once why not."""
         return self.programs.compiling
 
+    def weigh(self, queries: float, size: int) -> None:
+        """Decide, before anything is asked for, whether a compiler is at work: see :meth:`Programs.weigh`."""
+        self.programs.weigh(queries, size)
+
     @property
     def seconds(self) -> float:
         """Spent so far on making kernels and programs."""

@@ -17,6 +17,7 @@ from dzhpc.engines.losses import mse
 from dzhpc.errors import InputError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
+from dzhpc.tasks import fitting
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_box, load_network
 from dzhpc.tasks.defense.inference import Defense, as_pixels, build_denoiser, evaluation_noise
 from dzhpc.tasks.defense.latent import QueriedLoss
@@ -45,12 +46,12 @@ class DefenseTask(Task):
                 self._network = load_network(config, data_set, device)
         self.loss = loss = ClassifierLoss(self.box, self.answers, self._network) if task.loss == "classifier" else mse
         self.latent = self._latent_loss() if config.zo.estimator == "latent" else None
+        self.steps_per_epoch = self.batches.steps_per_epoch
         if config.zo.estimator in ("autograd", "latent"):  # the engine only serves scores
             self.shared = SharedGradient(self.model, seed, self._shared_batch)
             self.engine = make_engine("full", self.model, loss)
         else:
-            self.engine = make_engine(config.zo.engine, self.model, loss, config.zo.precision, config.zo.memory_mb)
-        self.steps_per_epoch = self.batches.steps_per_epoch
+            self.engine = fitting.engine_of(config, self.model, loss, self.steps_per_epoch)
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
         self.cost = self._cost()
 
