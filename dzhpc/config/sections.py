@@ -99,6 +99,9 @@ class Data(Section):
     path: str | None = Field(None, description="imagefolder, packed: the folder or file below the root")
     image_size: Pixels | None = Field(None, description="imagefolder: resize and centre-crop to this many pixels")
     batch_size: Count = Field(512, description="images (sol: windows) per step; every rank sees the same batch")
+    shards: Count = Field(
+        1, description="cut the batch into so many equal parts, which ranks may share; BatchNorm sees a part at a time"
+    )
     train_limit: Count | None = Field(None, description="train on a random subset of this many images (sol: windows)")
     test_limit: Count | None = Field(None, description="evaluate on this many images, evenly spaced over the test set")
     augment: bool = Field(True, description="random crop (zero padding of 4 pixels) and horizontal flip")
@@ -106,6 +109,13 @@ class Data(Section):
         None, description="normalisation per channel, for pixels in [0, 1]; None: the data set's own"
     )
     std: list[Positive] | None = Field(None, description="see mean")
+
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        if self.batch_size % self.shards:
+            yield f"data.shards = {self.shards}: data.batch_size = {self.batch_size} is no multiple of it"
+        if self.shards > 1 and config.task.kind in ("defense", "sol") and config.zo.estimator in ("autograd", "latent"):
+            yield f'data.shards = {self.shards}: zo.estimator = "{config.zo.estimator}" has parts of its own for this task'
 
 
 class Zo(Section):

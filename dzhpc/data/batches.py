@@ -11,6 +11,13 @@ from dzhpc.method.seeds import generator
 PAD = 4  # pixels of zero padding before the random crop
 
 
+def shard(number: int | None, count: int, size: int) -> slice:
+    """Which examples of a batch of ``size`` are those of a shard; None: all. Raises InputError where a shard would be empty."""
+    if size < count:
+        raise InputError(f"data.shards = {count}: a batch has {size} examples; choose fewer shards")
+    return slice(None) if number is None else slice(number, None, count)
+
+
 class Order:
     """Which of ``count`` training examples belong to a step, all shuffled anew each epoch: a function of (seed, step).
 

@@ -1,6 +1,6 @@
 """What this package asks of the module ``mpi4py.MPI``, for one rank without MPI: there is nobody else to wait for."""
 
-IN_PLACE = SUM = MAX = COMM_TYPE_SHARED = None
+IN_PLACE = SUM = MAX = MIN = COMM_TYPE_SHARED = None
 
 
 def Get_library_version() -> str:

@@ -86,6 +86,13 @@ class World:
             self._comm.Allreduce(self._mpi.IN_PLACE, out, op=self._mpi.SUM)
         return out
 
+    def minimum(self, values: np.ndarray) -> np.ndarray:
+        """The smallest of each entry over the ranks."""
+        out = values.copy()
+        with self._timed():
+            self._comm.Allreduce(self._mpi.IN_PLACE, out, op=self._mpi.MIN)
+        return out
+
     def maximum(self, value: int) -> int:
         """The largest value over the ranks."""
         with self._timed():

@@ -1,5 +1,6 @@
 """Coordinates: the trainable parameters as one flat vector theta [d]; chunks and slices of a coordinate set."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -101,11 +102,21 @@ def cut(owners: np.ndarray, size: int) -> list[range]:
     return chunks
 
 
-def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Longest-first: chunk numbers for each rank so that the largest sum of costs is small; some may be empty."""
+def balance(costs: Sequence[float], ranks: int, groups: Sequence[int] | None = None, base: float = 0.0) -> list[list[int]]:
+    """Longest-first: piece numbers for each rank so that the largest sum of costs is small; some may be empty.
+
+    groups: the group of each piece; the first piece of a group costs a rank ``base`` more. Groups take turns, so that each comes
+    to ranks of its own where there are enough.
+    """
     loads, slices = np.zeros(ranks), [[] for _ in range(ranks)]
-    for chunk in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
-        rank = int(np.argmin(loads))
-        loads[rank] += costs[chunk]
-        slices[rank].append(chunk)
-    return [sorted(chunks) for chunks in slices]
+    groups = groups or [0] * len(costs)
+    extra, seen, turns = np.full((max(groups, default=0) + 1, ranks), base), Counter(), []
+    for group in groups:
+        turns.append(seen[group])
+        seen[group] += 1
+    for piece in sorted(range(len(costs)), key=lambda k: (-costs[k], turns[k], k)):
+        rank = int(np.argmin(loads + extra[groups[piece]]))
+        loads[rank] += costs[piece] + extra[groups[piece], rank]
+        extra[groups[piece], rank] = 0.0
+        slices[rank].append(piece)
+    return [sorted(pieces) for pieces in slices]

@@ -28,6 +28,8 @@ def make_task(config: Config, device: torch.device) -> Task:
         raise InputError(f'task.kind = "{kind}": expected a class derived from dzhpc.tasks.Task')
     if cls.__abstractmethods__:
         raise InputError(f'task.kind = "{kind}": has no {", ".join(sorted(cls.__abstractmethods__))}; see dzhpc.tasks.Task')
+    if config.data.shards > 1 and not cls.in_shards:
+        raise InputError(f'data.shards = {config.data.shards}: task.kind = "{kind}" does not cut its batch; leave the key out')
     try:
         inspect.signature(cls).bind(config, device, **keys)
     except TypeError as error:

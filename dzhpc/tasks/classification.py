@@ -16,6 +16,8 @@ from dzhpc.tasks.protocol import Task
 class Classification(Task):
     """See :class:`dzhpc.tasks.Task`. Raises InputError where data, model and input do not fit each other."""
 
+    in_shards = True
+
     def __init__(self, config: Config, device: torch.device):
         self.config = config.model_copy(deep=True)
         data_set = data.load(config.data, config.run.seed)
@@ -32,15 +34,16 @@ class Classification(Task):
     def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
         return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
 
-    def bind(self, step: int) -> float:
-        self.model.train()
-        inputs, labels = self.batches.batch(step)
-        return self.engine.bind(self._laid_out(inputs), labels)
+    def bind(self, step: int, shard: int = 0) -> float:
+        return self._bind(*self.batches.batch(step), shard)
 
-    def bind_for_scores(self, number: int) -> float:
+    def bind_for_scores(self, number: int, shard: int | None = None) -> float:
+        return self._bind(*self.batches.balanced(number), shard)
+
+    def _bind(self, inputs: torch.Tensor, labels: torch.Tensor, shard: int | None) -> float:
         self.model.train()
-        inputs, labels = self.batches.balanced(number)
-        return self.engine.bind(self._laid_out(inputs), labels)
+        part = data.shard(shard, self.config.data.shards, len(inputs))
+        return self.engine.bind(self._laid_out(inputs[part]), labels[part])
 
     @torch.no_grad()
     def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:

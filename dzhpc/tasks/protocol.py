@@ -40,6 +40,8 @@ class Task(ABC):
     model: holds the parameters; parameters that require no gradient have no coordinates.
     engine: over the same parameters, in the same order.
     steps_per_epoch: at least 1. evaluation_parts: pieces of an evaluation that ranks may share, at least 1.
+    summed: whether the loss of a batch is a sum over its examples; else it is their mean.
+    in_shards: whether ``bind`` and ``bind_for_scores`` take a shard, so that the input may say data.shards = n above 1.
     shared: the step of a first-order estimator in parts that ranks share; None: each rank binds and differentiates the whole.
 
     Methods may raise InputError for what cannot work, NumericalError for what has stopped working, BlackBoxError where the black
@@ -52,18 +54,25 @@ class Task(ABC):
     steps_per_epoch: int
     evaluation_parts: int = 1
     cost: Cost = Cost()
+    summed: bool = False
+    in_shards: bool = False
     shared: SharedGradient | None = None
 
     @abstractmethod
-    def bind(self, step: int) -> float:
+    def bind(self, step: int, shard: int = 0) -> float:
         """Bind the batch of ``step`` (0, 1, ...), a function of (seed, step) alone, to the engine: the loss at theta.
 
-        The model is left in the mode in which it is trained; this is the only call that moves BatchNorm's running statistics.
+        shard: which of the n = ``data.shards`` parts: every n-th example, from this one on; a task that is not
+        ``in_shards`` need not take the argument, and is never given it. The model is left in the mode in which it is trained;
+        this is the only call that moves BatchNorm's running statistics.
         """
 
     @abstractmethod
-    def bind_for_scores(self, number: int) -> float:
-        """Bind the ``number``-th batch for pruning scores, a function of (seed, number) alone: the loss at theta."""
+    def bind_for_scores(self, number: int, shard: int | None = None) -> float:
+        """Bind the ``number``-th batch for pruning scores, a function of (seed, number) alone: the loss at theta.
+
+        shard: which part of it, None: the whole; as in ``bind``.
+        """
 
     @abstractmethod
     def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:

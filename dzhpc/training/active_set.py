@@ -8,11 +8,13 @@ import torch
 
 from dzhpc.config import paths
 from dzhpc.engines.pinned import Pinned
+from dzhpc.engines.pinned import seed as pinned_seed
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import load_lpr
 from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, random_scores, zo_grasp
 from dzhpc.method.seeds import derive
 from dzhpc.models.identity import model_sha256
+from dzhpc.training.shards import Shards
 
 log = logging.getLogger("dzhpc")
 
@@ -93,11 +95,36 @@ class Pattern:
         config, task = self._config, self._task
         if config.scores == "zo-grasp":
             log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
-            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
-            return zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+            return self._by_queries(number, seed)
         if config.scores == "fo-grasp":
             return fo_grasp(task.engine, lambda: task.bind_for_scores(number))
         return random_scores(task.engine.index, seed)
+
+    def _by_queries(self, number: int, seed: int) -> torch.Tensor:
+        """ZO-GraSP; of a batch in shards the slopes are the mean of theirs, added in order."""
+        task, config, shards = self._task, self._config, Shards(self._task)
+        if shards.count == 1:
+            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
+            return zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
+
+        def in_shards(q: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
+            bound = None
+
+            def of_shards(mine: range) -> np.ndarray:
+                nonlocal bound
+                slopes = []
+                for unit in mine:
+                    shard, k = divmod(unit, q)
+                    if shard != bound:
+                        pinned_seed(derive(self._seed, "shard scores", number, shard))  # whoever binds it, after whatever
+                        task.bind_for_scores(number, shard)
+                        bound = shard
+                    slopes.append(evaluate(range(k, k + 1)))
+                return np.concatenate([evaluate(range(0)), *slopes])
+
+            return shards.average(self._split(shards.count * q, of_shards).reshape(shards.count, q))
+
+        return zo_grasp(task.engine, lambda: None, config.q, self._mu, seed, in_shards)
 
     def _prune_weights(self) -> None:
         index = self._task.engine.index

@@ -17,6 +17,7 @@ from dzhpc.method.estimators import Estimator
 from dzhpc.models.identity import model_sha256, tensors_sha256
 from dzhpc.tasks import Task
 from dzhpc.training.distribution import Distribution
+from dzhpc.training.shards import Shards
 
 log = logging.getLogger("dzhpc")
 
@@ -71,14 +72,14 @@ def check_finite(
             f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {advice()}"
         )
     if (unit := distribution.bad_unit) is not None:
-        rank, what = distribution.owner_of(unit, estimator), estimator.place(distribution.index, distribution.coords, unit)
+        rank, what = distribution.owner_of(unit), distribution.place(unit, estimator)
     else:
         rank, what = 0, f"the gradient at {distribution.index.describe(int(distribution.coords[bad[0]]))}"
     share = f"{len(bad)} of {len(estimate)} coordinates"
     raise NumericalError(f"step {step}, rank {rank}: {what} is not finite ({share}); {advice()}")
 
 
-def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Estimator, task: Task) -> None:
+def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Estimator, task: Task, shards: Shards) -> None:
     """Raise NumericalError where no perturbation changed the loss: it is lost under all, or the black box answers alike.
 
     Collective: all ranks hold the same estimate, so that all of them ask each other or none does.
@@ -86,7 +87,7 @@ def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Es
     if not estimator.asks or not len(estimate) or estimate.any():
         return
     n = estimator.perturbations(len(estimate))
-    if n and sum(world.allgather(task.lost)) >= n:
+    if n and sum(world.allgather(shards.lost)) >= n * shards.count:
         raise NumericalError(
             f"step {step}: all {n} perturbed parameters are infeasible, or diverge; lower zo.mu (now {estimator.zo.mu:g})"
         )

@@ -1,8 +1,10 @@
 """Estimates over ranks: chunks, slices balanced by measured cost, scatter, the joined estimate (eq. 5), interruption."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from dzhpc.job.shared_work import Cancellation
 from dzhpc.job.world import World
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import Estimator, Partial
+from dzhpc.training.shards import Shards
 
+BASES = 10  # coordinates that a base pass is taken to cost before one was measured
 PIECES = 128  # directions are shared out in so many pieces at most, of at most ``engine.at_once``
 
 
@@ -32,66 +36,132 @@ class Interrupted(Exception):
 class Distribution:
     """Who evaluates what. The chunks follow from S alone, never from the rank count; only their owners change.
 
-    Cost: seconds per coordinate of each parameter, the least that any rank has measured so far: the first time may compile.
-    urgent: asked between two chunks; once it is true on one rank, all ranks raise :class:`Interrupted`.
+    The units of an estimate are numbered shard by shard: unit k of shard s is number s * units + k, and no piece crosses shards.
+    Cost: seconds per coordinate of each parameter, per direction, and per base pass, the least that any rank has measured so far:
+    the first time may compile. urgent: asked between two pieces; once it is true on one rank, all ranks raise
+    :class:`Interrupted`.
     """
 
-    def __init__(self, world: World, engine, urgent: Callable[[], bool] = lambda: False):
-        self._world, self._engine, self._urgent, self.index = world, engine, urgent, engine.index
+    def __init__(self, world: World, task, urgent: Callable[[], bool] = lambda: False):
+        self._world, self._engine, self._urgent = world, task.engine, urgent
+        self.index = task.engine.index
+        self.shards = Shards(task)
         self._cancellation = Cancellation(world)
-        self._seconds = np.full(len(engine.index.names), np.inf)
+        self._seconds = np.full(len(self.index.names) + 2, np.inf)  # of each parameter, DIRECTION, BASE
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []
+        self._reports: list[int] = []  # shards whose loss and buffers this rank tells the others
+        self._units = 0  # of the last estimate, in a shard
         self.bad_unit: int | None = None  # the first of the last estimate whose number was not finite
         self._failure: BlackBoxError | None = None  # of this rank's black box, until all ranks know
 
-    def assign(self, coords: np.ndarray | None, partial: Partial | None = None) -> None:
-        """Root cuts S into chunks, balances those not in ``partial`` by cost and scatters the slices.
+    def assign(self, coords: np.ndarray | None, estimator: Estimator, partial: Partial | None = None) -> None:
+        """Root cuts the work into pieces, deals those not in ``partial`` out to ranks by cost and scatters the slices.
 
-        Collective; only root's arguments count.
+        Collective; only root's ``coords`` and ``partial`` count.
         """
         world, pieces = self._world, None
-        seconds = world.gather(self._seconds)
+        seconds = world.minimum(self._seconds)
         if world.is_root:
-            cost = self._cost_per_coordinate(np.min(seconds, axis=0))
-            chunks = _missing(self._engine.cut(coords), partial)
-            owners = self._engine.index.owner(coords)
-            slices = balance([float(cost[owners[chunk]].sum()) for chunk in chunks], world.size)
-            pieces = [[chunks[k] for k in part] for part in slices]
+            units, count = estimator.units(len(coords)), self.shards.count
+            *cost, direction, base = _known(seconds)
+            chunks, each = self._pieces(units), np.full(units, direction)
+            if estimator.by_coordinate:
+                chunks, each = self._engine.cut(coords), np.array(cost)[self.index.owner(coords)]
+            todo = _missing([range(s * units + c.start, s * units + c.stop) for s in range(count) for c in chunks], partial)
+            costs = [float(each[piece.start % units : (piece.stop - 1) % units + 1].sum()) for piece in todo]
+            groups = [piece.start // units for piece in todo]
+            slices = balance(costs, world.size, groups, base if count > 1 else 0.0)
+            reports = _reporters([{groups[k] for k in part} for part in slices], count)
+            pieces = [([todo[k] for k in part], told) for part, told in zip(slices, reports, strict=True)]
         self.coords = world.bcast(coords)
-        self.mine = world.scatter(pieces)
+        self.mine, self._reports = world.scatter(pieces)
 
-    def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> Tensor:
-        """The estimate on S [n], in the order of S: each rank's units, joined exactly, combined on all. Raises Interrupted."""
-        engine, coords, n = self._engine, self.coords, estimator.units(len(self.coords))
+    def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> tuple[float, Tensor]:
+        """(loss at theta, the estimate on S [n] in the order of S): each rank's units, joined exactly, combined on all ranks.
+
+        Raises Interrupted.
+        """
+        engine, coords, shards = self._engine, self.coords, self.shards
+        self._units = n = estimator.units(len(coords))
+        shards.begin(step)
+        if n == 0:
+            return self._without_units(estimator, step)
 
         def evaluate(piece: range) -> np.ndarray:
-            return estimator.evaluate(engine, coords, step, piece).cpu().numpy()
+            self._use(piece.start // n)
+            local = range(piece.start % n, (piece.stop - 1) % n + 1)
+            return self._measured(local, estimator, lambda: estimator.evaluate(engine, coords, step, local).cpu().numpy())
 
-        if n == 0:  # nothing to join
-            return estimator.combine(engine, coords, step, torch.zeros(0, dtype=engine.index.dtype))
-        if estimator.by_coordinate:
-            values = self._joined(n, self.mine, lambda chunk: self._measured(chunk, evaluate), partial)
-        else:
-            values = self.split(n, evaluate, partial)
-        values = torch.from_numpy(values).to(engine.index.device)
-        self.bad_unit = next(iter((~torch.isfinite(values)).nonzero().flatten().tolist()), None)
-        return estimator.combine(engine, coords, step, values)
+        if shards.count == 1:  # all know the loss, whether they have a piece or not
+            self.attempt(lambda: self._use(0))
+        values = self._joined(n * shards.count, self.mine, evaluate, partial, self._reports if shards.count > 1 else [])
+        rows = shards.rows
+        if shards.count > 1:
+            rows = np.zeros_like(rows)
+            rows[self._reports] = shards.rows[self._reports]
+            rows = self._world.join(rows)
+        loss = shards.settle(rows)
+        self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(values)).tolist()), None)
+        values = torch.from_numpy(shards.average(values.reshape(shards.count, n))).to(engine.index.device)
+        return loss, estimator.combine(engine, coords, step, values)
 
-    def _measured(self, chunk: range, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
-        """``evaluate(chunk)``, and what a coordinate of its parameter costs; a compiler's time is no part of that."""
-        index, compiled_before, start = self._engine.index, self._engine.compile_s, time.perf_counter()
-        values = evaluate(chunk)
-        devices.synchronize(index.device)
-        seconds = time.perf_counter() - start - (self._engine.compile_s - compiled_before)
-        owners = index.owner(self.coords[chunk.start : chunk.stop])
-        np.minimum.at(self._seconds, owners, max(seconds, 1e-9) / len(chunk))
+    def _without_units(self, estimator: Estimator, step: int) -> tuple[float, Tensor]:
+        """As :meth:`estimate`, for an estimator that makes all of it from a bound batch: the ranks share shards."""
+        engine, shards, nothing = self._engine, self.shards, torch.zeros(0, dtype=self.index.dtype)
+        if shards.count == 1:
+            shards.use(0)
+            return shards.settle(shards.rows), estimator.combine(engine, self.coords, step, nothing)
+
+        def combined(mine: range) -> np.ndarray:
+            found = []
+            for shard in mine:
+                shards.use(shard)
+                found.append(estimator.combine(engine, self.coords, step, nothing).cpu().numpy())
+            return np.array(found, nothing.numpy().dtype).reshape(len(mine), len(self.coords))
+
+        values = self._world.split(shards.count, combined)
+        loss = shards.settle(self._world.split(shards.count, lambda mine: shards.rows[mine]))
+        return loss, torch.from_numpy(shards.average(values)).to(engine.index.device)
+
+    def place(self, unit: int, estimator: Estimator) -> str:
+        """What an error calls a unit."""
+        shard, k = divmod(unit, self._units)
+        which = f" on shard {shard} of the batch" if self.shards.count > 1 else ""
+        return estimator.place(self.index, self.coords, k) + which
+
+    def _use(self, shard: int) -> None:
+        """Bind a shard, and note what that costs; a compiler's time is no part of it."""
+        if shard == self.shards.bound:
+            return
+        with self._timed() as timed:
+            self.shards.use(shard)
+        self._seconds[-1] = min(self._seconds[-1], timed.seconds)
+
+    def _measured(self, piece: range, estimator: Estimator, evaluate: Callable[[], np.ndarray]) -> np.ndarray:
+        """``evaluate()``, and what a coordinate of its parameter, or a direction, costs."""
+        with self._timed() as timed:
+            values = evaluate()
+        owners = self.index.owner(self.coords[piece.start : piece.stop]) if estimator.by_coordinate else [-2]
+        np.minimum.at(self._seconds, owners, timed.seconds / len(piece))
         return values
 
-    def split(self, n: int, evaluate: Callable[[range], np.ndarray], partial: Partial | None = None) -> np.ndarray:
-        """``evaluate(indices)`` [len(indices)] for all of 0..n-1, shared out and joined on all ranks [n]. Raises Interrupted."""
-        pieces = _missing(self._pieces(n), partial)
-        return self._joined(n, pieces[self._world.rank :: self._world.size], evaluate, partial)
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[SimpleNamespace]:
+        """``seconds`` of what runs within, but for a compiler's."""
+        timed, compiled_before, start = SimpleNamespace(seconds=math.inf), self._engine.compile_s, time.perf_counter()
+        yield timed
+        devices.synchronize(self.index.device)
+        timed.seconds = max(1e-9, time.perf_counter() - start - (self._engine.compile_s - compiled_before))
+
+    def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
+        """``evaluate(indices)`` [len(indices)] for all of 0..n-1, shared out and joined on all ranks [n]. Raises Interrupted.
+
+        Each rank has neighbouring ones.
+        """
+        pieces, ranks = self._pieces(n), self._world.size
+        mine = [piece for k, piece in enumerate(pieces) if k * ranks // len(pieces) == self._world.rank]
+        return self._joined(n, mine, evaluate)
 
     def attempt(self, ask: Callable, otherwise=math.nan):
         """``ask()``, what each rank does by itself; where its black box fails, ``otherwise``, and all leave the next estimate."""
@@ -108,21 +178,25 @@ class Distribution:
         failure, self._failure = self._failure, None
         return self._world.first_message(failure)
 
-    def owner_of(self, unit: int, estimator: Estimator) -> int:
+    def owner_of(self, unit: int) -> int:
         """The rank that evaluates a unit of an estimate that was not interrupted. Collective."""
-        if estimator.by_coordinate:
-            return self._world.maximum(self._world.rank if any(unit in chunk for chunk in self.mine) else -1)
-        pieces = self._pieces(estimator.units(len(self.coords)))
-        return next(k for k, piece in enumerate(pieces) if unit in piece) % self._world.size
+        return self._world.maximum(self._world.rank if any(unit in piece for piece in self.mine) else -1)
 
     def _pieces(self, n: int) -> list[range]:
         size = max(1, min(self._engine.at_once, -(-n // PIECES)))
         return [range(k, min(k + size, n)) for k in range(0, n, size)]
 
-    def _joined(self, n: int, mine: list[range], evaluate: Callable[[range], np.ndarray], partial: Partial | None) -> np.ndarray:
-        """Evaluate this rank's pieces, join all [n]. Collective."""
+    def _joined(
+        self,
+        n: int,
+        mine: list[range],
+        evaluate: Callable[[range], np.ndarray],
+        partial: Partial | None = None,
+        reports: Sequence[int] = (),
+    ) -> np.ndarray:
+        """Evaluate this rank's pieces, bind the shards that it reports and has no piece of, join all [n]. Collective."""
         world = self._world
-        values = np.zeros(n + 1, torch.empty(0, dtype=self._engine.index.dtype).numpy().dtype)
+        values = np.zeros(n + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
         done = np.zeros(n, bool)
         for piece in mine:
             if self._leaves():
@@ -131,6 +205,9 @@ class Distribution:
             if part is not None:
                 values[piece.start : piece.stop] = part
                 done[piece.start : piece.stop] = True
+        for shard in reports:
+            if not any(piece.start // self._units == shard for piece in mine) and not self._leaves():
+                self.attempt(lambda shard=shard: self._use(shard))
         values[n] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
         joined = world.join(values)
         unfinished, joined = joined[n] > 0, joined[:n]
@@ -146,11 +223,23 @@ class Distribution:
             self._cancellation.cancel()
         return self._cancellation.cancelled()
 
-    @staticmethod
-    def _cost_per_coordinate(seconds: np.ndarray) -> np.ndarray:
-        """Measured where there is a measurement, else the mean of those; equal before the first step."""
-        known = np.isfinite(seconds)
-        return np.where(known, seconds, seconds[known].mean() if known.any() else 1.0)
+
+def _known(seconds: np.ndarray) -> np.ndarray:
+    """Measured where there is a measurement, else the mean of those; a base pass that of BASES of them. Equal before a step."""
+    known = np.isfinite(seconds)
+    mean = seconds[:-1][known[:-1]].mean() if known[:-1].any() else 1.0
+    guess = np.full(len(seconds), mean)
+    guess[-1] = BASES * mean
+    return np.where(known, seconds, guess)
+
+
+def _reporters(shards: list[set[int]], count: int) -> list[list[int]]:
+    """For each rank the shards that it reports: the first rank with work of a shard does, and some rank where none has any."""
+    reports = [[] for _ in shards]
+    for shard in range(count):
+        has = [rank for rank, own in enumerate(shards) if shard in own]
+        reports[has[0] if has else shard % len(shards)].append(shard)
+    return reports
 
 
 def _missing(pieces: list[range], partial: Partial | None) -> list[range]:

@@ -40,7 +40,7 @@ class Trainer:
         self._quiet, self._index = quiet, task.engine.index
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)
         self._requests = Requests(self.config, folder.path if world.is_root else None)
-        self._distribution = Distribution(world, task.engine, self._requests.urgent)
+        self._distribution = Distribution(world, task, self._requests.urgent)
         self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
         self.budget = Budget(task, self._estimator, self._pattern)
         self.state = TrainingState(task, self._pattern, self.budget)
@@ -101,11 +101,10 @@ class Trainer:
         self._buffers_before = [b.clone() for b in self.task.model.buffers()]
         self._seed()
         new_slices = self._draw()
-        self._seed()  # scores draw random numbers, too, and are not made again when a step is completed
         loss, estimate = self._gradient()
         step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
-        checks.check_changes(self.world, step, estimate, self._estimator, self.task)
+        checks.check_changes(self.world, step, estimate, self._estimator, self.task, self._distribution.shards)
         state.partial, self.budget.queries = None, self.budget.queries + self.budget.of_step(n)
         lr = state.optimizer.param_groups[0]["lr"]
         self._update(estimate)
@@ -143,22 +142,19 @@ class Trainer:
             self.budget.queries, self._pattern.queries = self.budget.queries + self._pattern.queries, 0
             reassign = True
         if reassign:
-            known = self.state.partial if self._estimator.by_coordinate else None
-            self._distribution.assign(self._pattern.coords if self.world.is_root else None, known)
+            coords = self._pattern.coords if self.world.is_root else None
+            self._distribution.assign(coords, self._estimator, self.state.partial)
         return reassign
 
     def _gradient(self) -> tuple[float, torch.Tensor]:
         """(loss at theta, the gradient estimate on S [n]). Raises Interrupted."""
         if self.task.shared:
             return self._shared_gradient(self.task.shared)
-        if self._estimator.units(len(self._distribution.coords)):  # the join tells all ranks of a black box that failed
-            loss = self._distribution.attempt(lambda: self.task.bind(self.state.step))
-        else:
-            loss = self.task.bind(self.state.step)
-        return loss, self._distribution.estimate(self._estimator, self.state.step, self.state.partial)
+        return self._distribution.estimate(self._estimator, self.state.step, self.state.partial)
 
     def _shared_gradient(self, shared: SharedGradient) -> tuple[float, torch.Tensor]:
         """(loss, gradient on S [n]) by autograd from parts of the batch, dealt out to the ranks."""
+        self._seed()  # scores may have drawn random numbers
 
         def rows_of(mine: range) -> np.ndarray:
             lost = np.full((len(mine), shared.width), np.nan)

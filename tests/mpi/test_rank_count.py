@@ -20,6 +20,10 @@ CONFIGS = {
     "static-weights": ("digits.toml", sets(sparsity__pattern="static", sparsity__target="weights")),
     "fo-grasp": ("digits.toml", sets(sparsity__pattern="static", sparsity__scores="fo-grasp", stop__steps=3)),
     "autograd": ("digits.toml", sets(zo__estimator="autograd", sparsity__ratio=0.0, optim__nesterov=True)),
+    "shards": ("digits.toml", sets(data__shards=4, stop__steps=4)),
+    "shards-full": ("digits.toml", sets(data__shards=2, zo__engine="full", stop__steps=3)),
+    "shards-rge": ("digits.toml", sets(data__shards=4, zo__estimator="rge", zo__q=5, sparsity__pattern="regrasp", stop__steps=4)),
+    "shards-autograd": ("digits.toml", sets(data__shards=4, zo__estimator="autograd", stop__steps=3)),
     "dropout": ("own.toml", sets(model__name="userland:Dropout", zo__engine="full")),
     "objective": ("objective.toml", sets(stop__steps=10)),
     "two-coordinates": ("objective.toml", sets(sparsity__ratio=0.4, sparsity__scores="random", stop__steps=10)),  # on three ranks

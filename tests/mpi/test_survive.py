@@ -37,6 +37,7 @@ NET = [
     *sets(model__name="userland:LongNet", zo__engine="full", zo__difference="central", sparsity__ratio=0.1, stop__steps=3),
 ]
 RUNS = {"cge": LONG, "rge": [*LONG, *RGE], "central": [*LONG, *sets(zo__difference="central")], "net": NET}
+RUNS["shards"] = [*NET, *sets(data__shards=2)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +108,7 @@ def stopped(place):
     stop("rge", "rge", 2, 1, 2)
     stop("central", "central", 3, 2, 1, 0.2)
     stop("net", "net", 2, 0, 1, 0.7)
+    stop("shards", "shards", 3, 1, 1, 0.7)
     stop("scores", "scores", 2, 0, 2, 0.6)
     results["cge-2"] = interrupted(place, 3, "cge", LONG, 0, 2)
     partial["cge-2"] = (checkpoints(place / "cge")[-1].name, tensor(checkpoints(place / "cge")[-1], "partial/done"))
@@ -126,7 +128,7 @@ def continued(place, stopped):
     return batch(1, place, cases)
 
 
-@pytest.mark.parametrize("name", ["cge", "rge", "central", "net"])
+@pytest.mark.parametrize("name", ["cge", "rge", "central", "net", "shards"])
 def test_a_long_step_is_left_unfinished_and_completed(place, stopped, continued, name):
     """A signal to one rank only: all stop between two chunks, the differences known so far are kept, the bits are the same."""
     result, (file, done) = stopped[0][name], stopped[1][name]

@@ -31,6 +31,8 @@ class DefenseTask(Task):
     The noise of a training step is a function of (seed, step, position in the batch), the same for every query.
     """
 
+    in_shards = True
+
     def __init__(self, config: Config, device: torch.device):
         self.config = config.model_copy(deep=True)
         seed, task = config.run.seed, config.task
@@ -71,15 +73,17 @@ class DefenseTask(Task):
     def made(self) -> dict[str, Mapping[str, Tensor]]:
         return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
 
-    def bind(self, step: int) -> float:
-        self._set_mode()
-        clean, noisy = self.batch(step)
-        return self.engine.bind(noisy, self.targets(clean))
+    def bind(self, step: int, shard: int = 0) -> float:
+        return self._bind(*self.batch(step), shard)
 
-    def bind_for_scores(self, number: int) -> float:
-        self._set_mode()
+    def bind_for_scores(self, number: int, shard: int | None = None) -> float:
         clean, _ = self.batches.balanced(number)
-        return self.engine.bind(self._noisy(clean, "score-noise", number), self.targets(clean))
+        return self._bind(clean, self._noisy(clean, "score-noise", number), shard)
+
+    def _bind(self, clean: Tensor, noisy: Tensor, shard: int | None) -> float:
+        self._set_mode()
+        part = data.shard(shard, self.config.data.shards, len(clean))
+        return self.engine.bind(self._laid_out(noisy[part]), self.targets(clean[part]))
 
     def _shared_batch(self, step: int) -> tuple[int, Callable[[slice], Tensor]]:
         """What :class:`dzhpc.method.first_order.SharedGradient` asks for."""

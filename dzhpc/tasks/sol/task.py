@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dzhpc.config import Config, is_function
-from dzhpc.data import Order
+from dzhpc.data import Order, shard
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
@@ -35,6 +35,8 @@ class SolTask(Task):
     :mod:`dzhpc.tasks.sol.rollout`; a step that has diverged counts with the bound, so it never ends a run.
     """
 
+    in_shards = summed = True
+
     def __init__(self, config: Config, device: torch.device):
         self.config = config.model_copy(deep=True)
         task, zo, batch = config.task, config.zo, config.data.batch_size
@@ -50,7 +52,7 @@ class SolTask(Task):
         if zo.engine == "full" or self.shared:  # there the engine only serves scores
             self.engine = Unrolled(self.correction, self.simulator, task.unroll)
         else:
-            self.engine = UnrolledDelta(self.correction, self.simulator, task.unroll, batch, zo.memory_mb)
+            self.engine = UnrolledDelta(self.correction, self.simulator, task.unroll, batch // config.data.shards, zo.memory_mb)
         self.steps_per_epoch = self.windows.steps_per_epoch
         self.evaluation_parts, frames = self.reference.valid.states.shape[:2]
         self._steps = min(LONGEST, frames - 1)
@@ -65,9 +67,12 @@ class SolTask(Task):
         train = {"states": self.reference.train.states, "parameters": self.reference.train.parameters}
         return {f"data.name = {self.config.data.name}": train, **super().made()}
 
-    def bind(self, step: int) -> float:
+    def bind(self, step: int, shard: int = 0) -> float:
         self.model.train()
-        return self._advised(step, lambda: self.engine.bind(self.windows.batch(step)))
+        return self._advised(step, lambda: self.engine.bind(self._part(self.windows.batch(step), shard)))
+
+    def _part(self, windows: Windows, number: int | None) -> Windows:
+        return windows[shard(number, self.config.data.shards, len(windows.names))]
 
     @staticmethod
     def _advised(step: int, ask: Callable[[], T]) -> T:
@@ -77,10 +82,10 @@ class SolTask(Task):
             cause = "lower optim.lr, and go back to an earlier checkpoint" if step else UNTRAINED
             raise NumericalError(f"{error}; {cause}") from None
 
-    def bind_for_scores(self, number: int) -> float:
+    def bind_for_scores(self, number: int, shard: int | None = None) -> float:
         self.model.train()
         try:
-            return self.engine.bind(self.windows.drawn(number))
+            return self.engine.bind(self._part(self.windows.drawn(number), shard))
         except Diverged as error:
             raise NumericalError(
                 f"{error} (pruning scores are taken at theta and, for ZO-GraSP, at theta + zo.mu * gradient, which may be far "
