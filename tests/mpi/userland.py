@@ -195,6 +195,26 @@ class Outage(LongStep):
         return super().__call__(thetas, step)
 
 
+class Iterates(Bowl):
+    """A solver that converges slowly where a stiffness, every third coordinate, is moved: heavy tails; notes when it is asked."""
+
+    def initial(self):
+        return np.linspace(-1, 1, 120)
+
+    def __call__(self, thetas, step):
+        start = time.monotonic()
+        moved = int(np.abs(thetas[0] - self.base).argmax()) if step == self.bound else -1
+        if moved < 0:
+            self.base, self.bound = thetas[0].copy(), step
+        seconds = 0.05 + 0.05 * (moved * 37 % 101 / 100) ** 8 if moved % 3 == 2 else 0.002
+        time.sleep(seconds)
+        with open(HERE / f"calls.{os.environ['BOX']}.{RANK}", "a") as file:
+            file.write(f"{step} {start} {time.monotonic()}\n")
+        return ((thetas**2 - 1) ** 2).sum(1)
+
+    bound, base = -1, np.zeros(120)
+
+
 class FullForAWhile(Bowl):
     """No file may grow beyond 4 KiB from step 2 until step 6."""
 
