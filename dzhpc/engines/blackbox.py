@@ -85,8 +85,10 @@ class BlackBox:
 class BlackBoxLoss:
     """mean over the batch of criterion(box(outputs), targets), for many perturbed outputs at once.
 
-    criterion: (answers [N, ...], targets [N, ...]) -> losses [N].
+    criterion: (answers [N, ...], targets [N, ...]) -> losses [N]. ``answered``: what the box said last [P, B, ...].
     """
+
+    answered: Tensor | None = None
 
     def __init__(self, box: BlackBox, criterion: Callable[[Tensor, Tensor], Tensor]):
         self._box, self._criterion = box, criterion
@@ -102,4 +104,5 @@ class BlackBoxLoss:
         losses = self._criterion(answers, targets.repeat(p, *[1] * (targets.ndim - 1)))
         if losses.shape != (p * outputs.shape[1],):
             raise InputError(f"the criterion gave {list(losses.shape)} for {len(answers)} answers; expected a loss for each")
+        self.answered = answers.unflatten(0, (p, -1))
         return losses.double().view(p, -1).mean(1)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.engines.batch import BatchEngine
 from dzhpc.engines.losses import Loss, loss_of
-from dzhpc.engines.network import NetworkEngine, untouched
+from dzhpc.engines.network import untouched
 from dzhpc.engines.protocol import AT_ONCE, PLAIN
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex, cut
@@ -15,7 +16,7 @@ from dzhpc.method.coordinates import ParameterIndex, cut
 CHUNK = 4  # coordinates between two looks at the clock; they are evaluated one at a time all the same
 
 
-class Full(NetworkEngine):
+class Full(BatchEngine):
     """Evaluates l(theta + mu e_j) - l(theta) by running the model once per coordinate.
 
     Every query sees the buffers and the random numbers that the base pass saw. Raises InputError for a name of no loss, for a
@@ -25,12 +26,10 @@ class Full(NetworkEngine):
     at_once, base_bytes, peak_bytes, compile_s, environment = AT_ONCE, 0, 0, 0.0, PLAIN
 
     def __init__(self, model: Callable, loss: str | Loss, parameters: Mapping[str, Tensor] | None = None):
-        self.loss = loss_of(loss)
+        loss = loss_of(loss)
         if parameters is None and not isinstance(model, torch.nn.Module):
             raise InputError("a callable that is not a torch.nn.Module needs parameters = {name: tensor}")
-        super().__init__(ParameterIndex(parameters) if parameters is not None else ParameterIndex.of(model), model)
-        self.model = model
-        self.batch: tuple[Tensor, Tensor] | None = None
+        super().__init__(ParameterIndex(parameters) if parameters is not None else ParameterIndex.of(model), model, loss)
 
     @torch.no_grad()
     def bind(self, inputs: Tensor, targets: Tensor) -> float:
@@ -41,7 +40,7 @@ class Full(NetworkEngine):
         self._begin()
         self.batch = inputs, targets
         with untouched(inputs, self.model):
-            base = self._loss(None)
+            base = self._base_loss(self.model(inputs), targets)
         return self._bound(base)
 
     def cut(self, coords: np.ndarray) -> list[range]:
@@ -56,13 +55,14 @@ class Full(NetworkEngine):
         """
         return self._one_by_one(coords, mu)
 
+    @torch.no_grad()
+    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
+        """z(theta + mu e_j) - z(theta) for each j in ``coords`` -> [n, *z.shape], by subtraction."""
+        return self._responses_singly(coords, mu)
+
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`."""
         return "engine full: the whole model for every query, one coordinate at a time"
 
-    def _loss(self, owner: int | None) -> Tensor:
-        inputs, targets = self.batch
-        return self.loss(self.model(inputs), targets)
-
-    def _loss_with_graph(self) -> Tensor:
-        return self._loss(None)
+    def _outputs_now(self, owner: int | None) -> Tensor:
+        return self.model(self.batch[0])

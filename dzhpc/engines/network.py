@@ -89,6 +89,10 @@ class NetworkEngine(ABC):
 
     def _one_by_one(self, coords: Iterable[int], mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta), each coordinate really moved -> [n]."""
+        return stacked(self._moving_each(coords, mu, lambda owner: self._query(owner) - self._base), self.index)
+
+    def _moving_each(self, coords: Iterable[int], mu: float, ask: Callable[[int], Tensor]) -> list[Tensor]:
+        """``ask(owner)`` for each coordinate, moved by mu meanwhile."""
         self._need_base()
         elements = [self.index.element(j) for j in checked(coords)]
         values = []
@@ -96,15 +100,15 @@ class NetworkEngine(ABC):
             for owner, element in elements:
                 with kept([element]):
                     element.add_(mu)
-                    values.append(self._query(owner) - self._base)
-        return stacked(values, self.index)
+                    values.append(ask(owner))
+        return values
 
-    def _by_chunks(self, coords: Iterable[int], evaluate: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """``evaluate(chunk)`` [len(chunk)] for all chunks of the sorted coordinates -> [n], in the order of ``coords``."""
+    def _by_chunks(self, coords: Iterable[int], evaluate: Callable[[np.ndarray], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+        """``evaluate(chunk)`` [len(chunk), *shape] for all chunks of the sorted coordinates -> [n, *shape], as in ``coords``."""
         self._need_base()
         coords = np.array(checked(coords), np.int64)
         order = np.argsort(coords, kind="stable")
-        out = torch.zeros(len(coords), dtype=self.index.dtype, device=self.index.device)
+        out = torch.zeros(len(coords), *shape, dtype=self.index.dtype, device=self.index.device)
         with self._pinned.unchanged():  # an operation without a rule runs as it is, its bookkeeping included
             for chunk in self.cut(coords[order]):
                 where = order[chunk.start : chunk.stop]

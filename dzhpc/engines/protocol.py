@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from dzhpc.engines.curvature import Curvature
 from dzhpc.method.coordinates import ParameterIndex
 
 PLAIN = {"compiled": "False", "kernels": "none"}  # the environment of an engine that leaves all to torch
@@ -100,6 +101,24 @@ class Engine(Protocol):
         """How the engine evaluates, a line a parameter where parameters differ: operations, why refused, chunk size, programs.
 
         Raises InputError where that depends on a batch and none was ever bound.
+        """
+
+
+class Responding(Engine, Protocol):
+    """An engine that gives whole outputs z: a network's, a black box's answers, the states of a solver, residuals.
+
+    The differences of ``differences`` are a reduction of the same numbers; a query is counted once whichever is asked for.
+    """
+
+    @property
+    def curvature(self) -> "Curvature":
+        """The loss as a function of z, around z(theta). Raises InputError without a bound batch, or where it is not known."""
+
+    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
+        """z(theta + mu e_j) - z(theta) for each j of ``coords`` -> [n, *z.shape]: mu times the columns of dz/dtheta, to O(mu).
+
+        Exactly 0 where z does not depend on a coordinate, and for a query that is lost (diverged, infeasible). Raises as
+        ``differences`` does.
         """
 
 

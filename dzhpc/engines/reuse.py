@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from dzhpc.engines.batch import BatchEngine
 from dzhpc.engines.full import CHUNK
 from dzhpc.engines.losses import Loss, loss_of
 from dzhpc.engines.moved import closure
-from dzhpc.engines.network import NetworkEngine, untouched
+from dzhpc.engines.network import untouched
 from dzhpc.engines.protocol import AT_ONCE, PLAIN
 from dzhpc.engines.traced import Traced, Traces, need_module
 from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex, cut
 
 
-class Reuse(NetworkEngine):
+class Reuse(BatchEngine):
     """As :class:`dzhpc.engines.full.Full`, to the same bits, at the cost of a partial forward pass per coordinate.
 
     memory_mb: a batch whose kept features need more MiB is refused (None: no limit). Raises InputError for what is no
@@ -31,12 +32,10 @@ class Reuse(NetworkEngine):
 
     def __init__(self, model: nn.Module, loss: str | Loss, memory_mb: float | None = None):
         need_module(model, "reuse")
-        self.model, self.loss = model, loss_of(loss)
-        super().__init__(ParameterIndex.of(model), model)
+        super().__init__(ParameterIndex.of(model), model, loss_of(loss))
         self._memory_mb = memory_mb
         self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "reuse")
         self._tails: Tails | None = None
-        self.batch: tuple[Tensor, Tensor] | None = None
         self._outputs: Tensor | None = None  # at theta
 
     @property
@@ -60,7 +59,7 @@ class Reuse(NetworkEngine):
                 self._tails = Tails(traced, len(self.index.names))
             self._outputs = traced.run(inputs, self._tails.wanted)
             self._check_memory()
-            base = self.loss(self._outputs, targets)
+            base = self._base_loss(self._outputs, targets)
         return self._bound(base)
 
     def cut(self, coords: np.ndarray) -> list[range]:
@@ -71,6 +70,11 @@ class Reuse(NetworkEngine):
     def differences(self, coords: Iterable[int], mu: float) -> Tensor:
         """As :meth:`dzhpc.engines.full.Full.differences`."""
         return self._one_by_one(coords, mu)
+
+    @torch.no_grad()
+    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
+        """z(theta + mu e_j) - z(theta) for each j in ``coords`` -> [n, *z.shape], by subtraction."""
+        return self._responses_singly(coords, mu)
 
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`."""
@@ -88,11 +92,8 @@ class Reuse(NetworkEngine):
                 f'raise it, use a smaller data.batch_size, or engine = "full"'
             )
 
-    def _loss(self, owner: int | None) -> Tensor:
-        return self.loss(self._tails.outputs(owner, self._outputs), self.batch[1])
-
-    def _loss_with_graph(self) -> Tensor:
-        return self.loss(self.model(self.batch[0]), self.batch[1])
+    def _outputs_now(self, owner: int | None) -> Tensor:
+        return self._tails.outputs(owner, self._outputs)
 
 
 class Tails:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.config import Config, import_object
+from dzhpc.engines.batch import changed
 from dzhpc.engines.blackbox import BlackBox
+from dzhpc.engines.curvature import Curvature, Squares
 from dzhpc.engines.network import checked
 from dzhpc.engines.protocol import PLAIN
 from dzhpc.errors import InputError
@@ -41,6 +43,16 @@ class Blocks(nn.Module):
             self._parameters[name] = nn.Parameter(tensor if tensor.is_floating_point() else tensor.double())
 
 
+class Residuals(BlackBox):
+    """A black box that gives m residuals to each theta [P, m]; an infinite one says that a theta is infeasible."""
+
+    def check(self, answers: Tensor, count: int) -> None:
+        if answers.ndim != 2 or len(answers) != count or not answers.shape[1]:
+            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; expected [{count}, m], a row a theta")
+        if self._shape is not None and answers.shape[1:] != self._shape:
+            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; before it was m = {self._shape[0]}")
+
+
 class Losses(BlackBox):
     """A black box that gives one loss to each theta. Which of them is no number, the trainer finds and names."""
 
@@ -54,7 +66,8 @@ class ObjectiveEngine:
 
     function: (thetas [P, d], step) -> losses [P], numpy or torch as ``initial()`` gave; P <= batch_limit. A loss of +inf says
         that a perturbed theta is infeasible: its difference counts as 0, so the coordinate stays out of this step; that is
-        counted, and named in a warning.
+        counted, and named in a warning. Where it has a method ``residuals(thetas, step)`` -> [P, m], that alone is asked, and
+        the loss is the mean of their squares; an infinite residual says infeasible.
     """
 
     base_bytes, peak_bytes, compile_s, environment = 0, 0, 0.0, PLAIN
@@ -62,9 +75,12 @@ class ObjectiveEngine:
     def __init__(self, function: Callable, model: Blocks, numpy: bool, batch_limit: int, retries: int, name: str):
         self.index = ParameterIndex.of(model)
         self.at_once = batch_limit
-        self._box = Losses(lambda thetas: function(thetas, self._step), batch_limit, numpy, retries, name)
+        ask = getattr(function, "residuals", None)
+        self._has_residuals = callable(ask)
+        kind, ask = (Residuals, ask) if self._has_residuals else (Losses, function)
+        self._box = kind(lambda thetas: ask(thetas, self._step), batch_limit, numpy, retries, name)
         self._step: int | None = None
-        self._base: Tensor | None = None
+        self._base: Tensor | None = None  # the loss at theta, or its residuals [m]
         self.lost = 0  # infeasible thetas since the last bind
 
     @property
@@ -78,8 +94,19 @@ class ObjectiveEngine:
             log.warning("%d infeasible thetas in all in the step before", self.lost)
         self._step = step
         self.lost = 0
-        self._base = self._losses(self._theta()[None])[0]
-        return float(self._base)
+        self._base = self._ask(self._theta()[None])[0]
+        return float(self._base.square().mean() if self._has_residuals else self._base)
+
+    @property
+    def curvature(self) -> Curvature:
+        """See :class:`dzhpc.engines.protocol.Responding`. Raises InputError for a loss that is one number."""
+        self._theta()
+        if not self._has_residuals:
+            raise InputError(
+                f'{self._box.name}: gives one number, of which no curvature is known; optim.name = "gauss-newton" needs its '
+                "residuals, a method residuals(thetas, step) -> [P, m]"
+            )
+        return Squares(self._base, 2 / len(self._base))
 
     def unbind(self) -> None:
         """Forget the step."""
@@ -92,14 +119,21 @@ class ObjectiveEngine:
 
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j -> [n]."""
+        return self._for_each(coords, mu, self._changes, ())
+
+    def responses(self, coords, mu: float) -> Tensor:
+        """The change of the residuals for each j -> [n, m]."""
+        return self._for_each(coords, mu, self._responses, self._base.shape)
+
+    def _for_each(self, coords, mu: float, changes: Callable, shape: tuple[int, ...]) -> Tensor:
         coords = torch.tensor(checked(coords), dtype=torch.int64)
         self.index.owner(coords.numpy())
         theta, values = self._theta(), []
         for part in coords.split(self.at_once):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
-            values.append(self._changes(thetas, lambda k, part=part: self.index.describe(int(part[k]))))
-        return torch.cat(values) if values else theta.new_zeros(0)
+            values.append(changes(thetas, lambda k, part=part: self.index.describe(int(part[k]))))
+        return torch.cat(values) if values else theta.new_zeros(0, *shape)
 
     def directional(self, directions, mu: float) -> Tensor:
         """l(theta + mu u_i) - l(theta) for each direction [d] -> [q]."""
@@ -124,15 +158,27 @@ class ObjectiveEngine:
 
     def _changes(self, thetas: Tensor, name: Callable[[int], str]) -> Tensor:
         """l(thetas) - l(theta) [P]; name: of the perturbation of a row."""
-        losses = self._losses(thetas)
-        infeasible = losses.isposinf()
+        if self._has_residuals:  # no losses are subtracted: the mean of d (2 r + d)
+            changes = self._responses(thetas, name)
+            return (changes * (2 * self._base + changes)).mean(1)
+        losses = self._ask(thetas)
+        return (losses - self._base).masked_fill(self._lost(losses.isposinf(), name), 0)
+
+    def _responses(self, thetas: Tensor, name: Callable[[int], str]) -> Tensor:
+        """The residuals' changes [P, m]."""
+        residuals = self._ask(thetas)
+        infeasible = self._lost(residuals.isinf().any(1), name)
+        return changed(residuals, self._base).masked_fill(infeasible[:, None], 0)
+
+    def _lost(self, infeasible: Tensor, name: Callable[[int], str]) -> Tensor:
+        """Take note of infeasible thetas [P]."""
         for k in infeasible.nonzero().flatten().tolist():
             if self.lost == 0:
                 log.warning("%s: infeasible (+inf) when %s is perturbed: it stays out of this step", self._box.name, name(k))
             self.lost += 1
-        return (losses - self._base).masked_fill(infeasible, 0)
+        return infeasible
 
-    def _losses(self, thetas: Tensor) -> Tensor:
+    def _ask(self, thetas: Tensor) -> Tensor:
         return self._box(thetas).to(self.index.dtype)
 
 
@@ -148,9 +194,11 @@ class ObjectiveTask(Task):
         function = import_object(name, "task.function")
         if isinstance(function, type) or not hasattr(function, "initial"):
             function = function() if callable(function) else function
-        if not callable(function) or not callable(getattr(function, "initial", None)):
+        asked = callable(function) or callable(getattr(function, "residuals", None))
+        if not asked or not callable(getattr(function, "initial", None)):
             raise InputError(
-                f"task.function = {name}: needs initial() -> theta0 [d] and __call__(thetas [P, d], step) -> losses [P]"
+                f"task.function = {name}: needs initial() -> theta0 [d], and __call__(thetas [P, d], step) -> losses [P] or "
+                "residuals(thetas [P, d], step) -> [P, m]"
             )
         initial = function.initial()
         try:

@@ -18,10 +18,11 @@ from dzhpc.models.identity import model_sha256
 from dzhpc.tasks import make_task
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
+from dzhpc.tasks.sol.loss import DIVERGED, Windows
 from dzhpc.tasks.sol.projected import Projected
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
-from dzhpc.tasks.sol.unrolled import DIVERGED, Unrolled, UnrolledDelta, Windows
+from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta
 from dzhpc.tasks.sol.wake import Wake, pack
 
 CPU = torch.device("cpu")

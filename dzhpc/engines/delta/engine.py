@@ -8,12 +8,14 @@ channel stays there as long as it can.
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from dzhpc.engines.batch import BatchEngine, changed
+from dzhpc.engines.blackbox import BlackBoxLoss
 from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.losschange import LossChange
 from dzhpc.engines.delta.plan import Plans, Route, Sized
@@ -21,7 +23,7 @@ from dzhpc.engines.delta.propagation import Propagation
 from dzhpc.engines.delta.rules import table
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.losses import Loss, loss_of
-from dzhpc.engines.network import NetworkEngine, untouched
+from dzhpc.engines.network import untouched
 from dzhpc.engines.protocol import AT_ONCE
 from dzhpc.engines.reuse import Tails
 from dzhpc.engines.traced import Traced, Traces, name_of, need_module
@@ -36,7 +38,7 @@ NAMED = 6  # operations of a route in an explanation
 LARGEST = 64  # coordinates in a chunk: more would leave the last chunk of a layer emptier, and save little
 
 
-class Delta(NetworkEngine):
+class Delta(BatchEngine):
     """As :class:`dzhpc.engines.full.Full`, to more digits and at a fraction of its cost.
 
     precision: "fp32": changes travel in the parameters' own type; "bf16": in bfloat16, statistics and losses as before.
@@ -66,8 +68,7 @@ class Delta(NetworkEngine):
         emulate: bool = False,
     ):
         need_module(model, "delta")
-        self.model, self.loss = model, loss_of(loss)
-        super().__init__(ParameterIndex.of(model), model)
+        super().__init__(ParameterIndex.of(model), model, loss_of(loss))
         if precision == "bf16" and not emulate and not devices.has_fast_bf16(self.index.device):
             raise InputError(
                 'zo.precision = "bf16": this hardware has no bfloat16 products, and emulating them is slower than fp32 by far; '
@@ -86,7 +87,6 @@ class Delta(NetworkEngine):
         self._tails: Tails | None = None  # for what no rule serves
         self._propagation: Propagation | None = None
         self._plans: Plans | None = None
-        self.batch: tuple[Tensor, Tensor] | None = None
         self._outputs: Tensor | None = None  # at theta; None before the first base pass
 
     @property
@@ -128,7 +128,7 @@ class Delta(NetworkEngine):
             self._outputs = self._run_base(inputs)
             self._propagation.new_batch()
             self._loss_change.bind(self._outputs, targets)
-            base = self.loss(self._outputs, targets)
+            base = self._base_loss(self._outputs, targets)
         return self._bound(base)
 
     def cut(self, coords: np.ndarray) -> list[range]:
@@ -143,7 +143,15 @@ class Delta(NetworkEngine):
     @torch.no_grad()
     def differences(self, coords: Iterable[int], mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        return self._by_chunks(coords, lambda chunk: self._evaluate_chunk(chunk, mu))
+        reduce = lambda change, count: self._loss_change(change, count, self._base)  # noqa: E731
+        return self._by_chunks(coords, lambda chunk: self._evaluate_chunk(chunk, mu, self._one_by_one, reduce))
+
+    @torch.no_grad()
+    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
+        """z(theta + mu e_j) - z(theta) for each j in ``coords`` -> [n, *z.shape]; only answers of a black box are subtracted."""
+        self._need_base()
+        evaluate = lambda chunk: self._evaluate_chunk(chunk, mu, self._responses_singly, self._answer_change)  # noqa: E731
+        return self._by_chunks(coords, evaluate, self._z.shape)
 
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`; for the shape of the batch bound last."""
@@ -208,21 +216,29 @@ class Delta(NetworkEngine):
                 self._plans.measure(shape)
         return self._plans.sized(owner, shape)
 
-    def _evaluate_chunk(self, coords: np.ndarray, mu: float) -> Tensor:
-        """Differences of some coordinates [n] of one parameter -> [n]."""
+    def _answer_change(self, change: Tensor, count: int) -> Tensor:
+        """The change of z [count, ...] for changes of the outputs [P, B, ...], of which the others fill the shape."""
+        change = change.to(self.index.dtype)[:count]
+        if not isinstance(self.loss, BlackBoxLoss):
+            return change
+        self.loss.many(self._outputs + change, self.batch[1])
+        return changed(self.loss.answered, self._z).to(self.index.dtype)
+
+    def _evaluate_chunk(self, coords: np.ndarray, mu: float, singly: Callable, reduce: Callable) -> Tensor:
+        """``reduce(change of the outputs [P, B, ...], n)`` for coordinates [n] of one parameter, or ``singly(coords, mu)``."""
         owner = int(self.index.owner(coords[:1])[0])
         route = self.routes[owner]
         if route.refusal:
             self._say_once(f"{route.refusal}: evaluated one coordinate at a time")
         if not route.propagates:
-            return self._one_by_one(coords, mu)
+            return singly(coords, mu)
         padded = np.pad(coords, (0, self._size(owner) - len(coords)), mode="edge")  # one shape, one program
-        found = self._chunk(owner, padded, mu, len(coords))
+        found = reduce(self._chunk(owner, padded, mu), len(coords))
         self.queries += len(coords)
         return found
 
-    def _chunk(self, owner: int, coords: np.ndarray, mu: float, count: int) -> Tensor:
-        """Differences of the first ``count`` coordinates [P] of one parameter; the others fill the shape -> [count]."""
+    def _chunk(self, owner: int, coords: np.ndarray, mu: float) -> Tensor:
+        """Changes of the outputs [P, B, ...] for coordinates [P] of one parameter."""
         nodes, sized = self.routes[owner].nodes, self._sized(owner)
         first, output = nodes[0], nodes[-1].args[0]
         seed = self._propagation.seed(first, self.index.parameters[owner], coords - self.index.offsets[owner], mu)
@@ -232,13 +248,10 @@ class Delta(NetworkEngine):
             self._propagation.advance(run, changes)
             for node in done:
                 changes.pop(node, None)
-        return self._loss_change(changes[output].dense(self._traced.value(output)), count, self._base)
+        return changes[output].dense(self._traced.value(output))
 
-    def _loss(self, owner: int | None) -> Tensor:
-        return self.loss(self._tails.outputs(owner, self._outputs), self.batch[1])
-
-    def _loss_with_graph(self) -> Tensor:
-        return self.loss(self.model(self.batch[0]), self.batch[1])
+    def _outputs_now(self, owner: int | None) -> Tensor:
+        return self._tails.outputs(owner, self._outputs)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dzhpc import data
 from dzhpc.config import Config, Model, import_object, is_function, path_of
+from dzhpc.engines.batch import changed
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
+from dzhpc.engines.curvature import CrossEntropy, Curvature
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
@@ -118,6 +120,25 @@ class Answers:
         return -torch.where(targets > 0, targets * self.log_probabilities(answers), 0).sum(1)
 
 
+class AnsweredCrossEntropy(CrossEntropy):
+    """Cross entropy of answers [N, K], logits or probabilities, against probabilities [N, K]."""
+
+    def __init__(self, answers: Answers, base: Tensor, targets: Tensor, dtype: torch.dtype):
+        self._answers, self._base, self._log_p, self._dtype = answers, base.double(), answers.log_probabilities(base), dtype
+        super().__init__(self._log_p, targets, dtype)
+
+    def slopes(self, changes: Tensor) -> Tensor:
+        return super().slopes(self._logits(changes))
+
+    def roots(self, changes: Tensor) -> Tensor:
+        return super().roots(self._logits(changes))
+
+    def _logits(self, changes: Tensor) -> Tensor:
+        """Changes of log p [P, N, K] from those of the answers."""
+        moved = self._answers.log_probabilities((self._base + changes).flatten(0, 1)).view(changes.shape)
+        return changed(moved, self._log_p).to(self._dtype)
+
+
 class ClassifierLoss(BlackBoxLoss):
     """mean CE(f(clamp(outputs)), targets): the last factor of (A2); images leave [0, 1] no further than the denoiser.
 
@@ -127,6 +148,10 @@ class ClassifierLoss(BlackBoxLoss):
     def __init__(self, box: BlackBox, answers: Answers, network: Frozen | None = None):
         super().__init__(lambda images: box(images.clamp(0, 1)), answers.cross_entropy)
         self._answers, self._network = answers, network
+
+    def curvature(self, answers: Tensor, targets: Tensor, dtype: torch.dtype) -> Curvature:
+        """That of (A2) as a function of answers [N, K], by way of their log-probabilities."""
+        return AnsweredCrossEntropy(self._answers, answers, targets, dtype)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of outputs [B, C, H, W] against probabilities [B, K] -> scalar float64."""

@@ -16,10 +16,11 @@ from dzhpc.tasks import fitting
 from dzhpc.tasks.protocol import Cost, Task
 from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
+from dzhpc.tasks.sol.loss import Diverged, Windows
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
 from dzhpc.tasks.sol.simulators import make_simulator
-from dzhpc.tasks.sol.unrolled import Diverged, Unrolled, UnrolledDelta, Windows
+from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta
 
 log = logging.getLogger("dzhpc")
 LONGEST = 500  # steps of an evaluation

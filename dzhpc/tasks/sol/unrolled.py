@@ -1,8 +1,4 @@
-"""The loss over unrolled steps, and how a perturbed network changes it: engines ``full`` and ``delta`` of a solver in the loop.
-
-s_i = C(S(s_{i-1})), i = 1..n, S a step of the solver, C the correction; with r_i = s_i - reference, B windows,
-
-    l(theta) = 1/n sum_i sum_B sum_entries (r_i / sigma)^2 / 2                                        (DeepZero, eq. A3)
+"""How a perturbed network changes the loss over unrolled steps: engines ``full`` and ``delta`` of a solver in the loop.
 
 A query *diverges* where a state is not finite, or its distance from the reference above DIVERGED sigma in the r.m.s. over its
 entries. Its difference counts as 0, so the coordinate stays out of this step; that is counted, and named in a warning. Where
@@ -11,90 +7,27 @@ all of a chunk diverge, at least SEVERAL, their differences are NaN, which ends 
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.engines.curvature import Curvature, Squares
 from dzhpc.engines.network import NetworkEngine, checked, stacked
 from dzhpc.engines.protocol import AT_ONCE, PLAIN
 from dzhpc.engines.rankone import repeated, try_out
-from dzhpc.errors import InputError, NumericalError
+from dzhpc.errors import InputError
 from dzhpc.method.coordinates import ParameterIndex, cut
 from dzhpc.tasks.sol.correction import Correction
+from dzhpc.tasks.sol.loss import UnrolledLoss, Windows
 from dzhpc.tasks.sol.simulators import Simulator
 
 log = logging.getLogger("dzhpc")
-DIVERGED = 30.0
 SEVERAL = 8
 STATES = {"cpu": 96, "cuda": 4096}  # of a chunk at most
 BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 3  # of a layer's largest features that are alive at once
-
-
-class Diverged(NumericalError):
-    """The corrected solver diverges at theta."""
-
-
-@dataclass
-class Windows:
-    """Pieces of B reference trajectories: states [B, n + 1, ...], the first to start from; parameters [B]; what errors say."""
-
-    states: Tensor
-    parameters: Tensor
-    names: list[str]
-
-    def __getitem__(self, positions: slice) -> "Windows":
-        return Windows(self.states[positions], self.parameters[positions], self.names[positions])
-
-
-class UnrolledLoss:
-    """(A3) of B windows, and when its steps diverge."""
-
-    def __init__(self, correction: Correction, simulator: Simulator, unroll: int):
-        self.correction, self.simulator, self.unroll = correction, simulator, unroll
-        self.most = 0.5 / unroll * DIVERGED**2 * correction.entries  # that a step of a window adds if it has not diverged
-        self._scale = 0.5 / unroll / correction.sigma.double().flatten() ** 2  # [C]
-
-    @torch.no_grad()
-    def first(self, windows: Windows) -> Tensor:
-        """S(s_0) [B, ...], the same for all theta: the network comes after it."""
-        return self.simulator(windows.states[:, 0], windows.parameters)
-
-    def __call__(self, windows: Windows, first: Tensor | None = None, path: list | None = None) -> Tensor:
-        """What each step and window adds to the loss [n, B] float64, with its graph.
-
-        first: the solver's first step, where it is known. path: gets (S(s_{i-1}), s_i) for i = 1 .. n. Raises Diverged for a
-        theta that diverges, NumericalError where the solver's first step, which knows no theta, is not finite.
-        """
-        losses = []
-        for step, (advanced, states, terms) in enumerate(self.steps(windows, self.first(windows) if first is None else first)):
-            if (bad := ~(terms <= self.most)).any():
-                window = int(bad.nonzero()[0])
-                name = windows.names[window]
-                if step == 0 and not torch.isfinite(advanced[window]).all():
-                    raise NumericalError(f"{name}: {self.simulator.name} makes what is not finite of this frame of the reference")
-                raise Diverged(f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed")
-            losses.append(terms)
-            if path is not None:
-                path.append((advanced, states))
-        return torch.stack(losses)
-
-    def steps(self, windows: Windows, advanced: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(S(s_{i-1}), s_i, what the step adds to the loss [B] float64) for i = 1 .. n, from S(s_0)."""
-        for step in range(1, self.unroll + 1):
-            states = self.correction(advanced, windows.parameters)
-            yield advanced, states, self.weighed((states.double() - windows.states[:, step]).square())
-            if step < self.unroll:
-                advanced = self.simulator(states, windows.parameters)
-
-    def weighed(self, squares: Tensor) -> Tensor:
-        """Squares [..., *shape of a state] summed as (A3) does [...] float64; entries that a state has not are 0."""
-        leading = squares.shape[: squares.ndim - len(self.correction.shape)]
-        rows = squares.sum(-1).double().reshape(*leading, len(self._scale), -1)
-        return (rows.sum(-1) * self._scale).sum(-1)
 
 
 class InTheLoop(NetworkEngine):
@@ -110,6 +43,14 @@ class InTheLoop(NetworkEngine):
         self._coordinate: int | None = None  # that is moved at present; None: a random direction
         self._windows: Windows | None = None
         self._first: Tensor | None = None  # S(s_0)
+        self._advanced: tuple[Tensor, ...] = ()  # S(s_{i-1}), n of [B, ...]
+        self._path: tuple[Tensor, ...] = ()  # s_i
+
+    @property
+    def curvature(self) -> Curvature:
+        """See :class:`dzhpc.engines.protocol.Responding`; z: the states [n, B, ...] of all unrolled steps."""
+        self._need_base()
+        return Squares(torch.stack(self._path) - self._windows.states[:, 1:].movedim(1, 0), self.loss.weight)
 
     @torch.no_grad()
     def bind(self, windows: Windows) -> float:
@@ -125,8 +66,23 @@ class InTheLoop(NetworkEngine):
         return self.diverged - self._diverged_before
 
     @abstractmethod
+    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
+        """s_i(theta + mu e_j) - s_i(theta), i = 1 .. n, for each j in ``coords`` -> [n_coords, n, B, ...]."""
+
+    @abstractmethod
     def _base_losses(self) -> Tensor:
         """What each step and window adds to the loss at theta [n, B] float64."""
+
+    def _follow(self) -> Tensor:
+        """The same, and the states on the way are kept."""
+        path: list[tuple[Tensor, Tensor]] = []
+        terms = self.loss(self._windows, self._first, path)
+        self._advanced, self._path = zip(*path, strict=True)
+        return terms
+
+    def _z_shape(self) -> tuple[int, ...]:
+        self._need_base()
+        return len(self._path), *self._path[0].shape
 
     def _loss(self, owner: int | None) -> Tensor:
         total = torch.zeros_like(self._base)
@@ -172,12 +128,33 @@ class Unrolled(InTheLoop):
         values = torch.cat(values) if values else stacked([], self.index)
         return values.fill_(torch.nan) if self.diverged - before == len(values) >= SEVERAL else values
 
+    @torch.no_grad()
+    def responses(self, coords, mu: float) -> Tensor:
+        """See :class:`InTheLoop`."""
+        before, values = self.diverged, []
+        for j in checked(coords):
+            self._coordinate = j
+            values += self._moving_each([j], mu, self._response)
+        found = torch.stack(values) if values else self.index.parameters[0].new_zeros(0, *self._z_shape())
+        return found.fill_(torch.nan) if self.diverged - before == len(values) >= SEVERAL else found
+
+    def _base_losses(self) -> Tensor:
+        return self._follow()
+
+    def _response(self, owner: int) -> Tensor:
+        self.queries += 1
+        self._pinned.rewind(self._start)
+        changes = []
+        for step, (_, states, terms) in enumerate(self.loss.steps(self._windows, self._first)):
+            if (bad := ~(terms <= self.loss.most)).any():
+                self._lose(self.index.describe(self._coordinate), step, int(bad.nonzero()[0]))
+                return torch.zeros(self._z_shape(), dtype=states.dtype, device=states.device)
+            changes.append(states - self._path[step])
+        return torch.stack(changes)
+
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`."""
         return f"engine full: {self.loss.unroll} corrected steps for every query, one coordinate at a time"
-
-    def _base_losses(self) -> Tensor:
-        return self.loss(self._windows, self._first)
 
 
 class UnrolledDelta(InTheLoop):
@@ -198,8 +175,6 @@ class UnrolledDelta(InTheLoop):
         self._bytes = COPIES * states.element_size() * max(widest, sample[0].numel())  # that a state needs
         self._size = self._fits(batch, memory_mb)
         self._terms: Tensor | None = None  # [n, B]
-        self._advanced: tuple[Tensor, ...] = ()  # S(s_{i-1}), n of [B, ...]
-        self._path: tuple[Tensor, ...] = ()  # s_i
         self._twice: list[Tensor] = []  # 2 r_i
 
     @property
@@ -222,6 +197,17 @@ class UnrolledDelta(InTheLoop):
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
         return self._by_chunks(coords, lambda chunk: self._chunk(chunk, mu))
 
+    @torch.no_grad()
+    def responses(self, coords, mu: float) -> Tensor:
+        """See :class:`InTheLoop`."""
+
+        def evaluate(chunk: np.ndarray) -> Tensor:
+            changes = self._path[0].new_empty(len(chunk), *self._z_shape())
+            self._chunk(chunk, mu, changes)
+            return changes
+
+        return self._by_chunks(coords, evaluate, self._z_shape())
+
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`."""
         lines = [f"engine delta: {self.loss.unroll} corrected steps of {self._size} perturbed networks together"]
@@ -230,41 +216,45 @@ class UnrolledDelta(InTheLoop):
         return "\n".join(lines)
 
     def _base_losses(self) -> Tensor:
-        path: list[tuple[Tensor, Tensor]] = []
-        self._terms = self.loss(self._windows, self._first, path)
-        self._advanced, self._path = zip(*path, strict=True)
+        self._terms = self._follow()
         self._twice = [2 * (s - r) for s, r in zip(self._path, self._windows.states[:, 1:].unbind(1), strict=True)]
         return self._terms
 
-    def _chunk(self, coords: np.ndarray, mu: float) -> Tensor:
-        """Differences [P] of coordinates of one parameter."""
+    def _chunk(self, coords: np.ndarray, mu: float, changes: Tensor | None = None) -> Tensor:
+        """Differences [P] of coordinates of one parameter. changes [P, n, B, ...]: gets those of the states."""
         owner, parameters, correction = int(self.index.owner(coords[:1])[0]), self._windows.parameters, self.loss.correction
         elements, p = coords - self.index.offsets[owner], len(coords)
         lost: dict[int, tuple[int, int]] = {}  # query -> where it diverged: step, window
         outputs = self._network.first(owner, elements, mu, correction.inputs(self._first, parameters))
         states = correction.add(repeated(self._first, p), outputs)
         parameters = parameters.repeat(p)
-        total, same = self._compared(states, 0, lost)
+        total, same = self._compared(states, 0, lost, changes)
         with self._network.perturbed(owner, elements, mu):
             for step in range(1, self.loss.unroll):
                 advanced = self.loss.simulator(states, parameters)
                 _replace(advanced, same, self._advanced[step])
                 states = correction(advanced, parameters)
-                change, same = self._compared(states, step, lost)
+                change, same = self._compared(states, step, lost, changes)
                 total += change
         for query, where in lost.items():
             total[query] = torch.nan if len(lost) == p >= SEVERAL else 0
+            if changes is not None:
+                changes[query] = total[query]
             self._lose(self.index.describe(int(coords[query])), *where)
         self.queries += p
         return total
 
-    def _compared(self, states: Tensor, step: int, lost: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _compared(
+        self, states: Tensor, step: int, lost: dict[int, tuple[int, int]], changes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(what the perturbations change in a step's terms [P] float64, which states [P, B] they have not changed).
 
         Queries that diverge enter ``lost``, and go on with the base's states: no NaN reaches a simulator.
         """
         parted = states.unflatten(0, (-1, len(self._windows.names)))
         change = parted - self._path[step]
+        if changes is not None:
+            changes[:, step] = change
         change = self.loss.weighed((change + self._twice[step]).mul_(change))
         if (bad := ~(self._terms[step] + change <= self.loss.most)).any():
             change = change.masked_fill(bad, 0)
