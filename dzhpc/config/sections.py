@@ -37,6 +37,7 @@ MANY = 2**53  # of what is counted over a run: metrics.h5 holds it exactly
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kept = Annotated[float, Field(ge=0, lt=1)]  # of an exponential average
 Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Total = Annotated[int, Field(ge=1, le=MANY)]
@@ -189,22 +190,58 @@ class Sparsity(Section):
 
 
 class Optim(Section):
-    """The optimiser (torch.optim) and its learning-rate schedule, evaluated at every step."""
+    """The optimiser (torch.optim, or damped Gauss-Newton) and its learning-rate schedule, evaluated at every step."""
 
-    name: Literal["sgd", "adam"] = Field("sgd", description="torch.optim.SGD or Adam")
+    name: Literal["sgd", "adam", "gauss-newton"] = Field(
+        "sgd", description="torch.optim.SGD or Adam; gauss-newton: the outputs of CGE's queries as columns of the Jacobian"
+    )
     lr: Positive = Field(0.1, description="the peak learning rate")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(5e-4, description="L2, added to the gradient")
-    nesterov: bool = Field(False, description="sgd")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd; gauss-newton: of the step")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        5e-4, description="L2, added to the gradient; gauss-newton: decoupled"
+    )
+    nesterov: bool = Field(False, description="sgd, gauss-newton")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
     warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")
     milestones: list[Epochs] = Field([], description="step: the epochs at which lr is multiplied by gamma")
     gamma: Positive = Field(0.1, description="step: see milestones")
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.03, description="gauss-newton: lambda in delta = -(H + lambda D)^-1 g"
+    )
+    damping_kind: Literal["absolute", "relative", "marquardt"] = Field(
+        "absolute", description="gauss-newton: D is 1, the mean of diag H, or diag H itself"
+    )
+    adapt: bool = Field(
+        False,
+        description="gauss-newton: ask for the loss of the new theta on the batch; lower: lambda / 3, else lambda * 4 and again",
+    )
+    average_curvature: Kept = Field(0.0, description="gauss-newton: H is this much of its average over the steps of one S")
+    average_gradient: Kept = Field(0.0, description="gauss-newton: the same of the gradient")
+    trust: Positive | None = Field(
+        None, description="gauss-newton: bound on sqrt(delta^T H delta), the change of the outputs that a step predicts"
+    )
+    sketch: Count | None = Field(
+        None,
+        description="gauss-newton: compress outputs by random signs to so many numbers a coordinate; None: for memory alone",
+    )
+    memory_mb: Annotated[Positive, Field(le=1e9)] = Field(
+        4096.0, description="gauss-newton: MiB for Jacobian and H; the Jacobian is compressed to 4 numbers a coordinate beyond"
+    )
+
+    @property
+    def tries(self) -> bool:
+        """Whether steps are accepted or rejected."""
+        return self.name == "gauss-newton" and self.adapt
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+        if self.nesterov and (self.name == "adam" or self.momentum == 0):
             yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
+        if self.name == "gauss-newton" and config.zo.estimator != "cge":
+            yield (
+                f'optim.name = "gauss-newton": zo.estimator = "{config.zo.estimator}" gives no columns of the Jacobian; '
+                'use "cge", or another optimiser'
+            )
         if self.schedule == "step" and not self.milestones:
             yield 'optim.schedule = "step": needs optim.milestones, the epochs at which lr drops'
 

@@ -76,6 +76,11 @@ class World:
         with self._timed():
             return self._comm.allgather(value)
 
+    def alltoall(self, pieces: list) -> list:
+        """``pieces[rank]`` of every rank's list, in rank order."""
+        with self._timed():
+            return self._comm.alltoall(pieces)
+
     def join(self, pieces: np.ndarray) -> np.ndarray:
         """Allreduce of arrays with disjoint supports: each entry is one rank's number plus zeros, so the sum is exact.
 

@@ -8,8 +8,45 @@ from torch.optim.lr_scheduler import LambdaLR
 from dzhpc.config import Optim
 
 
+class GaussNewton(torch.optim.SGD):
+    """SGD on Gauss-Newton steps: a parameter's ``grad`` is -delta there, its momentum that of the step.
+
+    Weight decay is decoupled: theta (1 - lr decay) - lr (momentum + step). curvature: what is averaged over steps, and lambda.
+    """
+
+    def __init__(self, section: Optim, parameters: dict[str, torch.Tensor]):
+        super().__init__(parameters.values(), lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
+        self._decay = section.weight_decay
+        self.curvature: dict[str, torch.Tensor] = {"damping": torch.tensor(section.damping, dtype=torch.float64)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """theta becomes the one that :meth:`move` leads to."""
+        (group,) = self.param_groups
+        for p in group["params"]:
+            p.mul_(1 - group["lr"] * self._decay)
+        super().step()
+
+    @torch.no_grad()
+    def move(self, steps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What :meth:`step` would add to each parameter, were its ``grad`` minus its one of ``steps``."""
+        (group,) = self.param_groups
+        lr, momentum, found = group["lr"], group["momentum"], []
+        for p, step in zip(group["params"], steps, strict=True):
+            before = self.state[p].get("momentum_buffer") if p in self.state else None
+            buffer = step if before is None else step - momentum * before
+            found.append(lr * ((step + momentum * buffer if group["nesterov"] else buffer) - self._decay * p))
+        return found
+
+    def rest(self) -> None:
+        """Forget the momentum: it leads nowhere."""
+        self.state.clear()
+
+
 def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
-    """SGD or Adam over named parameters."""
+    """SGD, Adam, or SGD on Gauss-Newton steps over named parameters."""
+    if section.name == "gauss-newton":
+        return GaussNewton(section, parameters)
     if section.name == "adam":
         return torch.optim.Adam(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
     return torch.optim.SGD(
@@ -44,8 +81,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, section: Optim, epochs: floa
 
 
 def slots(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizer's state as slot -> parameter name -> tensor (momentum_buffer; exp_avg, exp_avg_sq, step)."""
+    """The optimizer's state as slot -> parameter name -> tensor (momentum_buffer; exp_avg, exp_avg_sq, step).
+
+    That of Gauss-Newton has a slot "curvature" of another kind: name -> tensor, complete on the root alone.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
+    if isinstance(optimizer, GaussNewton):
+        found["curvature"] = optimizer.curvature
     for name, p in parameters.items():
         for slot, value in optimizer.state.get(p, {}).items():
             if value is not None:
@@ -58,6 +100,9 @@ def restore(
 ) -> None:
     """Put back what :func:`slots` gave; each slot in its parameter's memory layout."""
     for slot, tensors in state.items():
+        if slot == "curvature":
+            optimizer.curvature = dict(tensors)
+            continue
         for name, value in tensors.items():
             p = parameters[name]
             optimizer.state[p][slot] = value.clone() if slot == "step" else torch.empty_like(p).copy_(value)

@@ -2,6 +2,7 @@
 
 from dzhpc.job.stopping import Reason
 from dzhpc.method.estimators import Estimator
+from dzhpc.method.gauss_newton import TRIES
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
 
@@ -30,6 +31,11 @@ class Budget:
         """Queries of a step on n coordinates, its base included."""
         return self._task.cost.bind + self._estimator.perturbations(n) * self._task.cost.query
 
+    @property
+    def of_trials(self) -> int:
+        """Queries of a step at most, on top, for the losses of trial steps."""
+        return TRIES * self._task.cost.query if self._task.config.optim.tries else 0
+
     def affords(self, queries: int) -> bool:
         """Whether ``task.max_queries`` leaves room for so many."""
         limit = self._task.config.task.max_queries
@@ -38,7 +44,7 @@ class Budget:
     def affords_step(self, step: int, begun: bool) -> bool:
         """Whether it leaves room for a step, its scores unless it has begun, and an evaluation after it."""
         scores, n = (0, len(self._pattern.coords)) if begun else self._pattern.ahead(step)
-        return self.affords(scores + self.of_step(n) + self._task.cost.evaluation)
+        return self.affords(scores + self.of_step(n) + self.of_trials + self._task.cost.evaluation)
 
     def reason(self, step: int, begun: bool, accuracy: float) -> Reason:
         """The limit that is reached before a step, NONE if there is none. accuracy: of the last evaluation, NaN without one."""

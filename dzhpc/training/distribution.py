@@ -16,6 +16,7 @@ from dzhpc.job.shared_work import Cancellation
 from dzhpc.job.world import World
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import Estimator, Partial
+from dzhpc.training.columns import Columns
 from dzhpc.training.shards import Shards
 
 BASES = 10  # coordinates that a base pass is taken to cost before one was measured
@@ -111,6 +112,40 @@ class Distribution:
         self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(values)).tolist()), None)
         values = torch.from_numpy(shards.average(values.reshape(shards.count, n))).to(engine.index.device)
         return loss, estimator.combine(engine, coords, step, values)
+
+    def columns(
+        self, estimator: Estimator, step: int, evaluate: Callable[[range], np.ndarray], partial: Partial | None
+    ) -> tuple[float, Columns]:
+        """(loss at theta, ``evaluate(chunk)`` [len(chunk), 2 + M] of all chunks of S, the first two numbers joined).
+
+        The batch is one shard, and S not empty. Raises Interrupted.
+        """
+        world, shards, n = self._world, self.shards, len(self.coords)
+        self._units, self._evaluated = n, []
+        shards.begin(step)
+        self.attempt(lambda: self._use(0))
+        known = np.flatnonzero(partial.done) if partial is not None else np.zeros(0, np.int64)
+        found = [(known, partial.values[known])] if len(known) and world.is_root else []
+        for chunk in self._taken(self.mine, self._slices):
+            if self._leaves():
+                break
+            self._evaluated.append(chunk)
+            part = self.attempt(lambda chunk=chunk: self._measured(chunk, estimator, lambda: evaluate(chunk)), None)
+            if part is not None:
+                found.append((np.arange(chunk.start, chunk.stop), part))
+        if self._counters:
+            self._counters.turn()
+        joined, done = np.zeros((n + 1, 2), torch.empty(0, dtype=self.index.dtype).numpy().dtype), np.zeros(n, bool)
+        for places, values in found:
+            joined[places], done[places] = values[:, :2], True
+        joined[n] = self._cancellation.cancelled()
+        joined = world.join(joined)
+        unfinished, columns = joined[n, 0] > 0, Columns(found, joined[:n])
+        if unfinished:
+            done = world.join(done.astype(np.uint8)) > 0
+            raise Interrupted(columns.partial(world, done), self.failure())
+        self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(columns.joined[:, 0])).tolist()), None)
+        return shards.settle(shards.rows), columns
 
     def _without_units(self, estimator: Estimator, step: int) -> tuple[float, Tensor]:
         """As :meth:`estimate`, for an estimator that makes all of it from a bound batch: the ranks share shards."""

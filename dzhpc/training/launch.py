@@ -31,7 +31,8 @@ from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task, make_task
 from dzhpc.tasks.agreement import check_losses, check_made, user_code
 from dzhpc.tasks.sol.unrolled import Unrolled
-from dzhpc.training.active_set import read_lpr
+from dzhpc.training import gauss_newton
+from dzhpc.training.active_set import Pattern, read_lpr
 from dzhpc.training.checks import check_restart
 from dzhpc.training.trainer import Trainer
 
@@ -107,6 +108,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
                 losses.append(task.bind(0))
                 if len(losses) == 1 and (said := selfcheck.check(task.engine, task.config.run.seed)):
                     log.info(said)
+                if len(losses) == 1 and task.config.optim.name == "gauss-newton":
+                    log.info(gauss_newton.check(task, Pattern(task, None).ahead(0)[1]))
         if not restarts and task.config.sparsity.lpr:
             read_lpr(task)
     check_losses(world, task.config, losses)

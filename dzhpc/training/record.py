@@ -29,6 +29,7 @@ class Step:
     comm_s: float  # of these in collectives, but for waiting until other ranks had compiled
     compile_s: float  # of these until the last rank had compiled
     peak_bytes: int
+    solve_s: float = 0.0  # of the seconds, those of Gauss-Newton's system
 
 
 class Record:
@@ -50,7 +51,9 @@ class Record:
 
     def add_step(self, s: Step) -> None:
         """A row of the table ``train``."""
-        self._metrics.add_train(s.step, s.epoch, s.loss, s.lr, s.grad_norm, s.queries, s.step_s, s.comm_s, s.peak_bytes)
+        self._metrics.add_train(
+            s.step, s.epoch, s.loss, s.lr, s.grad_norm, s.queries, s.step_s, s.comm_s, s.peak_bytes, s.solve_s
+        )
 
     def add_evaluation(self, step: int, epoch: float, loss: float, accuracy: float) -> None:
         """A row of the table ``eval``."""

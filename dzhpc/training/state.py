@@ -63,6 +63,7 @@ class TrainingState:
         """Parameters, buffers and optimiser state, by name: equal on all ranks, bit for bit."""
         tensors = {**dict(self._task.model.named_parameters()), **dict(self._task.model.named_buffers())}
         for slot, values in optimizers.slots(self.optimizer, self.parameters).items():
+            values = {name: value for name, value in values.items() if slot != "curvature" or name == "damping"}
             tensors.update({f"{slot}/{name}": value for name, value in values.items()})
         return tensors
 

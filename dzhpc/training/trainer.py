@@ -19,12 +19,14 @@ from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.method.estimators import Partial, make_estimator
 from dzhpc.method.first_order import SharedGradient
+from dzhpc.method.optimizers import GaussNewton
 from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
 from dzhpc.training import checks
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
 from dzhpc.training.distribution import Distribution, Interrupted
+from dzhpc.training.gauss_newton import Newton
 from dzhpc.training.record import Progress, Record, Step
 from dzhpc.training.state import TrainingState
 
@@ -44,6 +46,8 @@ class Trainer:
         self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
         self.budget = Budget(task, self._estimator, self._pattern)
         self.state = TrainingState(task, self._pattern, self.budget)
+        optimizer, by_steps = self.state.optimizer, isinstance(self.state.optimizer, GaussNewton)
+        self._newton = Newton(world, task, self._distribution, optimizer) if by_steps else None
         self._record = Record(folder.metrics)
         self._buffers_before: list[torch.Tensor] = []  # what the step under way began with
         self.progressed = False  # whether this launch has evaluated anything that is kept
@@ -97,6 +101,7 @@ class Trainer:
     def _train_step(self, schedule: torch.optim.lr_scheduler.LRScheduler, progress: Progress) -> None:
         state = self.state
         start, comm_before, compiled_before = time.perf_counter(), self.world.comm_s, self.task.engine.compile_s
+        solved_before = self._newton.solve_s if self._newton else 0.0
         queries_before = self.budget.queries
         self._buffers_before = [b.clone() for b in self.task.model.buffers()]
         self._seed()
@@ -105,9 +110,11 @@ class Trainer:
         step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
         checks.check_changes(self.world, step, estimate, self._estimator, self.task, self._distribution.shards)
-        state.partial, self.budget.queries = None, self.budget.queries + self.budget.of_step(n)
+        update, trials = self._newton.step(loss) if self._newton else (estimate, 0)
+        asked = self.budget.of_step(n) + trials * self.task.cost.query
+        state.partial, self.budget.queries = None, self.budget.queries + asked
         lr = state.optimizer.param_groups[0]["lr"]
-        self._update(estimate)
+        self._update(update)
         schedule.step()
         state.step, self.progressed = step, True
         devices.synchronize(self._index.device)
@@ -118,6 +125,7 @@ class Trainer:
             self.budget.queries - queries_before, time.perf_counter() - start,
             max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)), slowest,
             devices.peak_bytes(self._index.device, self.task.engine.base_bytes),
+            self._newton.solve_s - solved_before if self._newton else 0.0,
         )  # fmt: skip
         self._record.add_step(made)
         progress.show(made)
@@ -150,7 +158,8 @@ class Trainer:
         """(loss at theta, the gradient estimate on S [n]). Raises Interrupted."""
         if self.task.shared:
             return self._shared_gradient(self.task.shared)
-        return self._distribution.estimate(self._estimator, self.state.step, self.state.partial)
+        source = self._newton or self._distribution
+        return source.estimate(self._estimator, self.state.step, self.state.partial)
 
     def _shared_gradient(self, shared: SharedGradient) -> tuple[float, torch.Tensor]:
         """(loss, gradient on S [n]) by autograd from parts of the batch, dealt out to the ranks."""
@@ -197,7 +206,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, estimate: torch.Tensor) -> None:
-        """theta = optimizer(theta, ghat): the same arithmetic on the same numbers on every rank."""
+        """theta = optimizer(theta, ghat), ghat perhaps minus Gauss-Newton's step: the same arithmetic on every rank."""
         index = self._index
         flat = torch.zeros(index.size, dtype=index.dtype, device=index.device)
         flat[torch.from_numpy(self._distribution.coords).to(index.device)] = estimate

@@ -1,0 +1,160 @@
+"""Gauss-Newton on the active coordinates S, from the columns of the Jacobian that CGE's queries are (Levenberg 1944; Marquardt
+1963; Schraudolph 2002).
+
+With A [n, M] the columns R J e_j of the coordinates j of S (:mod:`dzhpc.engines.curvature`) as rows, and g [n] their slopes,
+
+    H = A A^T        delta = -(H + lambda D)^-1 g        D = 1, or mean(diag H), or diag H + EPS mean(diag H) (Marquardt)
+
+Where M < n, (A A^T + lambda)^-1 g = [g - A (A^T A + lambda)^-1 A^T g] / lambda is a smaller system. No MPI here.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dzhpc.method.seeds import generator
+
+EPS = 0.01  # Marquardt: of the mean curvature, for coordinates that have none
+PARTS = 16  # of the rows M, whose products are summed one after the other: fixed, since it decides bits
+EASIER, HARDER = 3.0, 4.0  # lambda after a step that was accepted, and one that was rejected
+TRIES = 8  # dampings tried in a step, at most
+LEAST = 1e-6  # of the mean curvature: where a trust region's damping begins if lambda is less
+
+
+def columns(engine, coords: np.ndarray, mu: float, difference: str, sketch: "Sketch | None" = None) -> Tensor:
+    """[n, 2 + M]: of each coordinate its slope, |A_j|^2 = H_jj, and A_j, or the sketch of it. n queries ("central": 2n)."""
+    curvature = engine.curvature
+    slopes, roots = _both(curvature, engine.responses(coords, mu))
+    if difference == "central":
+        other = _both(curvature, engine.responses(coords, -mu))
+        slopes, roots = (slopes - other[0]) / 2, (roots - other[1]) / 2
+    roots = roots / mu
+    squares = roots.square().sum(1, dtype=torch.float64).to(roots.dtype)
+    return torch.cat([(slopes / mu)[:, None], squares[:, None], roots if sketch is None else sketch(roots)], 1)
+
+
+def _both(curvature, changes: Tensor) -> tuple[Tensor, Tensor]:
+    return curvature.slopes(changes), curvature.roots(changes)
+
+
+class Sketch:
+    """Rows m, m + size, m + 2 size, ... of A^T, with random signs, become one: E[sketch(A) sketch(A)^T] = A A^T.
+
+    rows: M. size: of the sketch. Its signs are a function of (seed, step).
+    """
+
+    def __init__(self, rows: int, size: int, seed: int, step: int):
+        self._size = size
+        signs = torch.randint(0, 2, (rows,), generator=generator(seed, "sketch", step), dtype=torch.int8)
+        self._signs = 2 * signs - 1
+
+    def __call__(self, roots: Tensor) -> Tensor:
+        """[P, M] -> [P, size]; each row by itself and in one order, whatever P is."""
+        out = torch.zeros(len(roots), self._size, dtype=roots.dtype, device=roots.device)
+        signs = self._signs.to(roots)
+        for start in range(0, roots.shape[1], self._size):
+            piece = roots[:, start : start + self._size]
+            out[:, : piece.shape[1]] += piece * signs[start : start + self._size]
+        return out
+
+
+def parts(rows: int) -> list[slice]:
+    """The rows 0 .. M - 1 of A^T in PARTS nearly equal pieces, whoever multiplies them."""
+    edges = np.linspace(0, rows, min(PARTS, rows) + 1).astype(int).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def gram(block: Tensor) -> Tensor:
+    """block block^T in float64, multiplied in its own type [n, n]."""
+    return (block @ block.T).double()
+
+
+@dataclass
+class System:
+    """(H + lambda D) delta = -g for any lambda. hessian: H [n, n] float64; or rows: A [n, M], M < n. gradient: g [n] float64.
+
+    damping: "absolute", "relative" or "marquardt". diagonal: of H [n].
+    """
+
+    gradient: Tensor
+    diagonal: Tensor
+    damping: str
+    hessian: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def metric(self) -> Tensor:
+        """D [n]."""
+        mean = self.diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        if self.damping == "marquardt":
+            return self.diagonal + EPS * mean
+        return torch.ones_like(self.diagonal) * (1 if self.damping == "absolute" else mean)
+
+    def solve(self, damping: float) -> Tensor:
+        """delta [n] float64. Without damping that of least norm, where H is singular."""
+        scale = self.metric.rsqrt()
+        g = self.gradient * scale
+        if self.hessian is not None:
+            return -scale * _Inverse(self.hessian * scale * scale[:, None], damping).times(g)
+        a = self.rows.double() * scale[:, None]
+        inner, ag = a.T @ a, a.T @ g
+        if damping > 0:
+            return -scale * (g - a @ _Inverse(inner, damping).times(ag)) / damping
+        inverse = _Inverse(inner, 0.0)
+        return -scale * (a @ inverse.times(inverse.times(ag)))
+
+    def change(self, delta: Tensor) -> float:
+        """sqrt(delta^T H delta): what the outputs change by in the metric of the loss, to first order."""
+        if self.hessian is not None:
+            return float((delta @ (self.hessian @ delta)).clamp_min(0).sqrt())
+        return float((self.rows.double().T @ delta).norm())
+
+    def within(self, damping: float, trust: float | None) -> Tensor:
+        """delta with ``change(delta) <= trust``: by more damping, then exactly by its length."""
+        delta = self.solve(damping)
+        if trust is None:
+            return delta
+        damping = max(damping, LEAST * float((self.diagonal / self.metric).mean()))
+        for _ in range(60):
+            if self.change(delta) <= 2 * trust:
+                break
+            damping *= HARDER
+            delta = self.solve(damping)
+        return delta * min(1.0, trust / max(self.change(delta), 1e-300))
+
+
+class _Inverse:
+    """(matrix + damping)^-1 as something to multiply vectors with; without damping the pseudo-inverse."""
+
+    def __init__(self, matrix: Tensor, damping: float):
+        self._factor = None
+        if damping > 0:
+            damped = matrix.clone()
+            damped.diagonal().add_(damping)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                self._factor = factor
+                return
+        values, self._vectors = torch.linalg.eigh(matrix)
+        values = values.clamp_min(0) + damping
+        cutoff = len(matrix) * torch.finfo(torch.float64).eps * values[-1]
+        self._values = torch.where(values > cutoff, 1 / values, 0)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """(matrix + damping)^-1 vector."""
+        if self._factor is not None:
+            return torch.cholesky_solve(vector[:, None], self._factor)[:, 0]
+        return self._vectors @ (self._values * (self._vectors.T @ vector))
+
+
+def averaged(before: dict[str, Tensor], coords: np.ndarray, now: dict[str, Tensor], keep: dict[str, float]) -> dict[str, Tensor]:
+    """``keep * before + (1 - keep) * now`` for "hessian" and "gradient", as long as S stays; a new S begins anew.
+
+    A mixture of an old matrix on the coordinates that two sets share, and a new one elsewhere, need not be positive.
+    """
+    same = "coordinates" in before and torch.equal(before["coordinates"], torch.from_numpy(coords))
+    mixed = {name: keep[name] * before[name] + (1 - keep[name]) * value if same else value for name, value in now.items()}
+    return {**mixed, "coordinates": torch.from_numpy(coords)}

@@ -1,0 +1,170 @@
+"""A Gauss-Newton step over ranks: who evaluates a coordinate keeps its column; the small system is put together and solved once.
+
+The slopes are joined on all ranks. H is a sum over PARTS of the outputs: each part's columns are sent to one rank, which
+multiplies them, and the root adds the products up in order; it solves, and all get the step. So bits depend on no rank.
+"""
+
+import logging
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dzhpc.config import Config
+from dzhpc.errors import InputError, NumericalError
+from dzhpc.job.world import World
+from dzhpc.method import gauss_newton as method
+from dzhpc.method.estimators import Estimator, Partial
+from dzhpc.method.optimizers import GaussNewton
+from dzhpc.tasks import Task
+from dzhpc.training.columns import Columns
+from dzhpc.training.distribution import Distribution, Interrupted
+
+log = logging.getLogger("dzhpc")
+LEAST_SKETCH = 4  # numbers a coordinate, where memory has no room for all outputs
+
+
+class Newton:
+    """What the trainer does with ``optim.name = "gauss-newton"``, in place of an estimate and its update.
+
+    ``solve_s``: seconds spent on the small system so far, by the rank that took longest in each part.
+    """
+
+    def __init__(self, world: World, task: Task, distribution: Distribution, optimizer: GaussNewton):
+        self._world, self._task, self._distribution, self._optimizer = world, task, distribution, optimizer
+        self._config, self._index = task.config, task.engine.index
+        self._columns: Columns | None = None
+        self.solve_s = 0.0
+
+    def estimate(self, estimator: Estimator, step: int, partial: Partial | None) -> tuple[float, Tensor]:
+        """(loss at theta, the gradient J^T r on S [n]) on all ranks, see :meth:`Distribution.estimate`. Raises Interrupted."""
+        zo, engine, coords = self._config.zo, self._task.engine, self._distribution.coords
+        sketches: list[method.Sketch | None] = []
+
+        def evaluate(piece: range) -> np.ndarray:
+            if not sketches:  # the batch is bound
+                size = sketched(self._config, len(coords), rows := engine.curvature.size)
+                sketches.append(method.Sketch(rows, size, self._config.run.seed, step) if size < rows else None)
+            return method.columns(engine, coords[piece.start : piece.stop], zo.mu, zo.difference, sketches[0]).cpu().numpy()
+
+        loss, self._columns = self._distribution.columns(estimator, step, evaluate, partial)
+        return loss, torch.from_numpy(self._columns.joined[:, 0].copy()).to(self._index.device)
+
+    def step(self, loss: float) -> tuple[Tensor, int]:
+        """(minus the step on S [n] in the parameters' dtype, how often the loss of a trial was asked for). Raises Interrupted."""
+        start, before = time.perf_counter(), self._world.comm_s
+        system, optim, state = self._system(), self._config.optim, self._optimizer.curvature
+        self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
+        damping = float(state["damping"])
+        for asked in range(1, method.TRIES + 1):
+            delta = self._solved(system, damping)
+            if not optim.adapt:
+                return -delta, 0
+            lower = self._lowers(delta, loss)
+            state["damping"] = torch.tensor(damping / method.EASIER if lower else damping * method.HARDER, dtype=torch.float64)
+            if lower:
+                return -delta, asked
+            damping = float(state["damping"]) or method.LEAST
+        log.info("no step lowers the loss of its batch, down to lambda = %.3g: theta stays", damping)
+        self._optimizer.rest()
+        return torch.zeros_like(delta), method.TRIES
+
+    def _solved(self, system: method.System | None, damping: float) -> Tensor:
+        """delta on all ranks [n] in the parameters' dtype, from the root's system."""
+        start, before = time.perf_counter(), self._world.comm_s
+
+        def solve() -> np.ndarray:
+            return system.within(damping, self._config.optim.trust).numpy()
+
+        delta = torch.from_numpy(self._world.on_root(solve))
+        self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
+        if not torch.isfinite(delta).all():
+            raise NumericalError("the Gauss-Newton step is not finite: raise optim.damping")
+        return delta.to(self._index.device, self._index.dtype)
+
+    def _lowers(self, delta: Tensor, loss: float) -> bool:
+        """Whether the loss of the batch is lower at the theta that this step leads to; the root asks. Raises Interrupted."""
+        flat = torch.zeros(self._index.size, dtype=self._index.dtype, device=self._index.device)
+        flat[torch.from_numpy(self._distribution.coords).to(flat.device)] = delta
+        steps = list(self._index.split(flat).values())
+        move = self._index.flatten(self._optimizer.move(steps))
+        ask = lambda: float(self._task.engine.directional([move], 1.0)[0])  # noqa: E731
+        change = self._distribution.attempt(ask, None) if self._world.is_root else 0.0
+        change = self._world.bcast(change)
+        if change is None:
+            failure = self._distribution.failure()
+            raise Interrupted(self._columns.partial(self._world), failure)
+        return change < 0 and math.isfinite(loss + change)
+
+    def _system(self) -> method.System | None:
+        """The averaged system of this step, on the root."""
+        columns, optim, n = self._columns, self._config.optim, len(self._distribution.coords)
+        averages = optim.average_curvature > 0
+        small = columns.rows < n and not averages
+        gathered = columns.whole(self._world) if small else None
+        hessian = None if small else self._hessian(columns)
+        if not self._world.is_root:
+            return None
+        scalars = torch.from_numpy(columns.joined).double()
+        now = {"gradient": scalars[:, 0]} | ({} if small else {"hessian": hessian})
+        if averages or optim.average_gradient > 0:
+            keep = {"hessian": optim.average_curvature, "gradient": optim.average_gradient}
+            now = method.averaged(self._optimizer.curvature, self._distribution.coords, now, keep)
+            kept = {name: now[name] for name in ("hessian", "gradient", "coordinates") if name != "hessian" or averages}
+            self._optimizer.curvature.update({name: t.clone() for name, t in kept.items()})
+        diagonal = scalars[:, 1] if small else now["hessian"].diagonal().clone()
+        return method.System(now["gradient"], diagonal, optim.damping_kind, now.get("hessian"), gathered)
+
+    def _hessian(self, columns: Columns) -> Tensor | None:
+        """A A^T [n, n] float64 on the root."""
+        world, pieces, total = self._world, method.parts(columns.rows), None
+        for first in range(0, len(pieces), world.size):
+            block = columns.part(world, pieces[first : first + world.size])
+            product = None if block is None else method.gram(block)
+            for found in world.gather(product) or ():
+                if found is not None:
+                    total = found if total is None else total.add_(found)
+        return total
+
+
+def sketched(config: Config, n: int, rows: int) -> int:
+    """How many numbers of the ``rows`` outputs are kept: M, or the size of the sketch. A function of the input and |S| alone."""
+    optim = config.optim
+    size = min(rows, optim.sketch * n) if optim.sketch else rows
+    if 4 * n * size > optim.memory_mb * 2**20:
+        size = min(size, LEAST_SKETCH * n)
+    return size
+
+
+def needed(config: Config, n: int, rows: int, itemsize: int) -> int:
+    """Bytes of a step on n coordinates, in all ranks together: the Jacobian once, and a few matrices of the small system."""
+    size = sketched(config, n, rows)
+    small = min(n, size) if config.optim.average_curvature == 0 else n
+    return itemsize * n * size * (1 + 2 / method.PARTS) + 8 * 4 * small**2
+
+
+def check(task: Task, n: int) -> str:
+    """Look before the run whether a step on n coordinates can be made; what it needs, in a line. A batch is bound.
+
+    Raises InputError for an engine or a loss without responses, and for more memory than is allowed or than there is.
+    """
+    engine, config = task.engine, task.config
+    if not hasattr(engine, "responses") or task.shared:
+        raise InputError(
+            f'optim.name = "gauss-newton": {type(engine).__name__} gives no outputs, only losses; use "sgd" or "adam"'
+        )
+    rows, itemsize = engine.curvature.size, torch.empty(0, dtype=engine.index.dtype).element_size()
+    size, asked = sketched(config, n, rows), needed(config, n, rows, itemsize) / 2**20
+    what = f"|S| = {n:,} by {rows:,} outputs" + (f", compressed to {size:,}" if size < rows else "")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**20
+    limit = 2 * config.optim.memory_mb  # the Jacobian is within it; the small system may take as much again
+    if asked > limit or asked > max(there, 256):
+        of = f"optim.memory_mb = {config.optim.memory_mb:g}" if asked > limit else f"this machine has {there:,.0f} MiB free"
+        raise InputError(
+            f'optim.name = "gauss-newton": {what} needs {asked:,.0f} MiB, {of}; raise sparsity.ratio, lower optim.sketch, or '
+            "use another optimiser"
+        )
+    return f"gauss-newton: {what}, {asked:,.0f} MiB over all ranks"
