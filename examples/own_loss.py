@@ -16,7 +16,7 @@ def record(theta):
 
 
 class Oscillator:
-    """The mean squared misfit to the record."""
+    """The misfit to the record at each time; its loss is the mean of the squares."""
 
     def __init__(self):
         self.data = record(TRUE) + NOISE * np.random.default_rng(0).standard_normal(len(TIMES))
@@ -24,5 +24,5 @@ class Oscillator:
     def initial(self):
         return np.array([3.0, 0.6, 0.5, 0.0])
 
-    def __call__(self, thetas, step):
-        return np.array([np.mean((record(theta) - self.data) ** 2) for theta in thetas])
+    def residuals(self, thetas, step):
+        return np.array([record(theta) - self.data for theta in thetas])

@@ -213,7 +213,8 @@ class Optim(Section):
     )
     adapt: bool = Field(
         False,
-        description="gauss-newton: ask for the loss of the new theta on the batch; lower: lambda / 3, else lambda * 4 and again",
+        description="gauss-newton: ask for the loss of the new theta on the batch; not lower: lambda * 4, and again; else lambda "
+        "follows from how right the prediction was",
     )
     average_curvature: Kept = Field(0.0, description="gauss-newton: H is this much of its average over the steps of one S")
     average_gradient: Kept = Field(0.0, description="gauss-newton: the same of the gradient")
@@ -237,6 +238,8 @@ class Optim(Section):
         """See :class:`Section`."""
         if self.nesterov and (self.name == "adam" or self.momentum == 0):
             yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
+        if self.name == "gauss-newton" and config.data.shards > 1:
+            yield f'data.shards = {config.data.shards}: optim.name = "gauss-newton" takes the batch whole; leave the key out'
         if self.name == "gauss-newton" and config.zo.estimator != "cge":
             yield (
                 f'optim.name = "gauss-newton": zo.estimator = "{config.zo.estimator}" gives no columns of the Jacobian; '

@@ -10,7 +10,7 @@ from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 
 KIND = "dzhpc-metrics"
-TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "queries", "step_s", "comm_s", "peak_bytes", "solve_s")
+TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "queries", "step_s", "comm_s", "peak_bytes")
 EVAL_COLUMNS = ("step", "epoch", "loss", "accuracy")
 INTEGERS = ("step", "queries", "peak_bytes")
 log = logging.getLogger("dzhpc")
@@ -42,8 +42,7 @@ class Metrics:
         return evaluated
 
     def add_train(self, *row: float) -> None:
-        """In the order of TRAIN_COLUMNS; the last may be left out."""
-        self._new_train.append((*row, 0.0)[: len(TRAIN_COLUMNS)])
+        self._new_train.append(row)
 
     def add_eval(self, *row: float) -> None:
         self._new_eval.append(row)
@@ -66,13 +65,12 @@ class Metrics:
 
 
 def load_metrics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """(train [rows, 10], eval [rows, 4]) in the order of TRAIN_COLUMNS and EVAL_COLUMNS. Raises InputError."""
+    """(train [rows, 9], eval [rows, 4]) in the order of TRAIN_COLUMNS and EVAL_COLUMNS. Raises InputError."""
     with h5.opened(Path(path), KIND, InputError) as file:
 
         def rows(table: str, columns: tuple[str, ...]) -> np.ndarray:
             n = int(file[table].attrs["rows"])
-            known = [file[table][name][:n].astype(np.float64) if name in file[table] else np.zeros(n) for name in columns]
-            return np.stack(known, axis=1)
+            return np.stack([file[table][name][:n].astype(np.float64) for name in columns], axis=1)
 
         return rows("train", TRAIN_COLUMNS), rows("eval", EVAL_COLUMNS)
 

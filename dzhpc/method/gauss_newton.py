@@ -19,7 +19,7 @@ from dzhpc.method.seeds import generator
 
 EPS = 0.01  # Marquardt: of the mean curvature, for coordinates that have none
 PARTS = 16  # of the rows M, whose products are summed one after the other: fixed, since it decides bits
-EASIER, HARDER = 3.0, 4.0  # lambda after a step that was accepted, and one that was rejected
+HARDER = 4.0  # times as large is lambda after a step that was rejected
 TRIES = 8  # dampings tried in a step, at most
 LEAST = 1e-6  # of the mean curvature: where a trust region's damping begins if lambda is less
 
@@ -106,6 +106,10 @@ class System:
         inverse = _Inverse(inner, 0.0)
         return -scale * (a @ inverse.times(inverse.times(ag)))
 
+    def predicted(self, delta: Tensor, lr: float) -> float:
+        """What lr delta changes the loss by, to second order."""
+        return float(lr * (self.gradient @ delta)) + 0.5 * (lr * self.change(delta)) ** 2
+
     def change(self, delta: Tensor) -> float:
         """sqrt(delta^T H delta): what the outputs change by in the metric of the loss, to first order."""
         if self.hessian is not None:
@@ -124,6 +128,14 @@ class System:
             damping *= HARDER
             delta = self.solve(damping)
         return delta * min(1.0, trust / max(self.change(delta), 1e-300))
+
+
+def next_damping(damping: float, change: float, predicted: float) -> float:
+    """lambda after a step that changed the loss so, by how far the prediction was right (Marquardt 1963; Fletcher 1971)."""
+    if not change < 0:
+        return damping * HARDER
+    ratio = change / predicted
+    return damping / 9 if ratio > 0.75 else damping if ratio > 0.25 else damping * 2
 
 
 class _Inverse:

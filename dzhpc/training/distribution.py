@@ -116,16 +116,13 @@ class Distribution:
     def columns(
         self, estimator: Estimator, step: int, evaluate: Callable[[range], np.ndarray], partial: Partial | None
     ) -> tuple[float, Columns]:
-        """(loss at theta, ``evaluate(chunk)`` [len(chunk), 2 + M] of all chunks of S, the first two numbers joined).
-
-        The batch is one shard, and S not empty. Raises Interrupted.
-        """
+        """(loss, ``evaluate(chunk)`` [len(chunk), 2 + M] of all chunks of S), of a batch in one shard. Raises Interrupted."""
         world, shards, n = self._world, self.shards, len(self.coords)
         self._units, self._evaluated = n, []
         shards.begin(step)
         self.attempt(lambda: self._use(0))
-        known = np.flatnonzero(partial.done) if partial is not None else np.zeros(0, np.int64)
-        found = [(known, partial.values[known])] if len(known) and world.is_root else []
+        known = np.flatnonzero(partial.done) if partial is not None and world.is_root else []
+        found = [(known, partial.values[known])] if len(known) else []
         for chunk in self._taken(self.mine, self._slices):
             if self._leaves():
                 break
@@ -140,10 +137,8 @@ class Distribution:
             joined[places], done[places] = values[:, :2], True
         joined[n] = self._cancellation.cancelled()
         joined = world.join(joined)
-        unfinished, columns = joined[n, 0] > 0, Columns(found, joined[:n])
-        if unfinished:
-            done = world.join(done.astype(np.uint8)) > 0
-            raise Interrupted(columns.partial(world, done), self.failure())
+        if (columns := Columns(found, joined[:n])) and joined[n, 0] > 0:
+            raise Interrupted(columns.partial(world, world.join(done.astype(np.uint8)) > 0), self.failure())
         self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(columns.joined[:, 0])).tolist()), None)
         return shards.settle(shards.rows), columns
 

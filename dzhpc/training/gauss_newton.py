@@ -37,6 +37,7 @@ class Newton:
         self._world, self._task, self._distribution, self._optimizer = world, task, distribution, optimizer
         self._config, self._index = task.config, task.engine.index
         self._columns: Columns | None = None
+        self._size = 0  # M: the numbers of a column
         self.solve_s = 0.0
 
     def estimate(self, estimator: Estimator, step: int, partial: Partial | None) -> tuple[float, Tensor]:
@@ -51,42 +52,46 @@ class Newton:
             return method.columns(engine, coords[piece.start : piece.stop], zo.mu, zo.difference, sketches[0]).cpu().numpy()
 
         loss, self._columns = self._distribution.columns(estimator, step, evaluate, partial)
+        self._size = sketched(self._config, len(coords), engine.curvature.size)
         return loss, torch.from_numpy(self._columns.joined[:, 0].copy()).to(self._index.device)
 
-    def step(self, loss: float) -> tuple[Tensor, int]:
+    def step(self) -> tuple[Tensor, int]:
         """(minus the step on S [n] in the parameters' dtype, how often the loss of a trial was asked for). Raises Interrupted."""
         start, before = time.perf_counter(), self._world.comm_s
         system, optim, state = self._system(), self._config.optim, self._optimizer.curvature
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         damping = float(state["damping"])
         for asked in range(1, method.TRIES + 1):
-            delta = self._solved(system, damping)
+            delta, predicted = self._solved(system, damping)
             if not optim.adapt:
                 return -delta, 0
-            lower = self._lowers(delta, loss)
-            state["damping"] = torch.tensor(damping / method.EASIER if lower else damping * method.HARDER, dtype=torch.float64)
-            if lower:
+            change = self._change(delta)
+            damping = method.next_damping(damping, change, predicted)
+            state["damping"] = torch.tensor(damping, dtype=torch.float64)
+            if change < 0:
                 return -delta, asked
-            damping = float(state["damping"]) or method.LEAST
-        log.info("no step lowers the loss of its batch, down to lambda = %.3g: theta stays", damping)
+            damping = damping or method.LEAST
+        log.info("no step lowers the loss of its batch, down to lambda = %.3g", damping)
         self._optimizer.rest()
         return torch.zeros_like(delta), method.TRIES
 
-    def _solved(self, system: method.System | None, damping: float) -> Tensor:
-        """delta on all ranks [n] in the parameters' dtype, from the root's system."""
+    def _solved(self, system: method.System | None, damping: float) -> tuple[Tensor, float]:
+        """(delta [n] in the parameters' dtype, what it should change the loss by) on all ranks, from the root's system."""
         start, before = time.perf_counter(), self._world.comm_s
 
-        def solve() -> np.ndarray:
-            return system.within(damping, self._config.optim.trust).numpy()
+        def solve() -> tuple[np.ndarray, float]:
+            delta = system.within(damping, self._config.optim.trust)
+            return delta.numpy(), system.predicted(delta, self._optimizer.param_groups[0]["lr"])
 
-        delta = torch.from_numpy(self._world.on_root(solve))
+        delta, predicted = self._world.on_root(solve)
+        delta = torch.from_numpy(delta)
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         if not torch.isfinite(delta).all():
             raise NumericalError("the Gauss-Newton step is not finite: raise optim.damping")
-        return delta.to(self._index.device, self._index.dtype)
+        return delta.to(self._index.device, self._index.dtype), predicted
 
-    def _lowers(self, delta: Tensor, loss: float) -> bool:
-        """Whether the loss of the batch is lower at the theta that this step leads to; the root asks. Raises Interrupted."""
+    def _change(self, delta: Tensor) -> float:
+        """How the loss of the batch changes at the theta that a step leads to; the root asks. Raises Interrupted."""
         flat = torch.zeros(self._index.size, dtype=self._index.dtype, device=self._index.device)
         flat[torch.from_numpy(self._distribution.coords).to(flat.device)] = delta
         steps = list(self._index.split(flat).values())
@@ -96,14 +101,14 @@ class Newton:
         change = self._world.bcast(change)
         if change is None:
             failure = self._distribution.failure()
-            raise Interrupted(self._columns.partial(self._world), failure)
-        return change < 0 and math.isfinite(loss + change)
+            raise Interrupted(self._columns.partial(self._world, np.ones(len(self._columns.joined), bool)), failure)
+        return change if math.isfinite(change) else math.inf
 
     def _system(self) -> method.System | None:
         """The averaged system of this step, on the root."""
         columns, optim, n = self._columns, self._config.optim, len(self._distribution.coords)
         averages = optim.average_curvature > 0
-        small = columns.rows < n and not averages
+        small = self._size < n and not averages
         gathered = columns.whole(self._world) if small else None
         hessian = None if small else self._hessian(columns)
         if not self._world.is_root:
@@ -120,7 +125,7 @@ class Newton:
 
     def _hessian(self, columns: Columns) -> Tensor | None:
         """A A^T [n, n] float64 on the root."""
-        world, pieces, total = self._world, method.parts(columns.rows), None
+        world, pieces, total = self._world, method.parts(self._size), None
         for first in range(0, len(pieces), world.size):
             block = columns.part(world, pieces[first : first + world.size])
             product = None if block is None else method.gram(block)

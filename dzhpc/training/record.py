@@ -26,10 +26,9 @@ class Step:
     queries: int  # of the run so far
     asked: int  # in this step
     step_s: float  # seconds, all included
-    comm_s: float  # of these in collectives, but for waiting until other ranks had compiled
+    comm_s: float  # of these in collectives, but for waiting for compilers; and for Gauss-Newton's system
     compile_s: float  # of these until the last rank had compiled
     peak_bytes: int
-    solve_s: float = 0.0  # of the seconds, those of Gauss-Newton's system
 
 
 class Record:
@@ -51,9 +50,7 @@ class Record:
 
     def add_step(self, s: Step) -> None:
         """A row of the table ``train``."""
-        self._metrics.add_train(
-            s.step, s.epoch, s.loss, s.lr, s.grad_norm, s.queries, s.step_s, s.comm_s, s.peak_bytes, s.solve_s
-        )
+        self._metrics.add_train(s.step, s.epoch, s.loss, s.lr, s.grad_norm, s.queries, s.step_s, s.comm_s, s.peak_bytes)
 
     def add_evaluation(self, step: int, epoch: float, loss: float, accuracy: float) -> None:
         """A row of the table ``eval``."""

@@ -110,7 +110,7 @@ class Trainer:
         step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
         checks.check_changes(self.world, step, estimate, self._estimator, self.task, self._distribution.shards)
-        update, trials = self._newton.step(loss) if self._newton else (estimate, 0)
+        update, trials = self._newton.step() if self._newton else (estimate, 0)
         asked = self.budget.of_step(n) + trials * self.task.cost.query
         state.partial, self.budget.queries = None, self.budget.queries + asked
         lr = state.optimizer.param_groups[0]["lr"]
@@ -120,12 +120,12 @@ class Trainer:
         devices.synchronize(self._index.device)
         own = self.task.engine.compile_s - compiled_before
         slowest = self.world.maximum(round(1e3 * own)) / 1e3 if new_slices else own  # only new slices bring new programs
+        solved = self._newton.solve_s - solved_before if self._newton else 0.0
         made = Step(
             step, state.epoch, loss, lr, float(torch.linalg.vector_norm(estimate.double())), self.budget.queries,
             self.budget.queries - queries_before, time.perf_counter() - start,
-            max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)), slowest,
+            max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)) + solved, slowest,
             devices.peak_bytes(self._index.device, self.task.engine.base_bytes),
-            self._newton.solve_s - solved_before if self._newton else 0.0,
         )  # fmt: skip
         self._record.add_step(made)
         progress.show(made)

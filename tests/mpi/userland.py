@@ -215,6 +215,23 @@ class Iterates(Bowl):
     bound, base = -1, np.zeros(120)
 
 
+class Waves:
+    """Residuals of 40 numbers with 24 coordinates, another record at each step; raises as Outage does."""
+
+    step, calls = -1, 0
+
+    def initial(self):
+        return np.linspace(-1, 1, 24)
+
+    def residuals(self, thetas, step):
+        self.step, self.calls = step, self.calls + 1 if step == self.step else 0
+        if os.environ.get("DOWN") == f"{RANK} {step} {self.calls}":
+            raise ConnectionError("no license left")
+        draw = np.random.default_rng(step)
+        a, b = draw.standard_normal((24, 40)), draw.standard_normal(40)
+        return np.sin(thetas) @ a - b + 0.1 * (thetas**2) @ np.abs(a)
+
+
 class FullForAWhile(Bowl):
     """No file may grow beyond 4 KiB from step 2 until step 6."""
 

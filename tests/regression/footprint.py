@@ -24,7 +24,7 @@ from cases import CASES, INPUTS, Case
 HERE = Path(__file__).parent
 WRITTEN = HERE / "written_by_0.1"
 STORED = HERE / "hashes.json"
-LEFT_OUT = {"train/step_s", "train/comm_s", "train/solve_s", "images/seconds", "config"}  # timings; text
+LEFT_OUT = {"train/step_s", "train/comm_s", "images/seconds", "config"}  # timings; text
 COUNTS = ("step", "queries", "seed", "model_sha256")  # of a state's attributes
 LIMIT = 300  # seconds for one process
 

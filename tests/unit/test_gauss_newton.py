@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 import dzhpc
+from dzhpc import config
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.delta.losschange import LossChange
 from dzhpc.errors import InputError
+from dzhpc.method import gauss_newton as method
+from dzhpc.method.optimizers import GaussNewton
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss
+from dzhpc.tasks.objective import Blocks, ObjectiveEngine
 
 MU = 1e-5
 
@@ -122,3 +126,112 @@ def test_a_loss_that_is_one_number_is_refused():
     engine.bind(*batch())
     with pytest.raises(InputError, match="gauss-newton"):
         _ = engine.curvature
+
+
+def system(engine, coords, mu, kind, sample=False, difference="forward"):
+    found = method.columns(engine, coords, mu, difference).double()
+    rows = found[:, 2:]
+    if sample:
+        return method.System(found[:, 0], found[:, 1], kind, rows=rows)
+    hessian = sum(method.gram(rows[:, part]) for part in method.parts(rows.shape[1]))
+    return method.System(found[:, 0], hessian.diagonal().clone(), kind, hessian)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_the_step_is_that_of_autograds_jacobian_to_the_order_of_mu(loss, difference):
+    model, (inputs, targets) = net(), batch(loss)
+    engine = dzhpc.make_engine("delta", model, loss)
+    engine.bind(inputs, targets)
+    coords = np.arange(0, engine.index.size, 11)
+    j, z = jacobian(model, inputs, coords).flatten(1), model(inputs).detach()
+    value = lambda z: engine.loss(z.view(6, 5), targets)  # noqa: E731
+    r = torch.autograd.functional.jacobian(value, z.flatten())
+    b = torch.autograd.functional.hessian(value, z.flatten())
+    h, damping = j @ b @ j.T, 0.01
+    exact = -torch.linalg.solve(h + damping * torch.diag(h.diagonal() + method.EPS * h.diagonal().mean()), j @ r)
+    errors, mus = [], [1e-2, 1e-3, 1e-4]
+    for mu in mus:
+        found = system(engine, coords, mu, "marquardt", difference=difference).solve(damping)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    order = np.polyfit(np.log(mus), np.log(errors), 1)[0]
+    assert errors[-1] < 1e-3 and order == pytest.approx(1 if difference == "forward" else 2, abs=0.15)
+
+
+class Lines:
+    """Residuals A theta - b."""
+
+    def __init__(self):
+        draw = np.random.default_rng(5)
+        self.a, self.b = draw.standard_normal((30, 6)), draw.standard_normal(30)
+
+    def residuals(self, thetas, step):
+        return thetas @ self.a.T - self.b
+
+
+def test_one_undamped_step_solves_linear_least_squares():
+    lines, start = Lines(), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    engine = ObjectiveEngine(lines, Blocks(start.numpy()), True, 4, 0, "lines")
+    base = engine.bind(0)
+    assert base == pytest.approx(np.mean(lines.residuals(start.numpy()[None], 0) ** 2))
+    solution = np.linalg.lstsq(lines.a, lines.b, rcond=None)[0]
+    for sample in (False, True):
+        step = system(engine, np.arange(6), 1e-3, "absolute", sample).solve(0.0)
+        np.testing.assert_allclose(start + step, solution, rtol=1e-8)
+    few = ObjectiveEngine(lines, Blocks(start.numpy()), True, 4, 0, "lines")
+    few.bind(0)
+    torch.testing.assert_close(
+        few.differences(range(6), 1e-3) / 1e-3, 2 / 30 * torch.from_numpy(lines.a.T @ (lines.a @ start.numpy() - lines.b)),
+        atol=1e-2, rtol=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "marquardt"])
+def test_sample_space_and_coordinates_give_one_step_and_the_trust_region_bounds_it(kind):
+    engine = dzhpc.make_engine("delta", net(), "cross_entropy")
+    engine.bind(*batch())
+    coords = np.arange(0, engine.index.size, 3)
+    of_coordinates, of_samples = (system(engine, coords, 1e-4, kind, sample) for sample in (False, True))
+    delta = of_coordinates.solve(1e-3)
+    torch.testing.assert_close(of_samples.solve(1e-3), delta, rtol=1e-6, atol=1e-9)
+    assert len(coords) > engine.curvature.size  # H is singular, and no damping gives the step of least norm
+    torch.testing.assert_close(of_samples.solve(0.0), of_coordinates.solve(0.0), rtol=1e-4, atol=1e-6)
+    for trust in (0.3, 0.01):
+        bounded = of_coordinates.within(1e-3, trust)
+        assert 0.2 * trust < of_coordinates.change(bounded) <= trust * (1 + 1e-9) < of_coordinates.change(delta)
+        assert of_samples.change(bounded) == pytest.approx(of_coordinates.change(bounded))
+        assert bounded @ of_coordinates.gradient < 0
+
+
+def test_a_sketch_is_right_in_the_mean_and_for_each_row_alone():
+    rows = torch.randn(7, 1000, dtype=torch.float64)
+    truth, seeds = rows @ rows.T, range(300)
+    found = [method.Sketch(1000, 90, 1, k)(rows) for k in seeds]
+    mean = torch.stack([s @ s.T for s in found]).mean(0)
+    assert float((mean - truth).norm() / truth.norm()) < 0.03
+    assert torch.equal(found[0][2:3], method.Sketch(1000, 90, 1, 0)(rows[2:3])) and not torch.equal(found[0], found[1])
+
+
+def test_what_the_optimiser_would_do_is_what_it_does():
+    section = config.Optim(name="gauss-newton", lr=0.3, momentum=0.8, weight_decay=0.1, nesterov=True)
+    parameter = nn.Parameter(torch.linspace(-1, 1, 5))
+    optimizer = GaussNewton(section, {"p": parameter})
+    for _ in range(3):
+        step, before = torch.randn(5), parameter.detach().clone()
+        (move,) = optimizer.move([step])
+        parameter.grad = -step
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), before + move)
+
+
+def test_damping_follows_from_how_right_the_prediction_was():
+    assert [method.next_damping(9.0, change, -1.0) for change in (-0.9, -0.5, -0.1, 0.0, np.nan)] == [1, 9, 18, 36, 36]
+
+
+def test_averages_begin_anew_with_a_new_set():
+    keep, first, second = {"hessian": 0.8, "gradient": 0.5}, np.array([1, 4]), np.array([1, 5])
+    now = lambda k: {"hessian": torch.full((2, 2), float(k)), "gradient": torch.full((2,), float(k))}  # noqa: E731
+    state = method.averaged({}, first, now(1), keep)
+    state = method.averaged(state, first, now(2), keep)
+    assert float(state["hessian"][0, 0]) == pytest.approx(1.2) and float(state["gradient"][0]) == 1.5
+    assert float(method.averaged(state, second, now(7), keep)["hessian"][0, 0]) == 7
