@@ -16,11 +16,12 @@ from dzhpc.config.input import (
     tables,
     value_of,
 )
-from dzhpc.config.names import import_object, is_function, look_in
+from dzhpc.config.names import called, import_object, is_function, look_in
 from dzhpc.config.sections import Data, Model, Optim, Run, Zo
 from dzhpc.config.tasks import SolKeys
 
 __all__ = [
-    "FREE", "PATHS", "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "frozen_changes", "import_object", "is_function",
+    "FREE", "PATHS", "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "called", "frozen_changes", "import_object",
+    "is_function",
     "known_keys", "load", "look_in", "parse", "parse_written", "path_of", "tables", "value_of",
 ]  # fmt: skip

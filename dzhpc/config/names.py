@@ -2,12 +2,13 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dzhpc.config import paths
-from dzhpc.errors import InputError
+from dzhpc.errors import DzhpcError, InputError, message_of
 
 
 def is_function(name: str) -> bool:
@@ -55,10 +56,27 @@ def import_object(name: str, key: str) -> Any:
     if "" not in sys.path and str(paths.started()) not in sys.path:
         sys.path.insert(0, str(paths.started()))
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise InputError(
             f'{key} = "{name}": cannot import {module} ({error}); expected "package.module:Name" on the Python path'
         ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module runs when it is imported, and may raise anything
+        raise InputError(f'{key} = "{name}": cannot import {module}: {message_of(error)}') from None
+    try:
+        return getattr(found, attribute)
     except AttributeError:
         raise InputError(f'{key} = "{name}": module {module} has no {attribute!r}') from None
+
+
+def called(what: str, function: Callable, *args: Any, **keys: Any) -> Any:
+    """What a function of the user's gives. Raises InputError that names ``what``, and the user's line, for anything it raises."""
+    try:
+        return function(*args, **keys)
+    except (DzhpcError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        inner = error.__traceback__.tb_next if error.__traceback__ else None  # this line is not the user's
+        raise InputError(f"{what}: {message_of(error.with_traceback(inner))}") from None

@@ -11,6 +11,7 @@ from dzhpc.data.dataset import DataSet
 from dzhpc.data.images import cifar10_from, imagefolder_from
 from dzhpc.errors import InputError
 
+LARGEST_SIDE = 2**15  # pixels; as data.image_size
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 
@@ -21,6 +22,8 @@ def fetch(name: str, root: Path, folder: Path | None = None, size: int | None = 
     size: of an image folder, the pixels of a side after resizing and centre-cropping. url: where CIFAR-10's archive lies.
     Raises InputError where the data cannot be had, read, or written.
     """
+    if not name.strip(".") or any(sign in name for sign in "/\0"):
+        raise InputError(f"{name!r}: expected a plain name, such as pets; --root chooses the folder")
     path = root / f"{name}.h5"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -30,8 +33,10 @@ def fetch(name: str, root: Path, folder: Path | None = None, size: int | None = 
         data_set = _cifar10(root, folder, url)
     elif folder is None:
         raise InputError(f"{name}: only cifar10 can be downloaded; pack an image folder with --from FOLDER --size PIXELS")
-    elif size is None or size < 1:
-        raise InputError(f"--size: needed to pack {shown(folder)}, the pixels of a side after resizing")
+    elif size is None or not 1 <= size <= LARGEST_SIDE:
+        raise InputError(
+            f"--size: needed to pack {shown(folder)}, the pixels of a side after resizing, from 1 to {LARGEST_SIDE:,}"
+        )
     else:
         data_set = imagefolder_from(folder, size)
     packed.save(path, data_set)
@@ -50,7 +55,7 @@ def _cifar10(root: Path, folder: Path | None, url: str) -> DataSet:
         md5 = CIFAR10.tgz_md5 if url == URL else None  # another archive's files are verified one by one below
         try:
             download_and_extract_archive(url, str(target), filename=CIFAR10.filename, md5=md5)
-        except (URLError, OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
+        except (URLError, OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
             (target / CIFAR10.filename).unlink(missing_ok=True)  # else the next fetch would take it for a good one
             raise InputError(
                 f"{url}: cannot be downloaded ({error}); without network, copy the files here and use --from"

@@ -51,14 +51,55 @@ def imagefolder_from(folder: Path, size: int) -> DataSet:
         )
     shape = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     found = [_listed(part) for part in (folder / "train", test)]
+    _check_links(*found)
     classes, others = (list(part) for part in found)
     if classes != others:
         raise InputError(f"{shown(folder)}: train/ has the classes {classes}, {test.name}/ has {others}; they must agree")
-    splits = []
+    splits, widest = [], Widest()
     for part in found:
-        images = torch.stack([_image(path, shape) for paths in part.values() for path in paths])
+        images = torch.stack([_image(path, shape, widest) for paths in part.values() for path in paths])
         splits.append((images, np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()])))
+    widest.warn(folder)
     return make_data_set(*splits, classes=classes)
+
+
+class Widest:
+    """The largest value in all images of 16 bits: cameras of 10 or 12 bits leave the upper ones unused, and images dark."""
+
+    def __init__(self):
+        self.count = self.value = 0
+
+    def warn(self, folder: Path) -> None:
+        """Say so where the upper half of the range is empty."""
+        if self.count and self.value < 2**15:
+            log.warning(
+                "%s: %d greyscale images of 16 bits have no value above %d, so they become dark (at most %d of 255); "
+                "where they hold fewer bits, scale them first",
+                shown(folder), self.count, self.value, round(self.value / 257),
+            )  # fmt: skip
+
+
+def _check_links(train: dict[str, list[Path]], test: dict[str, list[Path]]) -> None:
+    """Links may give an image twice. Raises InputError where it comes in two classes; else that is a warning."""
+    for part in (train, test):
+        first: dict[str, tuple[str, Path]] = {}
+        again = 0
+        for name, paths in part.items():
+            for path in paths:
+                of, other = first.setdefault(os.path.realpath(path), (name, path))
+                if of != name:
+                    raise InputError(f"{_shown(path)}: is the same file as {_shown(other)}, of another class; remove the link")
+                again += other is not path
+        if again:
+            log.warning("%s: %d images are links to others of their class, and count twice", _shown(path.parent.parent), again)
+    trained = {os.path.realpath(path) for paths in train.values() for path in paths}
+    shared = [path for paths in test.values() for path in paths if os.path.realpath(path) in trained]
+    if shared:
+        log.warning(
+            "%s and %d other test images: are training images, too, so the accuracy is not that on new ones",
+            _shown(shared[0]),
+            len(shared) - 1,
+        )
 
 
 def _listed(part: Path) -> dict[str, list[Path]]:
@@ -101,22 +142,24 @@ def _walk(folder: Path, seen: dict[str, Path]) -> Iterator[tuple[str, list[Path]
         yield from _walk(path, seen)
 
 
-def _image(path: Path, shape: Callable[["Image.Image"], Tensor]) -> Tensor:
+def _image(path: Path, shape: Callable[["Image.Image"], Tensor], widest: Widest) -> Tensor:
     """The pixels of a file after ``shape``, uint8 [3, size, size], turned as its EXIF orientation says.
 
     Greyscale images become RGB, those of 16 bits are scaled to 8. Raises InputError that names the file.
     """
     from PIL import Image, ImageOps
 
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise InputError(f"{_shown(path)}: is no file; remove it")
     try:
         with Image.open(path) as image:
-            return shape(_narrow(ImageOps.exif_transpose(image), image.format).convert("RGB"))
+            return shape(_narrow(ImageOps.exif_transpose(image), image.format, widest).convert("RGB"))
     except Exception as error:  # a decoder may raise anything
         said = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
         raise InputError(f"{_shown(path)}: cannot be read as an image ({said})") from None
 
 
-def _narrow(image: "Image.Image", format: str | None) -> "Image.Image":
+def _narrow(image: "Image.Image", format: str | None, widest: Widest) -> "Image.Image":
     """Pixels of 16 bits scaled to 8. Raises ValueError for wider ones, whose range a file does not tell."""
     from PIL import Image
 
@@ -126,9 +169,10 @@ def _narrow(image: "Image.Image", format: str | None) -> "Image.Image":
     if not image.mode.startswith("I;16") and format not in ("PNG", "PPM"):  # these have 16 bits at most
         bits = "floating-point" if image.mode == "F" else "32-bit"
         raise ValueError(f"{bits} values from {values.min():g} to {values.max():g}; save 8 or 16 bits, or use a data function")
+    widest.count, widest.value = widest.count + 1, max(widest.value, int(values.max()))
     return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def _shown(path: object) -> str:
     """A name for a message, whatever bytes it is made of."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    return shown(str(path)).encode("utf-8", "backslashreplace").decode()

@@ -97,8 +97,9 @@ def _packed(section: configuration.Data) -> DataSet:
 
 def _from_function(name: str) -> DataSet:
     """The user's own: () -> ((train images, labels), (test images, labels)), see :func:`dzhpc.data.make_data_set`."""
+    given = configuration.called(f"data.name = {name}", configuration.import_object(name, "data.name"))
     try:
-        (train, test) = configuration.import_object(name, "data.name")()
+        (train, test) = given
         return make_data_set(train, test)
     except InputError as error:
         raise InputError(str(error) if name in str(error) else f"data.name = {name}: {error}") from None

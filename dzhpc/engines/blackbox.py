@@ -1,6 +1,7 @@
 """A function that can only be asked: batched, counted, retried, its answers checked; and a loss that ends in one."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dzhpc.errors import BlackBoxError, InputError, NumericalError, message_of
+from dzhpc.errors import BlackBoxError, InputError, NumericalError, leave_fork, message_of
 from dzhpc.method.arrays import to_tensor
 
 log = logging.getLogger("dzhpc")
@@ -24,7 +25,8 @@ class BlackBox:
     name: what errors call the function.
 
     ``queries`` counts inputs that were answered. Raises BlackBoxError for a call that raises once more than ``retries`` times, or
-    that leaves by sys.exit; InputError for answers of a wrong shape or complex ones, NumericalError for NaN and infinity.
+    that leaves by what is no Exception, such as sys.exit; InputError for answers of a wrong shape or complex ones, NumericalError
+    for NaN and infinity.
     """
 
     def __init__(
@@ -65,13 +67,22 @@ class BlackBox:
 
     def _attempt(self, inputs: tuple[Tensor, ...]):
         """What the function gives, once it does. Raises BlackBoxError."""
+        process = os.getpid()
         for attempt in range(self._retries + 1):
             try:
-                return self._function(*map(self._copy, inputs))
-            except (Exception, SystemExit) as error:  # the user's code, or a server, may raise anything
+                given = self._function(*map(self._copy, inputs))
+            except BaseException as error:  # the user's code, or a server, may raise anything
+                if os.getpid() != process:
+                    leave_fork(error)
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 message = f"{self.name}: {message_of(error)}"
-                if attempt == self._retries or isinstance(error, SystemExit):
+                if attempt == self._retries or not isinstance(error, Exception):
                     raise BlackBoxError(f"{message} (attempt {attempt + 1})" if attempt else message) from error
+            else:
+                if os.getpid() != process:
+                    leave_fork()
+                return given
             wait = min(2**attempt, LONGEST_WAIT)
             log.warning("%s; asking again in %d s", message, wait)
             time.sleep(wait)

@@ -33,16 +33,22 @@ class Moved:
         if moved:
             self._written[node] = moved
 
-    def conflict(self) -> tuple[str, fx.Node, fx.Node] | None:
-        """(buffer, its writer, a later reader on which the output depends), if there is one."""
+    def conflict(self) -> str:
+        """What the forward pass does that cannot be repeated in part; "" if nothing.
+
+        A buffer that is written and later read, where the output depends on it, or that was given other memory.
+        """
+        now = {name: address_of(b) for name, b in self._module.named_buffers()}
+        if other := [name for address, name in self._names.items() if now.get(name) != address]:
+            return f"gives its buffer {other[0]} other memory"
         *order, output = self._module.graph.nodes
         matters = closure([output], lambda node: node.all_input_nodes)
         for k, writer in enumerate(order):
             for reader in order[k + 1 :] if writer in self._written else ():
                 both = self._written[writer] & self._read.get(reader, set())
                 if both and reader in matters and self._leaf(reader) is not (self._leaf(writer) or writer):
-                    return min(both), writer, reader
-        return None
+                    return f"overwrites its buffer {min(both)} (by {name_of(writer)}) and reads it again (by {name_of(reader)})"
+        return ""
 
     def moves(self, buffer: Tensor) -> bool:
         """Whether some operation writes to a buffer."""
@@ -80,6 +86,11 @@ class Moved:
 
     def _own(self, node: fx.Node) -> list[Tensor]:
         return list(leaf.buffers()) if (leaf := self._leaf(node)) is not None else []
+
+
+def name_of(node: fx.Node) -> str:
+    """What a user would call an operation."""
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def address_of(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dzhpc.engines.losses import Loss
-from dzhpc.engines.moved import Moved, address_of, closure, differ, scale_of
+from dzhpc.engines.moved import Moved, address_of, closure, differ, name_of, scale_of
 from dzhpc.engines.outofplace import remove_in_place, take_by_position
 from dzhpc.engines.pinned import OWN_STATE, Moment, Pinned
 from dzhpc.errors import InputError
@@ -194,11 +194,7 @@ class Traces:
                 f'(engine "{self._engine}") cannot repeat; use engine = "full"'
             )
         if conflict := traced.moved.conflict():
-            buffer, writer, reader = conflict
-            raise InputError(
-                f"{name} overwrites its buffer {buffer} (by {name_of(writer)}) and reads it again (by {name_of(reader)}), "
-                f'which engine "{self._engine}" cannot repeat; use engine = "full"'
-            )
+            raise InputError(f'{name} {conflict}, which engine "{self._engine}" cannot repeat; use engine = "full"')
         moved = [b.clone() for b in self._model.buffers()]
         self._pinned.rewind(start)
         first = self._model(inputs.clone())
@@ -220,11 +216,6 @@ def need_module(model: object, engine: str) -> None:
     """Raise InputError for what torch.fx cannot trace in any case."""
     if not isinstance(model, nn.Module):
         raise InputError(f'engine "{engine}" needs a torch.nn.Module; use engine = "full" for other callables')
-
-
-def name_of(node: fx.Node) -> str:
-    """What a user would call an operation."""
-    return getattr(node.target, "__name__", str(node.target))
 
 
 class _Tracer(fx.Tracer):

@@ -51,6 +51,10 @@ class RunFolder:
             raise InputError(
                 f"{paths.shown(self.path)}: the run folder cannot be written ({error.strerror}); choose another with --run-dir"
             ) from None
+        except UnicodeEncodeError as error:  # Python takes such a locale by its word
+            raise InputError(
+                f"{str(self.path)!a}: the locale is {error.encoding}, which cannot write this name; export LC_ALL=C.UTF-8"
+            ) from None
 
     @property
     def input(self) -> Path:
@@ -73,8 +77,11 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}.h5"
 
     def checkpoint_files(self) -> list[Path]:
-        """All checkpoints, newest first."""
-        found = [p for p in self.checkpoints.glob("step-*.h5") if re.fullmatch(r"step-\d+\.h5", p.name)]
+        """All checkpoints, newest first. Raises InputError for a folder that cannot be looked into."""
+        try:
+            found = [p for p in self.checkpoints.glob("step-*.h5") if re.fullmatch(r"step-\d+\.h5", p.name)]
+        except OSError as error:
+            raise InputError(f"{paths.shown(self.path)}: cannot be a run folder ({error.strerror}); choose another") from None
         return sorted(found, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
 
     def newest_state(self) -> tuple[str, State | None]:

@@ -1,16 +1,13 @@
 """How a job fails: every error is said once, tracebacks go to a file, and no rank is left waiting for one that failed."""
 
 import contextlib
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from dzhpc.config.paths import shown
-from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, is_out_of_memory, message_of
+from dzhpc.errors import BlackBoxError, DzhpcError, exit_code_of, is_of_a_file, is_out_of_memory, message_of, say_error
 
 PATIENCE = 2.0  # seconds that a failing rank waits to see whether all others fail, too
 
@@ -27,7 +24,7 @@ def keep_traceback(error: BaseException, rank: int, folder: Path | None) -> str:
     """Where the traceback of an exception nobody foresaw went, as " (...)": a file in ``folder``, else standard error and ""."""
     if isinstance(error, BlackBoxError) and error.__cause__ is not None:
         error = error.__cause__  # the user's own code
-    if isinstance(error, (DzhpcError, KeyboardInterrupt)) or is_out_of_memory(error):
+    if isinstance(error, (DzhpcError, KeyboardInterrupt)) or is_out_of_memory(error) or is_of_a_file(error):
         return ""
     text = "".join(traceback.format_exception(error))
     if folder is not None and folder.is_dir():
@@ -37,20 +34,6 @@ def keep_traceback(error: BaseException, rank: int, folder: Path | None) -> str:
             return f" (traceback in {shown(path)})"
     say_error(text.rstrip())
     return ""
-
-
-def leave_fork(error: BaseException | None = None) -> NoReturn:
-    """End a process that user code has forked and let come back: it would speak to the other ranks as if it were this one."""
-    came = f"left by {message_of(error)}" if error else "came back from it"
-    say_error(f"a process that user code forked {came}; end it with os._exit")
-    os._exit(1)
-
-
-def say_error(text: str) -> None:
-    """A line on standard error, which may be closed, or a file on a full disk."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
 
 
 def fail(comm, error: BaseException, folder: Path | None, on_failure: Callable[[str, int], None]) -> int:

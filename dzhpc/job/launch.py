@@ -44,7 +44,7 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
     try:
         parsed = world.bcast(_parse(parser) if world.is_root else None)  # argparse speaks once, not once a rank
         code = parsed if isinstance(parsed, int) else main(world, parsed)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
+    except BaseException as error:  # user code may raise what is no Exception
         let_go()
         code = world.fail(error)
     let_go()

@@ -22,12 +22,12 @@ class Lock:
 
     def __init__(self, folder: Path, file: str = "lock.json", option: str = "--run-dir"):
         self.path, self._option = folder / file, option  # the option of the command line by which the user chooses the folder
-        self._held = False
+        self._held_by = 0  # the process that took it: one that user code has forked must not give it back
 
     def acquire(self) -> str:
         """Take the lock; whose stale lock was taken over, else "". Raises LaunchError if another job holds it."""
         stale = ""
-        while not self._held:
+        while not self._held_by:
             try:
                 self._create()
             except FileExistsError:
@@ -48,13 +48,13 @@ class Lock:
 
     def release(self) -> None:
         """Give the folder free, if this process holds it."""
-        if self._held:
-            self._held = False
+        if self._held_by == os.getpid():
+            self._held_by = 0
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> None:
         with open(self.path, "x") as file:
-            self._held = True
+            self._held_by = os.getpid()
             try:
                 file.write(json.dumps(process.identity()))
                 file.flush()

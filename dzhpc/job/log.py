@@ -23,7 +23,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text, stream = self.format(record), sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe costs lines and nothing else
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, a closed pipe, none: lines and nothing else
             tqdm.write(text, file=stream)
             stream.flush()
 
@@ -80,20 +80,20 @@ def let_go() -> None:
 
 
 def open_streams() -> None:
-    """Let standard output take any character, and let there be one where the process was started with it closed."""
+    """Let standard output and error take any character, and let there be some where the process was started with them closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def close_streams() -> None:
     """Write out what standard output still holds; what it cannot take must not become an error at the end of the process."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # AttributeError: user code has set it to None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -129,7 +129,7 @@ def log_to(path: Path) -> None:
 def _on_terminal() -> bool:
     """Whether a person sees standard output. Open MPI gives its ranks a pseudo-terminal in any case, so mpirun's own is asked."""
     if "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        return sys.stdout.isatty()
+        return sys.stdout is not None and sys.stdout.isatty()
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
     return False

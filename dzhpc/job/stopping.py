@@ -16,7 +16,8 @@ from dzhpc.errors import STOPPED_EARLY
 from dzhpc.job import process
 
 log = logging.getLogger("dzhpc")
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+ENDING = (signal.SIGTERM, signal.SIGINT)  # who sends these does not want the job to come back
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, *ENDING)
 LONG_STEP = 10.0  # seconds that a step may go on after it was asked to stop
 
 
@@ -47,7 +48,7 @@ class Reason(IntEnum):
             Reason.MAX_QUERIES: "task.max_queries would be exceeded by the next step",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
             Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
-            Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM)",
+            Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM or Ctrl-C)",
         }.get(self, "running")  # fmt: skip
 
 
@@ -70,12 +71,14 @@ def _look_after_forks() -> None:
 
 
 def _note(received: int, frame: object) -> None:
+    if received == signal.SIGINT and any(number == received for number, _ in received_signals):
+        raise KeyboardInterrupt  # who presses Ctrl-C twice does not want to wait
     received_signals.append((received, time.monotonic()))
 
 
 def _hold() -> None:
     """A signal that reaches a child before it has its own handler would be lost: it waits until then."""
-    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def _let_in() -> None:
@@ -83,12 +86,14 @@ def _let_in() -> None:
 
 
 def _be_nobody() -> None:
-    """In a child that user code has forked: SIGTERM ends it, since that is how ``Process.terminate`` and ``Pool`` end theirs.
+    """In a child that user code has forked: SIGTERM ends it, since that is how ``Process.terminate`` and ``Pool`` end theirs, and
+    so does Ctrl-C.
 
     The warnings SIGUSR1 and SIGUSR2 still do nothing there: mpirun relays them to all processes of a rank.
     """
-    if signal.getsignal(signal.SIGTERM) is _note:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, usual in zip(ENDING, (signal.SIG_DFL, signal.default_int_handler), strict=True):
+        if signal.getsignal(number) is _note:
+            signal.signal(number, usual)
     _let_in()
 
 
@@ -143,7 +148,7 @@ class Requests:
 
     def _look(self) -> Reason:
         if received_signals:
-            return Reason.TERMINATED if any(number == signal.SIGTERM for number, _ in received_signals) else Reason.SIGNAL
+            return Reason.TERMINATED if any(number in ENDING for number, _ in received_signals) else Reason.SIGNAL
         if self._file is None:
             return Reason.NONE
         now = time.monotonic()

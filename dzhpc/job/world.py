@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dzhpc.errors import LaunchError, exit_code_of, message_of
+from dzhpc.errors import LaunchError, exit_code_of, leave_fork, message_of
 from dzhpc.job import alone, failure, process
 from dzhpc.job.failure import RankError
 
@@ -49,7 +49,7 @@ class World:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         if os.getpid() != self._pid:
-            failure.leave_fork()
+            leave_fork()
         start = time.perf_counter()
         try:
             yield
@@ -154,7 +154,7 @@ class World:
     def fail(self, error: BaseException) -> int:
         """Say the error once and end the job; the exit code, see :func:`dzhpc.job.failure.fail`."""
         if os.getpid() != self._pid:
-            failure.leave_fork(error)
+            leave_fork(error)
         return failure.fail(self.side, error, self.crash_folder, self.on_failure)
 
 

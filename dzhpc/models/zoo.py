@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dzhpc import config as configuration
-from dzhpc.errors import CheckpointError, DzhpcError, InputError, message_of
+from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files.checkpoint import config_of
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.seeds import derive
@@ -72,14 +72,7 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
         raise InputError(f"unknown key model.{unknown[0]}; model {section.name} takes {', '.join(sorted(known)) or 'none'}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
-        try:
-            model = constructor(section)(**section.fields)
-        except DzhpcError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise InputError(f"[model] {section.name}: {error}") from None
-        except Exception as error:  # its arguments come from the input
-            raise InputError(f"[model] {section.name}: {message_of(error)}") from None
+        model = configuration.called(f"[model] {section.name}", constructor(section), **section.fields)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
     _check_tensors(model, section.name)

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from dzhpc.config import Config, import_object
+from dzhpc.config import Config, called, import_object
 from dzhpc.errors import InputError
 from dzhpc.tasks.protocol import Cost, Task
 
@@ -35,7 +35,7 @@ def make_task(config: Config, device: torch.device) -> Task:
     except TypeError as error:
         known = ", ".join(list(inspect.signature(cls).parameters)[2:]) or "none"
         raise InputError(f'task.kind = "{kind}": {error}; its own keys of [task]: {known}') from None
-    task = cls(config, device, **keys)
+    task = cls(config, device, **keys) if kind in TASKS else called(f'task.kind = "{kind}"', cls, config, device, **keys)
     missing = [name for name in Task.__annotations__ if not hasattr(task, name)]  # the user's class may have forgotten some
     if missing:
         raise InputError(f'task.kind = "{kind}": its constructor sets no {", ".join(missing)}; see dzhpc.tasks.Task')

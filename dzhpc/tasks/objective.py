@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dzhpc.config import Config, import_object
+from dzhpc.config import Config, called, import_object
 from dzhpc.engines.batch import changed
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.curvature import Curvature, Squares
@@ -24,7 +24,7 @@ log = logging.getLogger("dzhpc")
 class Blocks(nn.Module):
     """theta as named blocks, each a parameter; one block "theta" where the user gave a plain vector.
 
-    Raises ValueError for blocks that hold no finite real numbers, and for names that no file could hold.
+    Raises ValueError for blocks that hold no finite real numbers, or too narrow ones, and for names that no file could hold.
     """
 
     def __init__(self, initial: Mapping[str, object] | object):
@@ -39,8 +39,12 @@ class Blocks(nn.Module):
                 raise ValueError(f"block {name} is {error}") from None
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"block {name} holds a number that is not finite")
+            if tensor.is_floating_point() and tensor.itemsize < 4:  # theta + mu would be theta
+                raise ValueError(f"block {name} is {str(tensor.dtype)[6:]}; expected float32 or float64")
             # not register_parameter: a block may well be called half or type, as methods of a Module are
             self._parameters[name] = nn.Parameter(tensor if tensor.is_floating_point() else tensor.double())
+        if not any(p.numel() for p in self._parameters.values()):
+            raise ValueError("it holds no number")
 
 
 class Residuals(BlackBox):
@@ -173,7 +177,7 @@ class ObjectiveEngine:
     def _lost(self, infeasible: Tensor, name: Callable[[int], str]) -> Tensor:
         """Take note of infeasible thetas [P]."""
         for k in infeasible.nonzero().flatten().tolist():
-            if self.lost == 0:
+            if self.lost == 0 and not self._base.isinf().any():
                 log.warning("%s: infeasible (+inf) when %s is perturbed: it stays out of this step", self._box.name, name(k))
             self.lost += 1
         return infeasible
@@ -193,14 +197,14 @@ class ObjectiveTask(Task):
         name = config.task.function
         function = import_object(name, "task.function")
         if isinstance(function, type) or not hasattr(function, "initial"):
-            function = function() if callable(function) else function
+            function = called(f"task.function = {name}", function) if callable(function) else function
         asked = callable(function) or callable(getattr(function, "residuals", None))
         if not asked or not callable(getattr(function, "initial", None)):
             raise InputError(
                 f"task.function = {name}: needs initial() -> theta0 [d], and __call__(thetas [P, d], step) -> losses [P] or "
                 "residuals(thetas [P, d], step) -> [P, m]"
             )
-        initial = function.initial()
+        initial = called(f"task.function = {name}: initial()", function.initial)
         try:
             first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
             self.model = Blocks(initial)

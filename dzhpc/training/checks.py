@@ -61,15 +61,18 @@ def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) ->
 
 
 def check_finite(
-    step: int, loss: float, estimate: torch.Tensor, estimator: Estimator, distribution: Distribution, advice: Callable[[], str]
+    step: int, loss: float, estimate: torch.Tensor, estimator: Estimator, distribution: Distribution, advice: Callable[..., str]
 ) -> None:
-    """Raise NumericalError that names rank and coordinate: a NaN in one slice reaches all ranks through the sum. Collective."""
+    """Raise NumericalError that names rank and coordinate: a NaN in one slice reaches all ranks through the sum. Collective.
+
+    advice: what to do, called with whether anything was perturbed.
+    """
     bad = (~torch.isfinite(estimate)).nonzero().flatten().tolist()
     if not bad and math.isfinite(loss):
         return
     if not math.isfinite(loss):
         raise NumericalError(
-            f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {advice()}"
+            f"step {step}: the loss at theta is {loss} on every rank, before any coordinate was perturbed; {advice(False)}"
         )
     if (unit := distribution.bad_unit) is not None:
         rank, what = distribution.owner_of(unit), distribution.place(unit, estimator)

@@ -86,8 +86,10 @@ class Trainer:
                     self._train_step(schedule, progress)
                 except Interrupted as interruption:  # on all ranks; the reason follows at once
                     self._keep(interruption.partial)
-                    if interruption.failure:
+                    if interruption.failure and not self._reason_to_stop():
                         self._give_up(interruption.failure)
+                    if interruption.failure:  # a signal may have ended a program that the black box runs
+                        log.warning("%s; that was after the run was asked to stop", interruption.failure)
         finally:
             progress.close()
         self._finish(reason)
@@ -198,9 +200,10 @@ class Trainer:
 
         raise BlackBoxError(f"{failure}; {self.world.on_root(keep)}")
 
-    def _advice(self) -> str:
+    def _advice(self, perturbed: bool = True) -> str:
         if self.state.step == 0:
-            return "nothing was trained yet: lower zo.mu, or look at the loss, the data, and the starting weights"
+            lower = "lower zo.mu, or " if perturbed else ""
+            return f"nothing was trained yet: {lower}look at the loss, the data, and the starting weights"
         files = self.folder.checkpoint_files()
         return f"lower optim.lr or zo.mu; the last good checkpoint is {shown(files[0])}" if files else "lower optim.lr or zo.mu"
 

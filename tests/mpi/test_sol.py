@@ -198,5 +198,5 @@ def test_a_missing_reference_names_the_command_that_makes_it(runs):
 
 
 def test_a_solver_that_cannot_take_the_reference_ends_the_run_and_names_the_frame(runs):
-    said = "task.simulator = looped:cliff makes what is not finite of this frame of the reference"
+    said = "task.simulator = looped:cliff makes NaN or infinity of this frame of the reference"
     runs[1, "diverges"].error(5, "simulation of parameter 0.", "frame", said)

@@ -1,5 +1,6 @@
 """A black box in the tail: few large calls, counted, checked, the same differences as one coordinate at a time."""
 
+import asyncio
 import copy
 import sys
 
@@ -160,6 +161,8 @@ def test_who_leaves_is_not_asked_again(waits):
         BlackBox(Moody(1, SystemExit("no license")), numpy=True, retries=3)(torch.ones(2, 3))
     with pytest.raises(KeyboardInterrupt):
         BlackBox(Moody(1, KeyboardInterrupt()), numpy=True, retries=3)(torch.ones(2, 3))
+    with pytest.raises(BlackBoxError, match="Moody: CancelledError"):
+        BlackBox(Moody(1, asyncio.CancelledError()), numpy=True, retries=3)(torch.ones(2, 3))
     assert waits == []
 
 

@@ -45,6 +45,19 @@ print("the rank goes on")
 """
 
 
+OF_A_BOX = """
+import os, torch
+from dzhpc.engines.blackbox import BlackBox
+def ask(x):
+    if os.fork() == 0:
+        LEAVE
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == CODE
+    return x
+assert len(BlackBox(ask, retries=3)(torch.ones(2))) == 2
+print("the rank goes on")
+"""
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
@@ -59,3 +72,13 @@ def test_a_child_that_comes_back_is_ended_before_it_speaks_for_the_rank(leave):
     done = run(COMES_BACK.replace("LEAVE", leave))
     assert (done.returncode, done.stdout) == (0, "the rank goes on\n")
     assert done.stderr.startswith("a process that user code forked") and done.stderr.endswith("end it with os._exit\n")
+
+
+@pytest.mark.parametrize(
+    ("leave", "code", "said"),
+    [("return x", 1, "came back from it"), ("raise ValueError('odd')", 1, "left by"), ("exit(3)", 3, "")],
+)
+def test_a_child_that_a_black_box_lets_come_back_is_ended_at_once(leave, code, said):
+    done = run(OF_A_BOX.replace("LEAVE", leave).replace("CODE", str(code)))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (0, "the rank goes on\n", bool(said))
+    assert said in done.stderr

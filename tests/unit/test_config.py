@@ -405,3 +405,19 @@ def test_two_inputs_have_modules_of_one_name_each_its_own(tmp_path, monkeypatch)
     config.look_in()
     assert sys.path == before
     assert "own_single" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:", r"cannot import own_broken: SyntaxError: .*own_broken\.py, line 1"),
+        ("raise SystemExit('no')", r"SystemExit: no, at .*own_broken\.py:1"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_broken.py").write_text(text)
+    config.look_in(tmp_path)
+    with pytest.raises(InputError, match=message):
+        config.import_object("own_broken:f", "task.function")
+    config.look_in()

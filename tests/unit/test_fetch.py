@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import os
 import shutil
 import tarfile
 import threading
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from dzhpc import config, data, fetch
-from dzhpc.data import fetching
+from dzhpc.data import fetching, images
 from dzhpc.errors import InputError
 from dzhpc.job.launch import run_verb
 
@@ -152,6 +153,31 @@ def test_links_to_files_and_to_folders_elsewhere_are_followed(image_folder, tmp_
     assert torch.equal(plain.test.images, linked.test.images)
 
 
+def test_one_file_in_two_classes_is_refused_and_one_that_comes_twice_is_said(image_folder, caplog, monkeypatch):
+    monkeypatch.setattr(images.log, "propagate", True)
+    own, other = (next((image_folder / "train" / name).iterdir()) for name in ("cat", "dog"))
+    (image_folder / "train" / "cat" / "again.png").symlink_to(own)
+    (image_folder / "val" / "dog" / "again.png").symlink_to(other)
+    pack(image_folder)
+    assert [text[text.index("train") :] for text in caplog.messages[-2:]] == [
+        "train: 1 images are links to others of their class, and count twice",
+        "training images, too, so the accuracy is not that on new ones",
+    ]
+    (image_folder / "train" / "cat" / "other.png").symlink_to(other)
+    with pytest.raises(InputError, match=r"is the same file as \S+, of another class; remove the link"):
+        pack(image_folder)
+
+
+def test_a_pipe_among_the_images_is_refused_and_images_of_12_bits_are_said(image_folder, caplog, monkeypatch):
+    monkeypatch.setattr(images.log, "propagate", True)
+    save(image_folder / "train" / "cat" / "dark.png", np.full((8, 8), 4095, np.uint16))
+    pack(image_folder)
+    assert "1 greyscale images of 16 bits have no value above 4095, so they become dark (at most 16 of 255)" in caplog.text
+    os.mkfifo(image_folder / "train" / "cat" / "pipe.png")
+    with pytest.raises(InputError, match=r"train/cat/pipe\.png: is no file"):
+        pack(image_folder)
+
+
 def test_a_class_whose_name_is_no_text_is_refused(image_folder):
     for part in ("train", "val"):
         (image_folder / part / "dog").rename(image_folder / part / "caf\udce9")
@@ -173,6 +199,9 @@ def test_an_empty_class_is_named(image_folder):
         (["pets", "--from", "here", "--size", "0"], "--size: needed to pack here"),
         (["pets", "--from", "here", "--size", "8"], "expected train/<class>/ and val/<class>/"),
         (["cifar10", "--from", "here"], "cifar-10-batches-py: incomplete or damaged"),
+        (["pets", "--from", "here", "--size", "40000"], "--size: needed to pack here, .* from 1 to 32,768"),
+        (["a/b", "--from", "here", "--size", "8"], "'a/b': expected a plain name, such as pets"),
+        (["cifar10", "--url", "nonsense"], "nonsense: cannot be downloaded .unknown url type"),
     ],
 )
 def test_a_folder_that_cannot_be_packed_is_refused(tmp_path, arguments, message):

@@ -1,5 +1,7 @@
 """Launching and leaving: exit codes, one line for each error, lonely ranks, and a rank without MPI."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -110,3 +112,27 @@ def test_an_error_nobody_foresaw_is_one_line_with_its_place():
     assert message.startswith("ValueError: two lines, at ")
     assert message.endswith("in test_an_error_nobody_foresaw_is_one_line_with_its_place")
     assert message_of(errors.InputError("a.toml: wrong")) == "a.toml: wrong"
+
+
+def test_ctrl_c_and_files_that_the_system_refuses_are_no_faults_of_the_program(tmp_path):
+    try:
+        (tmp_path / ("n" * 300)).stat()
+    except OSError as error:
+        assert (exit_code_of(error), ": cannot be used (File name too long), at " in message_of(error)) == (2, True)
+    assert (exit_code_of(KeyboardInterrupt()), message_of(KeyboardInterrupt())) == (130, "interrupted by the keyboard (Ctrl-C)")
+
+
+def test_an_error_whose_text_fails_or_is_long_is_one_line_all_the_same():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError("no text")
+
+    assert (message_of(Mute()), exit_code_of(Mute()), message_of(StopIteration())) == ("Mute", 1, "StopIteration")
+    assert len(message_of(ValueError("x" * 5000))) < 1100
+
+
+def test_the_place_of_an_error_is_the_users_line():
+    try:
+        json.loads("{")
+    except ValueError as error:
+        assert "test_launch.py:" in message_of(error) and message_of(error).endswith("_is_the_users_line")

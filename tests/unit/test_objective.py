@@ -105,6 +105,16 @@ class Half(Numpy):
         return np.ones(5, np.float16)
 
 
+class Void(Numpy):
+    def initial(self):
+        return {"a": np.zeros(0), "b": np.zeros((3, 0))}
+
+
+class Unlicensed(Numpy):
+    def initial(self):
+        raise SystemExit("no license")
+
+
 class Walled(Numpy):
     """Infeasible once theta_1 or theta_3 grows."""
 
@@ -254,7 +264,9 @@ def test_an_objective_that_cannot_be_used_is_refused_by_its_name(name):
         ("Complex", r"initial\(\) gave what is no theta0 \(block theta is complex numbers; expected real ones\)"),
         ("NotANumber", r"initial\(\) gave what is no theta0 \(block b holds a number that is not finite\)"),
         ("Empty", r"initial\(\) gave what is no theta0 \(no block\)"),
-        ("Half", "trainable parameters are float16; expected float32 or float64"),
+        ("Half", r"initial\(\) gave what is no theta0 \(block theta is float16; expected float32 or float64\)"),
+        ("Void", r"initial\(\) gave what is no theta0 \(it holds no number\)"),
+        ("Unlicensed", r"own_objective:Unlicensed: initial\(\): SystemExit: no license, at .*own_objective\.py:\d+ in initial"),
     ],
 )
 def test_a_theta0_that_cannot_be_trained_says_what_it_is(name, message):

@@ -60,7 +60,7 @@ class UnrolledLoss:
                 window = int(bad.nonzero()[0])
                 name = windows.names[window]
                 if step == 0 and not torch.isfinite(advanced[window]).all():
-                    raise NumericalError(f"{name}: {self.simulator.name} makes what is not finite of this frame of the reference")
+                    raise NumericalError(f"{name}: {self.simulator.name} makes NaN or infinity of this frame of the reference")
                 raise Diverged(f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed")
             losses.append(terms)
             if path is not None:

@@ -43,6 +43,17 @@ def load_part(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, object
         return {name: item[()] for name, item in file.items() if name != "about"}, h5.attributes(file["about"])
 
 
+def _check_shapes(shapes: Mapping[float, tuple[int, ...]]) -> None:
+    """Raise InputError for simulations (by parameter) of which one has other states than the first."""
+    (first, shape), *others = shapes.items()
+    for parameter, other in others:
+        if other != shape:
+            raise InputError(
+                f"the reference gives states {list(shape[1:])} for parameter {first:g}, {list(other[1:])} for {parameter:g}; "
+                "expected one shape for all: mend task.reference, and delete what is kept beside the output file"
+            )
+
+
 BITS = ("threads", "torch", "device")  # what the last bits may depend on beside the constants
 
 
@@ -173,6 +184,7 @@ class Simulations:
         if any(self._frames.get(p, 0) < self._total for p in self._parameters):
             return False
         kept = {p: self._load(p).kept for p in self._parameters}
+        _check_shapes({p: states.shape for p, states in kept.items()})
         splits = {split: (np.stack([kept[p] for p in ps]), np.array(ps)) for split, ps in self._lists.items()}
         reference.save(self._out, splits, self._about)
         shutil.rmtree(self._parts, ignore_errors=True)

@@ -112,4 +112,6 @@ def make_solver(task: SolKeys, device: torch.device) -> Solver:
 def check_finite(state: np.ndarray, parameter: float, frame: int) -> None:
     """Raise NumericalError that names parameter and frame."""
     if not np.isfinite(state).all():
-        raise NumericalError(f"the reference simulation of parameter {parameter:g} is not finite at frame {frame}")
+        raise NumericalError(
+            f"the reference simulation of parameter {parameter:g} is not finite at frame {frame}: look at the solver"
+        )
