@@ -71,6 +71,17 @@ class BlackBoxError(DzhpcError):
     exit_code = 6
 
 
+class OutsideError(BlackBoxError):
+    """What failed in a process of its own: a program, or a Python function under a time limit.
+
+    folder: the program's files, which whoever says the error keeps. text: the function's traceback.
+    """
+
+    def __init__(self, message: str, folder: Path | None = None, text: str = ""):
+        super().__init__(message)
+        self.folder, self.text = folder, text
+
+
 def message_of(error: BaseException) -> str:
     """One line: the user's message, or type, text and place of an exception nobody foresaw."""
     if isinstance(error, DzhpcError):

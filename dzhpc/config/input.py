@@ -16,9 +16,11 @@ from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Sec
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")
-FREE = ("data.root", "task.retries", "task.max_queries", "zo.emulate_bf16")
+FREE = (
+    "data.root", "task.retries", "task.max_queries", "task.timeout", "task.concurrency", "task.scratch", "zo.emulate_bf16",
+)  # fmt: skip
 FIRST_START = ("model.weights", "sparsity.lpr")  # files that only the start from nothing reads: a checkpoint has what they held
-PATHS = ("run.dir", "data.root", "data.path", "task.classifier", *FIRST_START)
+PATHS = ("run.dir", "data.root", "data.path", "task.classifier", "task.scratch", *FIRST_START)
 SYNONYMS = {  # what other codes call a key, where spelling alone would not find it
     "step_size": "zo.mu", "smoothing": "zo.mu", "epsilon": "zo.mu", "eps": "zo.mu", "learning_rate": "optim.lr",
     "batchsize": "data.batch_size", "optimizer": "optim.name", "epochs": "stop.epochs", "sparsity": "sparsity.ratio",

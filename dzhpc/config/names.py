@@ -80,3 +80,10 @@ def called(what: str, function: Callable, *args: Any, **keys: Any) -> Any:
     except BaseException as error:
         inner = error.__traceback__.tb_next if error.__traceback__ else None  # this line is not the user's
         raise InputError(f"{what}: {message_of(error.with_traceback(inner))}") from None
+
+
+def product(name: str, key: str) -> Any:
+    """The object behind a name; of a class, or of a function that has no method ``initial``, what it gives. Raises InputError."""
+    found = import_object(name, key)
+    makes = isinstance(found, type) or (callable(found) and not hasattr(found, "initial"))
+    return called(f"{key} = {name}", found) if makes else found

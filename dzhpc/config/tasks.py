@@ -3,15 +3,19 @@
 The keys stay flat in [task]: the kind says already whose they are, ``--set`` takes one dot, and old input files go on working.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
-from dzhpc.config.sections import LARGEST, Count, Finite, Pixels, Positive, Section, Total
+from dzhpc.config.sections import LARGEST, Count, Finite, Pixels, Positive, Seconds, Section, Total
 
 OWN = "package.module:Class"
+PROGRAMS = ("template", "input", "result", "pattern", "pointer", "concurrency", "scratch")  # which need a command
+INFEASIBLE = Field([], description="command: exit codes that call a perturbed theta infeasible: it stays out of the step")
+BATCHED = Field(False, description="command: a call answers up to task.batch_limit inputs [N, ...], which task.input has")
 MAX_QUERIES = Field(None, description="end the run (exit 0) before what would ask the black box more often than this")
 
 
@@ -27,7 +31,7 @@ class TaskKeys(Section):
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if config.zo.estimator == "latent":
+        if config is not None and config.zo.estimator == "latent":
             yield 'zo.estimator = "latent": needs task.kind = "defense", task.loss = "classifier", zo.difference = "forward"'
 
 
@@ -39,6 +43,58 @@ class BlackBoxKeys(TaskKeys):
         3, ge=0, le=LARGEST, description="ask again so often where a call raises, after 1, 2, 4, ... s; then stop (exit 6)"
     )
     max_queries: Total | None = MAX_QUERIES
+    timeout: Seconds | None = Field(
+        None,
+        description="the time that a call may take, then it is killed; a Python function with one runs in a process of its own. "
+        "None: an hour for a program, any for a function",
+    )
+    command: list[str] | None = Field(
+        None, description='the black box is a program: its words, for example ["solver", "{folder}/case.in"], run for each query'
+    )
+    template: str | list[str] | None = Field(
+        None, description="command: files or folders that each call finds in its folder, with {name} replaced by numbers"
+    )
+    input: str | None = Field(
+        None, description="command: a file in its folder that is given all numbers by name (.json, .h5) or one array (.npy)"
+    )
+    result: str = Field(
+        "stdout.txt",
+        description='command: the file in its folder that holds the answer, or "package.module:function" of the folder',
+    )
+    pattern: str | None = Field(
+        None, description="command: a regular expression with one group for a number; one answer: the last match in the result"
+    )
+    pointer: str | None = Field(None, description='command: where the answer is in a JSON result, for example "/loss" (RFC 6901)')
+    concurrency: Count = Field(1, description="command: the programs that a rank runs at once")
+    scratch: str | None = Field(None, description="command: in which the folders of the calls are made; None: $TMPDIR, or /tmp")
+
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        yield from super().conflicts(config)
+        if self.command is None:
+            for name in (*PROGRAMS, "infeasible", "initial", "units", "batched"):
+                if name in type(self).model_fields and getattr(self, name) != type(self).model_fields[name].default:
+                    yield f"task.{name}: belongs to task.command"
+            return
+        if getattr(self, "batched", False) and not self.input:
+            yield 'task.batched: needs task.input = "NAME.npy", ".json" or ".h5"'
+        if not self.command or not self.command[0]:
+            yield "task.command = []: expected a program and its arguments"
+        if self.pattern is not None and self.pointer is not None:
+            yield "task.pattern and task.pointer: expected one of them"
+        if is_function(self.result) and (self.pattern is not None or self.pointer is not None):
+            yield f"task.result = {self.result}: a function needs neither task.pattern nor task.pointer"
+        for name in ("input", "result"):
+            value = getattr(self, name)
+            if value and not is_function(value) and (value.startswith("/") or ".." in value.split("/")):
+                yield f'task.{name} = "{value}": expected a file in the folder of the call'
+        if self.input and not self.input.endswith((".npy", ".json", ".h5")):
+            yield f'task.input = "{self.input}": expected a file .npy, .json or .h5'
+        try:
+            if self.pattern is not None and re.compile(self.pattern).groups != 1:
+                yield f"task.pattern = {self.pattern!r}: expected one group (...), which holds the number"
+        except re.error as error:
+            yield f"task.pattern = {self.pattern!r}: no regular expression ({error})"
 
 
 class ClassificationKeys(TaskKeys):
@@ -56,11 +112,20 @@ class ObjectiveKeys(BlackBoxKeys):
 
     kind: Literal["objective"] = Field("objective", description="the user's own loss of a parameter vector")
     function: str | None = Field(None, description='"package.module:Name" with initial() and __call__(thetas, step)')
+    initial: dict[str, Any] | str | None = Field(
+        None, description='command: theta0: a table of named numbers or lists, a .npy or .json file, or "package.module:function"'
+    )
+    units: dict[str, Positive] = Field(
+        {}, description="command: what is written is theta times its unit, so that all of theta is of the size of 1"
+    )
+    infeasible: list[int] = INFEASIBLE
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if not self.function:
-            yield 'task.kind = "objective": needs task.function = "package.module:Name"'
+        if bool(self.function) == bool(self.command):
+            yield 'task.kind = "objective": needs task.function = "package.module:Name" or task.command, not both'
+        if self.command and self.initial is None:
+            yield "task.command: needs task.initial, the parameters' names and starting values"
         if first_order(config):
             yield 'task.kind = "objective": has no autograd; use zo.estimator cge or rge, sparsity.scores zo-grasp or random'
         yield from super().conflicts(config)
@@ -80,18 +145,30 @@ class DefenseKeys(BlackBoxKeys):
         None, description="normalisation inside a classifier from a file; None: the data set's own"
     )
     classifier_std: list[Positive] | None = Field(None, description="see classifier_mean")
+    batched: bool = BATCHED
     sigma: Positive = Field(0.25, description="the standard deviation of the noise, for pixels in [0, 1]")
     loss: Literal["classifier", "mse"] = Field(
         "classifier",
         description="cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",
     )
 
+    @property
+    def box(self) -> str:
+        """What errors call the classifier; "" without one."""
+        if self.command:
+            return f"task.command = {self.command[0]}"
+        return f"task.classifier = {self.classifier}" if self.classifier else ""
+
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if config.zo.estimator == "latent" and (self.loss != "classifier" or config.zo.difference == "central"):
-            yield from super().conflicts(config)
-        if self.loss == "classifier" and not self.classifier:
-            yield 'task.kind = "defense": needs task.classifier = "package.module:function" or a file of weights'
+        latent = config.zo.estimator == "latent" and self.loss == "classifier" and config.zo.difference != "central"
+        yield from BlackBoxKeys.conflicts(self, None if latent else config)
+        if self.classifier and self.command:
+            yield "task.classifier and task.command: expected one of them"
+        if self.loss == "classifier" and not self.classifier and not self.command:
+            yield 'task.kind = "defense": needs task.classifier = "package.module:function" or a file of weights, or task.command'
+        if self.loss == "classifier" and first_order(config) and self.command:
+            yield "task.command: a program has no autograd; use zo.estimator cge or rge, no fo-grasp"
         if self.loss == "classifier" and first_order(config) and is_function(self.classifier):
             yield f"task.classifier = {self.classifier}: a function has no autograd; use zo.estimator cge or rge, no fo-grasp"
 
@@ -105,6 +182,8 @@ class SolKeys(BlackBoxKeys):
         description="the coarse solver: projected (PhiFlow's step, its pressure operator factorised once), phiflow, or "
         '"package.module:function", numpy states [N, ...] and parameters [N] -> the next states',
     )
+    infeasible: list[int] = INFEASIBLE
+    batched: bool = BATCHED
     unroll: Count = Field(16, description="steps of corrected solver in the loss (A3); 1: pre-generated pairs (NON)")
     resolution: Pixels = Field(32, description="wake: cells across the coarse solver's domain, twice as many along")
     factor: Pixels = Field(4, description="wake: how many times finer the reference is")
@@ -122,13 +201,25 @@ class SolKeys(BlackBoxKeys):
         "simulator, on its grid",
     )
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the solver is the user's, a function or a program."""
+        return bool(self.command) or is_function(self.simulator)
+
+    @property
+    def box(self) -> str:
+        """What errors call the solver."""
+        return f"task.command = {self.command[0]}" if self.command else f"task.simulator = {self.simulator}"
+
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        own = is_function(self.simulator)
+        own = self.is_own
+        if self.command and self.simulator != "projected":
+            yield f"task.simulator = {self.simulator}: task.command is the simulator; remove one of them"
         if not own and self.simulator not in ("projected", "phiflow"):
             yield f'task.simulator = "{self.simulator}": expected projected, phiflow or "package.module:function"'
         if own and config.zo.estimator == "autograd" and self.unroll > 1:
-            yield f"task.simulator = {self.simulator}: a function has no autograd; use cge or rge, or task.unroll = 1"
+            yield f"{self.box}: has no autograd; use cge or rge, or task.unroll = 1"
         if config.zo.engine == "reuse" or config.zo.precision != "fp32":
             yield 'task.kind = "sol": needs zo.engine = "delta" or "full", and zo.precision = "fp32"'
         yield from super().conflicts(config)

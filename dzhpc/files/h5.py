@@ -61,6 +61,13 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
             temporary.unlink()
 
 
+def plain(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A plain HDF5 file of named arrays, for a program that is not ours."""
+    with File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
 @contextlib.contextmanager
 def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[File]:
     """Open a file of ours after its checksum was verified."""

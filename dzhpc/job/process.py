@@ -77,7 +77,7 @@ def mapped_segments() -> list[str]:
 def identity() -> dict[str, object]:
     """Host, process and Slurm job of this process, for :func:`is_gone`."""
     return {
-        "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "boot": _boot(),
+        "host": socket.gethostname(), "pid": os.getpid(), "started": start_of(os.getpid()), "boot": _boot(),
         "job_id": job_id(), "restart_count": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }  # fmt: skip
 
@@ -92,10 +92,10 @@ def is_gone(other: dict[str, object]) -> bool | None:
     """Whether the process of an :func:`identity` has ended, as far as this host can see; None for a process of another host."""
     if other["host"] != socket.gethostname():
         return None
-    return other["boot"] != _boot() or _started(int(other["pid"])) != other["started"]
+    return other["boot"] != _boot() or start_of(int(other["pid"])) != other["started"]
 
 
-def _started(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """When a process started, in ticks since boot: a process number alone may have been given to another since."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

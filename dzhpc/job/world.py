@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dzhpc.errors import LaunchError, exit_code_of, leave_fork, message_of
+from dzhpc.errors import BlackBoxError, LaunchError, exit_code_of, leave_fork, message_of
 from dzhpc.job import alone, failure, process
 from dzhpc.job.failure import RankError
 
@@ -126,8 +126,9 @@ class World:
         failures = [(rank, *f) for rank, f in enumerate(self.allgather(failed)) if f]
         if failures:
             rank, message, code = failures[0]
-            if rank == self.rank:
-                self._keep_traceback(caught)
+            kept = self._keep_traceback(caught) if rank == self.rank else ""
+            if any(code == BlackBoxError.exit_code for *_, code in failures):  # where a program's files are
+                message += self.allgather(kept)[rank]
             local = 0 < len(failures) < self.size and rank > 0
             raise RankError(f"rank {rank}: {message}" if local else message, code)
 

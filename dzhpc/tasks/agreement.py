@@ -49,7 +49,9 @@ def check_losses(world: World, config: Config, losses: list[float]) -> None:
 
 
 def user_code(config: Config) -> dict[str, str]:
-    """key -> ``package.module:Name`` for all that the input names of the user's own."""
+    """key -> ``package.module:Name``, or the words of a program, for all that the input names of the user's own."""
     sections = {"task": config.task.model_dump(), "model": {"name": config.model.name}, "data": {"name": config.data.name}}
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return {key: value for key, value in values.items() if isinstance(value, str) and is_function(value)}
+    found = {key: value for key, value in values.items() if isinstance(value, str) and is_function(value)}
+    command = getattr(config.task, "command", None)
+    return found | ({"task.command": " ".join(command)} if command else {})

@@ -1,13 +1,16 @@
 """The user's own loss of a parameter vector: anything that maps thetas [P, d] to losses [P]."""
 
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dzhpc.config import Config, called, import_object
+from dzhpc.config import Config, called, import_object, is_function, paths
+from dzhpc.config.tasks import ObjectiveKeys
 from dzhpc.engines.batch import changed
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.curvature import Curvature, Squares
@@ -16,6 +19,7 @@ from dzhpc.engines.protocol import PLAIN
 from dzhpc.errors import InputError
 from dzhpc.method.arrays import to_tensor
 from dzhpc.method.coordinates import ParameterIndex
+from dzhpc.tasks.command import Program, Query, function_of
 from dzhpc.tasks.protocol import Cost, Task
 
 log = logging.getLogger("dzhpc")
@@ -186,6 +190,40 @@ class ObjectiveEngine:
         return self._box(thetas).to(self.index.dtype)
 
 
+class ProgramLoss:
+    """The losses of thetas [P, d] by ``task.command``, a program for each of them; what it gets is theta times ``task.units``."""
+
+    def __init__(self, task: ObjectiveKeys, model: Blocks):
+        self._blocks = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if unknown := set(task.units) - set(self._blocks):
+            raise InputError(f"task.units: task.initial has no {', '.join(sorted(unknown))}; it has {', '.join(self._blocks)}")
+        self._units = np.concatenate([np.full(math.prod(s), task.units.get(n, 1.0)) for n, s in self._blocks.items()])
+        self.program = Program(task, self._blocks, list(self._blocks))
+
+    def __call__(self, thetas: np.ndarray, step: int) -> np.ndarray:
+        """Losses [P]."""
+        return self.program.many([self._query(theta.astype(np.float64) * self._units) for theta in thetas])
+
+    def _query(self, numbers: np.ndarray) -> Query:
+        ends = np.cumsum([math.prod(shape) for shape in self._blocks.values()])[:-1]
+        parts = zip(self._blocks.items(), np.split(numbers, ends), strict=True)
+        return Query({name: part.reshape(shape) for (name, shape), part in parts}, numbers, ())
+
+
+def starting_point(task: ObjectiveKeys) -> object:
+    """theta0 as ``task.initial`` has it: a table, a file, or what a function gives. Raises InputError."""
+    if not isinstance(task.initial, str):
+        return task.initial
+    if is_function(task.initial):
+        return called(f"task.initial = {task.initial}", import_object(task.initial, "task.initial"))
+    path = paths.absolute(task.initial, f"task.initial = {task.initial}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"task.initial = {task.initial}: cannot be read as .npy or .json ({reason})") from None
+
+
 class ObjectiveTask(Task):
     """See :class:`dzhpc.tasks.Task`. An epoch is one step; it runs on the CPU, and the function may use what it likes."""
 
@@ -193,33 +231,39 @@ class ObjectiveTask(Task):
     cost = Cost(evaluation=1)  # no box is named: a loss may well be flat somewhere
 
     def __init__(self, config: Config, device: torch.device):
-        self.config = config
-        name = config.task.function
-        function = import_object(name, "task.function")
-        if isinstance(function, type) or not hasattr(function, "initial"):
-            function = called(f"task.function = {name}", function) if callable(function) else function
-        asked = callable(function) or callable(getattr(function, "residuals", None))
-        if not asked or not callable(getattr(function, "initial", None)):
-            raise InputError(
-                f"task.function = {name}: needs initial() -> theta0 [d], and __call__(thetas [P, d], step) -> losses [P] or "
-                "residuals(thetas [P, d], step) -> [P, m]"
-            )
-        initial = called(f"task.function = {name}: initial()", function.initial)
+        self.config, task = config, config.task
+        if task.command:
+            name, function = f"task.command = {task.command[0]}", None
+            initial, source = starting_point(task), "task.initial"
+        else:
+            name = f"task.function = {task.function}"
+            function = function_of(task, task.function, "task.function", config.run.threads, makes=True)
+            asked = callable(function) or callable(getattr(function, "residuals", None))
+            if not asked or not callable(getattr(function, "initial", None)):
+                raise InputError(
+                    f"{name}: needs initial() -> theta0 [d], and __call__(thetas [P, d], step) -> losses [P] or "
+                    "residuals(thetas [P, d], step) -> [P, m]"
+                )
+            initial, source = called(f"{name}: initial()", function.initial), f"{name}: initial()"
         try:
             first = next(iter(initial.values())) if isinstance(initial, Mapping) else initial
             self.model = Blocks(initial)
         except (ValueError, StopIteration) as error:
-            raise InputError(f"task.function = {name}: initial() gave what is no theta0 ({str(error) or 'no block'})") from None
-        limit, retries = config.task.batch_limit, config.task.retries
-        numpy = not isinstance(first, Tensor)
-        self.engine = ObjectiveEngine(function, self.model, numpy, limit, retries, f"task.function = {name}")
+            raise InputError(f"{source} gave what is no theta0 ({str(error) or 'no block'})") from None
+        self._source, self._program = source, None
+        limit, numpy = task.batch_limit, not isinstance(first, Tensor)
+        if task.command:
+            self._program = ProgramLoss(task, self.model)
+            function, limit, numpy = self._program, self._program.program.limit, True
+        self.engine = ObjectiveEngine(function, self.model, numpy, limit, task.retries, name)
 
     @property
     def lost(self) -> int:
         return self.engine.lost
 
     def made(self) -> dict[str, Mapping[str, Tensor]]:
-        return {f"task.function = {self.config.task.function}: initial()": dict(self.model.named_parameters())}
+        templates = self._program.program.made() if self._program else {}
+        return {self._source: dict(self.model.named_parameters()), **templates}
 
     def bind(self, step: int) -> float:
         return self.engine.bind(step)

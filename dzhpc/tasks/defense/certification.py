@@ -38,7 +38,8 @@ def spread(images: int | None, total: int) -> list[int]:
 
 def classifier_of(defense: Defense) -> str:
     """What tells one classifier from another: its name; of a file also its content."""
-    name, path = defense.config.task.classifier, path_of(defense.config, "task.classifier")
+    task, path = defense.config.task, path_of(defense.config, "task.classifier")
+    name = task.classifier or " ".join(task.command)
     if path is None or not path.is_file():
         return name
     with open(path, "rb") as file:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dzhpc import data
-from dzhpc.config import Config, Model, import_object, is_function, path_of
+from dzhpc.config import Config, Model, is_function, path_of
 from dzhpc.engines.batch import changed
 from dzhpc.engines.blackbox import BlackBox, BlackBoxLoss
 from dzhpc.engines.curvature import CrossEntropy, Curvature
@@ -19,6 +19,7 @@ from dzhpc.files.runfolder import load_state
 from dzhpc.models import zoo
 from dzhpc.models.frozen import Frozen
 from dzhpc.models.weights import is_ours
+from dzhpc.tasks.command import Program, function_of
 
 log = logging.getLogger("dzhpc")
 SMALLEST = 1e-12  # a probability that a quantised classifier calls 0
@@ -30,8 +31,8 @@ class Classifier(BlackBox):
     Raises as BlackBox does; InputError for answers that are not [N, classes].
     """
 
-    def __init__(self, function: Callable, classes: int, limit: int, numpy: bool, retries: int, classifier: str):
-        super().__init__(function, limit, numpy, retries, f"task.classifier = {classifier}")
+    def __init__(self, function: Callable, classes: int, limit: int, numpy: bool, retries: int, name: str):
+        super().__init__(function, limit, numpy, retries, name)
         self._classes = classes
 
     def check(self, answers: Tensor, count: int) -> None:
@@ -46,17 +47,22 @@ class Classifier(BlackBox):
 
 
 def load_box(config: Config, data_set: data.DataSet, device: torch.device) -> BlackBox:
-    """``task.classifier`` as a function that can only be asked: images [N, C, H, W] in [0, 1] -> answers [N, K].
+    """``task.classifier``, or ``task.command``, as a function that can only be asked: images [N, C, H, W] in [0, 1] -> [N, K].
 
-    Raises InputError for a function or a file that cannot be used.
+    Raises InputError for a function, a program or a file that cannot be used.
     """
-    task, classes = config.task, len(data_set.classes)
+    task, classes, name = config.task, len(data_set.classes), config.task.box
+    if task.command:
+        shape = data_set.train.images.shape[1:]
+        program = Program(task, {"image": shape}, ["image"])
+        ask = lambda images: program.arrays("image", images, (classes,))  # noqa: E731
+        return Classifier(ask, classes, program.limit, True, task.retries, name)
     if is_function(task.classifier):
-        function = import_object(task.classifier, "task.classifier")
+        function = function_of(task, task.classifier, "task.classifier", config.run.threads)
         if not callable(function):
-            raise InputError(f"task.classifier = {task.classifier}: is no function of images [N, C, H, W]")
-        return Classifier(function, classes, task.batch_limit, True, task.retries, task.classifier)
-    return Classifier(load_network(config, data_set, device), classes, task.batch_limit, False, 0, task.classifier)
+            raise InputError(f"{name}: is no function of images [N, C, H, W]")
+        return Classifier(function, classes, task.batch_limit, True, task.retries, name)
+    return Classifier(load_network(config, data_set, device), classes, task.batch_limit, False, 0, name)
 
 
 def load_network(config: Config, data_set: data.DataSet, device: torch.device) -> Frozen:

@@ -77,7 +77,7 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
         if state is not None:
             zoo.assign(model, state.params, state.buffers)
         model.eval()
-    box = load_box(config, data_set, device) if config.task.classifier else None
+    box = load_box(config, data_set, device) if config.task.box else None
     return Defense(config, pixels, model, box, layout, precision == "bf16")
 
 

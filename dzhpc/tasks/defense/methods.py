@@ -71,7 +71,7 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
             add_user_modules(source)
             defense = load_defense(source, device, without_denoiser=args.no_denoiser, precision=args.precision)
             if defense.box is None:
-                raise InputError(f"{paths.shown(source)}: names no task.classifier, so there is nothing to certify")
+                raise InputError(f"{paths.shown(source)}: names no classifier (task.classifier), so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
         check_made(world, {f"data.name = {defense.config.data.name}": defense.data.tensors()})
         survey(world, device, defense.config.run)

@@ -41,7 +41,7 @@ class DefenseTask(Task):
         self.model, self._layout = build_denoiser(self.config, self.data, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self.box = self._network = None
-        if task.classifier:
+        if task.box:
             self.answers = Answers()
             self.box = load_box(config, data_set, device)
             if self._first_order:
@@ -68,7 +68,7 @@ class DefenseTask(Task):
             return Cost(evaluation=tests if self.box else 0)
         bind = batch * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
         bind += batch * (self._code_size() if self.latent else 0)
-        return Cost(bind, batch, 2 * tests, f"task.classifier = {self.config.task.classifier}")
+        return Cost(bind, batch, 2 * tests, self.config.task.box)
 
     def made(self) -> dict[str, Mapping[str, Tensor]]:
         return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}

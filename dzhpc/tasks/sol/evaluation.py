@@ -28,7 +28,7 @@ from dzhpc.tasks.sol.rollout import Rollout, rollout
 from dzhpc.tasks.sol.simulators import make_simulator
 
 log = logging.getLogger("dzhpc")
-SHARED = ("data.name", "task.simulator", "task.resolution", "task.radius")  # keys that decide reference and coarse solver
+SHARED = ("data.name", "task.simulator", "task.command", "task.resolution", "task.radius")  # reference, coarse solver
 Split = Callable[[int, Callable[[range], np.ndarray]], np.ndarray]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dzhpc.config import Config, is_function
+from dzhpc.config import Config
 from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
 from dzhpc.files import h5
@@ -65,7 +65,7 @@ def check(config: Config, out: Path) -> Config:
         values = getattr(config.task, key)
         if not values:
             raise InputError(f"task.{key} = []: expected at least one parameter")
-        if not is_function(config.task.simulator) and min(values) <= 0:
+        if not config.task.is_own and min(values) <= 0:
             raise InputError(f"task.{key} = {values}: expected numbers above 0, 1e4 / viscosity each")
     if not out.parent.is_dir():
         raise InputError(f"{shown(out)}: the folder {shown(out.parent)} does not exist")

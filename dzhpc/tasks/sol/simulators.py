@@ -5,9 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dzhpc.config import SolKeys, import_object, is_function
+from dzhpc.config import SolKeys, is_function
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError
+from dzhpc.tasks.command import Program, function_of
 from dzhpc.tasks.sol.reference import Reference
 from dzhpc.tasks.sol.wake import Wake
 
@@ -45,15 +46,26 @@ class OwnSimulator(BlackBox):
 
 
 def make_simulator(
-    task: SolKeys, reference: Reference | None, device: torch.device, dtype: torch.dtype = torch.float32
+    task: SolKeys,
+    reference: Reference | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
 ) -> Simulator:
-    """The simulator of ``task.simulator`` for the states of a reference; None: for those that the keys of the wake describe.
+    """The simulator of ``task.simulator`` or ``task.command`` for the states of a reference; None: for those of the wake's keys.
 
     Raises InputError for an unknown name, a missing library, or states that the simulator's grid does not fit.
     """
-    key = f"task.simulator = {task.simulator}"
+    key = task.box
+    if task.command:
+        if reference is None:
+            raise InputError(f"{key}: is a simulator of its own; task.reference makes its reference")
+        program = Program(task, {"state": reference.shape, "parameter": ()}, ["state"])
+        ask = lambda states, parameters: program.arrays("state", states, states.shape[1:], parameter=parameters)  # noqa: E731
+        return OwnSimulator(ask, program.limit, True, task.retries, key)
     if is_function(task.simulator):
-        return OwnSimulator(import_object(task.simulator, "task.simulator"), task.batch_limit, True, task.retries, key)
+        function = function_of(task, task.simulator, "task.simulator", threads)
+        return OwnSimulator(function, task.batch_limit, True, task.retries, key)
     wake = Wake(task.resolution, task.radius)
     if reference is not None:
         check_wake(wake, reference, key)

@@ -7,9 +7,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dzhpc.config import SolKeys, import_object, is_function
+from dzhpc.config import SolKeys
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError, NumericalError
+from dzhpc.tasks.command import function_of
 from dzhpc.tasks.sol.simulators import make_wake
 from dzhpc.tasks.sol.wake import DT, LENGTH, SPEED, Wake
 
@@ -75,7 +76,7 @@ class OwnSolver(BlackBox):
     """The user's own: parameter -> states [warm_up + frames, ...] of a whole simulation. Raises as BlackBox does."""
 
     def __init__(self, task: SolKeys):
-        function, name = import_object(task.reference, "task.reference"), f"task.reference = {task.reference}"
+        function, name = function_of(task, task.reference, "task.reference", 1), f"task.reference = {task.reference}"
         super().__init__(lambda p: np.asanyarray(function(float(p[0])))[None], 1, True, task.retries, name)
         self._warm_up, self._frames = task.warm_up, task.frames
         self.about = {"staggered": False, "reference": task.reference, "warm_up": task.warm_up, "frames": task.frames}
@@ -99,10 +100,10 @@ class OwnSolver(BlackBox):
 
 def make_solver(task: SolKeys, device: torch.device) -> Solver:
     """The solver for the reference of ``task``. Raises InputError for keys that do not fit each other."""
-    own = is_function(task.simulator)
+    own = task.is_own
     if own != (task.reference is not None):
         raise InputError(
-            f'task.reference: needed for task.simulator = {task.simulator}: "package.module:function", a parameter -> its states'
+            f'task.reference: needed for {task.box}: "package.module:function", a parameter -> its states'
             if own
             else f"task.reference = {task.reference}: belongs to a task.simulator of your own; {task.simulator} has its own"
         )

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dzhpc.config import Config, is_function
+from dzhpc.config import Config
 from dzhpc.data import Order, shard
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.method.first_order import SharedGradient
@@ -43,7 +43,7 @@ class SolTask(Task):
         task, zo, batch = config.task, config.zo, config.data.batch_size
         self.reference = reference.find(config.data).to(device)
         self._where = self.reference.where()
-        self.simulator = make_simulator(task, self.reference, device)
+        self.simulator = make_simulator(task, self.reference, device, threads=config.run.threads)
         self._check_keys()
         self.model = fitting.build(self.config, device, **_sizes(self.reference))
         self.correction = fitting.lay_out(self.model, lambda layout: Correction(self.model, self.reference))
@@ -120,12 +120,11 @@ class SolTask(Task):
         """Raise InputError for keys that do not fit the reference or the simulator."""
         task, zo, sparsity = self.config.task, self.config.zo, self.config.sparsity
         factor = self.reference.about.get("factor", task.factor)
-        if not is_function(task.simulator) and factor != task.factor:
+        if not task.is_own and factor != task.factor:
             raise InputError(f"task.factor = {task.factor}: the reference {self.config.data.name} was made with {factor}")
         if task.unroll > 1 and zo.estimator == "autograd" and not self.simulator.differentiable:
             raise InputError(
-                f'zo.estimator = "autograd": no gradient goes through task.simulator = "{task.simulator}"; use "projected", '
-                "task.unroll = 1, or cge"
+                f'zo.estimator = "autograd": no gradient goes through {task.box}; use "projected", task.unroll = 1, or cge'
             )
         if task.unroll > 1 and sparsity.scores == "fo-grasp" and sparsity.ratio > 0:
             raise InputError(

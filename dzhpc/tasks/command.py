@@ -1,0 +1,300 @@
+"""A black box that is a program (``task.command``): a folder for each query, files from templates, an answer from a file."""
+
+import contextlib
+import json
+import queue
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dzhpc.config import import_object, is_function, paths
+from dzhpc.config.names import product
+from dzhpc.config.tasks import BlackBoxKeys
+from dzhpc.errors import InputError, OutsideError, message_of
+from dzhpc.files import h5
+from dzhpc.job.program import Keeper, described, sweep
+from dzhpc.job.worker import Worker
+from dzhpc.method.arrays import to_tensor
+
+LONGEST = 3600.0  # seconds of a program without task.timeout
+FIELD = re.compile(r"\{([A-Za-z_]\w*)(?:\[([\d, ]+)\])?(?::([^{}\n]*))?\}")  # {name}, {name[3]}, {name[0,2]}, {name:.6e}
+Shape = tuple[int, ...]
+
+
+def function_of(task: BlackBoxKeys, name: str, key: str, threads: int, makes: bool = False) -> Callable:
+    """The user's function ``name``; with ``task.timeout`` in a process of its own. Raises InputError.
+
+    makes: see :func:`dzhpc.config.names.product`.
+    """
+    if task.timeout is not None:
+        return Worker(name, key, task.timeout, threads, makes)
+    return (product if makes else import_object)(name, key)
+
+
+class Text:
+    """A text with fields, cut up once. Braces that hold no known name, with or without an index and a format, stay as they are.
+
+    shapes: of the arrays that fields may name. Raises InputError for an index or a format that does not fit.
+    """
+
+    def __init__(self, text: str, shapes: Mapping[str, Shape], source: str):
+        self.names: set[str] = set()
+        self._parts: list[str | tuple[str, tuple[int, ...], str]] = []
+        position = 0
+        for match in FIELD.finditer(text):
+            name, index, form = match[1], tuple(int(k) for k in (match[2] or "").replace(" ", "").split(",") if k), match[3] or ""
+            if name not in shapes:
+                continue
+            try:
+                self._written(np.zeros(shapes[name]), index, form)
+            except (IndexError, ValueError, TypeError) as error:
+                raise InputError(f"{source}: {match[0]} does not fit {name} {list(shapes[name])} ({error})") from None
+            self.names.add(name)
+            self._parts += [text[position : match.start()], (name, index, form)]
+            position = match.end()
+        self._parts.append(text[position:])
+
+    def filled(self, values: Mapping[str, np.ndarray | str]) -> str:
+        """With numbers; an array is written as its entries with spaces between."""
+        return "".join(p if isinstance(p, str) else self._written(values[p[0]], *p[1:]) for p in self._parts)
+
+    @staticmethod
+    def _written(array: np.ndarray | str, index: tuple[int, ...], form: str) -> str:
+        if isinstance(array, str):
+            return array
+        entries = np.asarray(array[index] if index else array, np.float64).ravel().tolist()
+        return " ".join(format(value, form) if form else repr(value) for value in entries)
+
+
+class Files:
+    """The files of ``task.template``, read once; each call gets its own."""
+
+    def __init__(self, names: Sequence[str], shapes: Mapping[str, Shape]):
+        self.raw: dict[str, bytes] = {}
+        self._modes: dict[str, int] = {}
+        for name in names:
+            path = paths.absolute(name, f"task.template = {name}")
+            if not path.exists():
+                raise InputError(f"task.template = {name}: does not exist")
+            for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+                place = str(file.relative_to(path)) if path.is_dir() else file.name
+                try:
+                    self.raw[place], self._modes[place] = file.read_bytes(), file.stat().st_mode & 0o777 | 0o600
+                except OSError as error:
+                    raise InputError(f"task.template = {name}: {file} cannot be read ({error.strerror})") from None
+        self._texts = {place: text for place, raw in self.raw.items() if (text := self._text(place, raw, shapes)) and text.names}
+        self.names = set().union(*(text.names for text in self._texts.values()))
+
+    @staticmethod
+    def _text(place: str, raw: bytes, shapes: Mapping[str, Shape]) -> Text | None:
+        try:
+            return Text(raw.decode(), shapes, f"task.template: {place}")
+        except UnicodeDecodeError:
+            return None
+
+    def write(self, folder: Path, values: Mapping[str, np.ndarray | str]) -> None:
+        """Put them into a folder."""
+        for place, raw in self.raw.items():
+            path = folder / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._texts[place].filled(values).encode() if place in self._texts else raw)
+            path.chmod(self._modes[place])
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a program is asked: named arrays, the one of a .npy file, and the shape of the answer."""
+
+    values: Mapping[str, np.ndarray]
+    array: np.ndarray
+    shape: Shape
+
+
+class Malformed(ValueError):
+    """An answer that is none."""
+
+
+class Program:
+    """``task.command`` as a function: a :class:`Query` -> its answer. Each call has a folder, and its processes end with it.
+
+    shapes: of the named arrays, () of a number. needed: those of them that have to reach the program.
+    An exit code of ``task.infeasible`` is answered by +inf, or by NaN where the answer is an array.
+    Raises InputError for keys, templates and programs that cannot be used.
+    """
+
+    def __init__(self, task: BlackBoxKeys, shapes: Mapping[str, Shape], needed: Sequence[str]):
+        self.name = f"task.command = {task.command[0]}"
+        self._task, self._base = task, paths.absolute(task.scratch, "task.scratch") if task.scratch else None
+        known = {**shapes, "folder": ()}
+        self._files = Files([task.template] if isinstance(task.template, str) else task.template or [], known)
+        self._words = [Text(word, known, "task.command") for word in task.command]
+        written = self._files.names.union(*(word.names for word in self._words))
+        if missing := [name for name in needed if name not in written] if task.input is None else []:
+            raise InputError(
+                f"task.command: the program never learns {', '.join(missing)}: write {{{missing[0]}}} into task.template or "
+                "task.command, or name a file in task.input"
+            )
+        self._program = _located(task.command[0])
+        self._infeasible = getattr(task, "infeasible", [])
+        self._own = import_object(task.result, "task.result") if is_function(task.result) else None
+        self._keepers: queue.SimpleQueue[Keeper | None] = queue.SimpleQueue()
+        for _ in range(task.concurrency):
+            self._keepers.put(None)  # started when they are needed
+        sweep(self._base)
+
+    def made(self) -> dict[str, dict[str, torch.Tensor]]:
+        """See :meth:`dzhpc.tasks.Task.made`: the templates."""
+        tensors = {name: torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8) for name, raw in self._files.raw.items()}
+        return {f"task.template = {self._task.template}": tensors} if tensors else {}
+
+    @property
+    def limit(self) -> int:
+        """The most queries that are worth a call."""
+        batched = getattr(self._task, "batched", False)
+        return self._task.batch_limit if batched else min(self._task.batch_limit, self._task.concurrency)
+
+    def arrays(self, name: str, arrays: np.ndarray, shape: Shape, **beside: np.ndarray) -> np.ndarray:
+        """The answers [N, *shape] to arrays [N, ...] that are called ``name``; ``task.batched``: by one call.
+
+        beside: further ones [N, ...], which a .npy file does not have.
+        """
+        named = {name: arrays, **beside}
+        if self._task.batched:
+            return self(Query(named, arrays, (len(arrays), *shape)))
+        return self.many([Query({key: value[k] for key, value in named.items()}, arrays[k], shape) for k in range(len(arrays))])
+
+    def many(self, queries: Sequence[Query]) -> np.ndarray:
+        """The answers [n, ...], ``task.concurrency`` programs at a time. Raises OutsideError."""
+        if len(queries) == 1 or self._task.concurrency == 1:
+            return np.stack([self(query) for query in queries])
+        with ThreadPoolExecutor(self._task.concurrency) as pool:
+            return np.stack(list(pool.map(self, queries)))
+
+    def __call__(self, query: Query) -> np.ndarray:
+        """The answer in float64. Raises OutsideError, whose ``folder`` has the call's files until the next failure."""
+        keeper = self._keepers.get() or Keeper(self._base)
+        folder, failed = keeper.folder / "call", keeper.folder / "failed"
+        try:
+            folder.mkdir()
+            return self._call(keeper, folder, query)
+        except OutsideError as error:
+            if folder.exists():
+                shutil.rmtree(failed, ignore_errors=True)
+                error.folder = folder.rename(failed)
+            raise
+        except OSError as error:
+            raise OutsideError(f"its folder {folder} cannot be written ({error.strerror or error})") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._keepers.put(keeper if keeper.close.alive else None)
+
+    def _call(self, keeper: Keeper, folder: Path, query: Query) -> np.ndarray:
+        values = {**query.values, "folder": str(folder)}
+        self._files.write(folder, values)
+        if self._task.input:
+            _write(folder / self._task.input, query)
+        words = [self._program, *(word.filled(values) for word in self._words[1:])]
+        try:
+            code = keeper.run(words, folder, self._task.timeout or LONGEST)
+        except OutsideError as error:
+            raise OutsideError(f"{error}{_last_words(folder)}") from None
+        if code in self._infeasible:
+            return np.full(query.shape, np.nan if query.shape else np.inf)
+        if code != 0:
+            raise OutsideError(described(code) + _last_words(folder))
+        try:
+            return self._answer(folder, query.shape)
+        except OSError as error:
+            raise OutsideError(f"left no {self._task.result} ({error.strerror or error}){_last_words(folder)}") from None
+        except Exception as error:  # malformed output, or the user's function
+            said = str(error) if isinstance(error, Malformed) else message_of(error)
+            raise OutsideError(f"{self._task.result}: {said}{_last_words(folder)}") from None
+
+    def _answer(self, folder: Path, shape: Shape) -> np.ndarray:
+        """What the program has left, as an array of the shape. Raises Malformed, OSError, or what the user's function does."""
+        if self._own is not None:
+            return _shaped(self._own(folder), shape)
+        path, pattern, pointer = folder / self._task.result, self._task.pattern, self._task.pointer
+        if path.suffix == ".npy":
+            try:
+                return _shaped(np.load(path, allow_pickle=False), shape)
+            except (ValueError, EOFError) as error:
+                raise Malformed(str(error)) from None
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if pointer is not None or (path.suffix == ".json" and pattern is None):
+            return _shaped(_pointed(text, pointer or ""), shape)
+        found = re.findall(pattern, text, re.M) if pattern is not None else text.split()
+        if not found:
+            raise Malformed(f"nothing matches task.pattern = {pattern!r}" if pattern is not None else "is empty")
+        numbers = np.array([_number(word) for word in (found[-1:] if pattern is not None and not shape else found)])
+        return _shaped(numbers.reshape(shape) if numbers.size == np.prod(shape, dtype=int) else numbers, shape)
+
+
+def _located(name: str) -> str:
+    """A program's path: on the PATH, or meant from where this program was started. Raises InputError."""
+    word = paths.expanded(name, f"task.command = {name}")
+    found = shutil.which(str(paths.started() / word) if "/" in word else word)
+    if found is None:
+        raise InputError(f"task.command = {name}: there is no such program, or it may not be executed; is it on the PATH?")
+    return found
+
+
+def _write(path: Path, query: Query) -> None:
+    """``task.input``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, query.array)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({name: value.tolist() for name, value in query.values.items()}), encoding="utf-8")
+    else:
+        h5.plain(path, query.values)
+
+
+def _number(word: str) -> float:
+    try:
+        return float(re.sub("(?<=[0-9.])[dD](?=[-+0-9])", "e", word))  # Fortran's double precision
+    except ValueError:
+        raise Malformed(f"{word[:60]!r} is no number") from None
+
+
+def _pointed(text: str, pointer: str) -> object:
+    """What a JSON pointer (RFC 6901) names."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise Malformed(f"is no JSON ({error})") from None
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        try:
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise Malformed(f"has nothing at task.pointer = {pointer!r}") from None
+    return found
+
+
+def _shaped(found: object, shape: Shape) -> np.ndarray:
+    try:
+        tensor = to_tensor(found)
+    except ValueError as error:
+        raise Malformed(f"holds {error}; expected numbers") from None
+    if not shape and tensor.numel() == 1:
+        tensor = tensor.reshape(())
+    if tuple(tensor.shape) != shape:
+        raise Malformed(f"holds {list(tensor.shape)} numbers; expected {list(shape) if shape else 'one'}")
+    return tensor.double().numpy()
+
+
+def _last_words(folder: Path) -> str:
+    """The last line that a program has said."""
+    for name in ("stderr.txt", "stdout.txt"):
+        with contextlib.suppress(OSError):
+            text = (folder / name).read_bytes()[-4096:].decode(errors="replace")
+            if lines := [" ".join(line.split()) for line in text.splitlines() if line.strip()]:
+                return f"; its last words: {lines[-1][:200]}"
+    return "; it said nothing"
