@@ -58,6 +58,7 @@ def test_the_same_bits_on_one_rank_and_two(request, name):
 
 
 def test_moduli_that_no_material_has_are_infeasible(plate):
-    words = ["examples/plate/plate.toml", "--run-dir", "negative", "--set", "task.initial={long = -1.0, across = 1.0, shear = 1.0}"]
+    moduli = ["--set", "task.initial={long = -1.0, across = 1.0, shear = 1.0}"]
+    words = ["examples/plate/plate.toml", "--run-dir", "negative", *moduli]
     line = batch(1, plate, [Case("train", "train", words)], timeout=120)["train"].said_once(5, "the loss at theta is inf")
     assert "nothing was trained yet" in line

@@ -39,7 +39,7 @@ def redder(images):
     return np.stack([1 - p, p], 1)
 def reference(nu):
     u = [np.sin(np.arange(8) * np.pi / 4)]
-    while len(u) < 6:
+    while len(u) < 4:
         u.append(u[-1] - 0.09 * nu * (u[-1] - np.roll(u[-1], 1)))
     return np.array(u)
 """
@@ -84,7 +84,7 @@ kind = "sol"
 reference = "inpython:reference"
 unroll = 2
 warm_up = 0
-frames = 6
+frames = 4
 train_parameters = [0.5]
 valid_parameters = [1.0]
 test_parameters = [0.8]
@@ -94,7 +94,7 @@ widths = []
 [data]
 path = "ring.h5"
 name = "ring"
-batch_size = 2
+batch_size = 1
 [zo]
 mu = 1e-3
 engine = "full"
@@ -153,10 +153,6 @@ def work(place):
 @pytest.fixture(scope="module")
 def two(work):
     """Results of runs on two ranks."""
-    solver = [MPIRUN, "-n", "2", sys.executable, "{folder}/sum.py", "{theta}"]
-    parallel = sets(task__command=solver, task__template="sum.py", task__pattern=r"sum (\S+) 2$",
-                    stop__steps=1)  # fmt: skip
-    parallel += ["--set", "task.initial={theta = 2.0}"]
     redder = {"task__command": [sys.executable, "redder.py", str(work)], "task__template": "redder.py", "task__batched": True,
               "task__input": "image.npy", "task__result": "p.npy"}  # fmt: skip
     step = {"task__template": "step.py", "task__result": "next.npy"}
@@ -165,7 +161,6 @@ def two(work):
         Case("down", "train", program("down", work)),
         Case("python", "train", ["inpython.toml", "--run-dir", "python"]),
         Case("limited", "train", ["inpython.toml", "--run-dir", "limited", *sets(task__timeout=60)]),
-        Case("parallel", "train", ["program.toml", "--run-dir", "parallel", *parallel]),
         Case("defense", "train", ["guard.toml", "--run-dir", "defense", *sets(task__classifier="inpython:redder")]),
         Case("defense-program", "train", ["guard.toml", "--run-dir", "defense-program", *sets(**redder)]),
         Case("simulate", "simulate", ["sol.toml", "-o", "ring.h5", *sets(task__simulator="inpython:step")]),
@@ -184,7 +179,12 @@ def one(work, two):
     (work / "calls.0").unlink()
     results = batch(1, work, [Case("hangs", "train", program("hangs", work, task__timeout=3))], timeout=60)
     (work / "slow").unlink()
-    cases = [Case("whole", "train", program("whole", work, task__concurrency=3))]
+    solver = [MPIRUN, "-n", "2", sys.executable, "{folder}/sum.py", "{theta}"]
+    parallel = sets(task__command=solver, task__template="sum.py", task__pattern=r"sum (\S+) 2$",
+                    stop__steps=1)  # fmt: skip
+    parallel += ["--set", "task.initial={theta = 2.0}"]
+    cases = [Case("parallel", "train", ["program.toml", "--run-dir", "parallel", *parallel])]
+    cases += [Case("whole", "train", program("whole", work, task__concurrency=3))]
     cases += [Case(f"{name}-again", "train", program(name, work)) for name in ("down", "hangs")]
     return results | batch(1, work, cases, timeout=60)
 
@@ -215,8 +215,8 @@ def test_a_program_that_hangs_is_killed_and_the_run_goes_on_later(work, two, one
     assert_same(bits(work / "whole", but=("config",)), bits(work / "hangs", but=("config",)))
 
 
-def test_a_program_may_be_an_mpi_job_itself(work, two):
-    two["parallel"].succeeded()
+def test_a_program_may_be_an_mpi_job_itself(work, one):
+    one["parallel"].succeeded()
     assert column(work / "parallel", "train/loss") == [6.0]
 
 
@@ -240,8 +240,9 @@ def test_a_job_that_is_killed_in_the_middle_of_calls_leaves_nothing_and_goes_on(
     pids = []
 
     def kill(mpirun) -> None:
-        until(lambda: all((work / f"hangs.{rank}").exists() for rank in (0, 1)), "no call", 100)
-        pids.extend(int((work / f"hangs.{rank}").read_text()) for rank in (0, 1))
+        until(lambda: list(work.glob("hangs.*")), "no call", 100)
+        until(lambda: all(file.read_text() for file in work.glob("hangs.*")), "no call", 5)
+        pids.extend(int(file.read_text()) for file in work.glob("hangs.*"))
         assert all(process.start_of(pid) for pid in pids) and len(list((work / "scratch").iterdir())) >= 2
         mpirun.send_signal(signal.SIGKILL)
 

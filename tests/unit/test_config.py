@@ -1,5 +1,6 @@
 """Input files: precedence, strictness, and errors that name file, key, found and expected."""
 
+import json
 import os
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_the_keys_of_all_kinds_that_an_earlier_version_wrote_are_those_of_its_ow
     everything = {key: value for table in tables for key, value in table.items()} | {"kind": kind}
 
     def text(**changed):
-        return "[run]\nname = 'a'\n[task]\n" + "\n".join(f"{k} = {v!r}" for k, v in (everything | changed).items())
+        return "[run]\nname = 'a'\n[task]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in (everything | changed).items())
 
     new = config.load(None, ["run.name=a", f"task.kind={kind}"])
     assert config.parse_written(text(sigma=0.5, loss="mse"), "step.h5") == config.load(write(tmp_path, text())) == new

@@ -433,7 +433,7 @@ def test_a_limit_leaves_a_random_subset_of_the_windows():
         (["task.resolution=16"], "task.resolution = 16 has states"),
         (["model.name=own_simulator:Wrong"], "Wrong gives .* a correction has to be"),
         (["model.kernel=4"], "kernel = 4, .*expected positive numbers, an odd kernel"),
-        (["task.simulator=phiflow", "zo.estimator=autograd"], 'no gradient goes through task.simulator = "phiflow"'),
+        (["task.simulator=phiflow", "zo.estimator=autograd"], "no gradient goes through task.simulator = phiflow"),
         (["sparsity.ratio=0.5", "sparsity.scores=fo-grasp"], "a simulator has no second derivative"),
     ],
 )
