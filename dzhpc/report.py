@@ -19,6 +19,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="*", type=paths.option, help="run folders; or .h5 files that `python -m dzhpc.certify` wrote")
     p.add_argument("--campaign", type=paths.option, metavar="DIR", help="all run folders below DIR: their states, and one plot")
     p.add_argument(
+        "--against",
+        choices=["epoch", "queries", "seconds"],
+        help="how much of it each run needs to come as far as the first one ends; one axis, logarithmic",
+    )
+    p.add_argument(
         "-o", "--out", type=paths.option, help="where to write (default: report/ in the folder, or here; beside certificates)"
     )
     return p
@@ -28,11 +33,15 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
     if bool(args.runs) == bool(args.campaign):
         raise InputError("give run folders, or --campaign DIR")
+    if args.against and args.campaign:
+        raise InputError("--against: compares run folders; leave --campaign out")
     if args.runs and all(path.suffix == ".h5" for path in args.runs):
         return _certified(world, args)
     one = args.campaign or (args.runs[0] if len(args.runs) == 1 else paths.started())
     out = args.out or one / "report"
-    return _say(world, lambda: curves.write_campaign(args.campaign, out) if args.campaign else curves.write(args.runs, out))
+    if args.campaign:
+        return _say(world, lambda: curves.write_campaign(args.campaign, out))
+    return _say(world, lambda: curves.write(args.runs, out, args.against))
 
 
 def _certified(world: World, args: argparse.Namespace) -> int:

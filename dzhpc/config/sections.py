@@ -170,13 +170,19 @@ class Sparsity(Section):
         "signed",
         description="prune the largest signed scores (Wang et al. 2020), or keep the largest absolute ones (the authors' code)",
     )
-    pattern: Literal["dynamic", "static", "regrasp"] = Field(
-        "dynamic", description="redraw S by the ratios; keep the first (M2); score anew at every redraw (M1)"
+    pattern: Literal["dynamic", "static", "regrasp", "adaptive"] = Field(
+        "dynamic",
+        description="redraw S by the ratios; keep the first (M2); score anew at every redraw (M1); adaptive: redraw at every "
+        "step, a share of each layer by what its coordinates have given so far",
+    )
+    share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="adaptive: that share; the rest is drawn at random")
+    measure: Literal["gradient", "decrease"] = Field(
+        "gradient", description="adaptive: running mean of |ghat|^2, or of ghat^2 / H_jj, the decrease that gauss-newton predicts"
     )
     prune: Literal["weights", "all"] = Field(
         "weights", description="conv and linear weights only (others stay active), or every parameter"
     )
-    redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs")
+    redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs (not adaptive)")
     redraw_steps: Count | None = Field(None, description="draw a new S every so many steps instead")
     q: Directions = Field(192, description="zo-grasp: directions per RGE")
     lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
@@ -185,6 +191,8 @@ class Sparsity(Section):
         """See :class:`Section`."""
         if self.target == "weights" and self.pattern != "static":
             yield f'sparsity.pattern = "{self.pattern}": sparsity.target = "weights" needs "static"'
+        if self.pattern == "adaptive" and self.measure == "decrease" and config.optim.name != "gauss-newton":
+            yield 'sparsity.measure = "decrease": only optim.name = "gauss-newton" knows the curvature; use "gradient"'
         if self.pattern == "regrasp" and self.lpr:
             yield 'sparsity.lpr: a fixed file contradicts pattern = "regrasp", which scores anew; remove one of them'
 

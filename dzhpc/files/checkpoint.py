@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dzhpc import config as configuration
@@ -35,6 +36,7 @@ class State:
     optimizer: dict[str, dict[str, Tensor]]  # slot -> parameter name -> tensor
     coordinates: np.ndarray  # S, sorted
     lpr: LPR | None
+    sizes: Tensor | None = None  # adaptive S: what coordinates have given [d]
     env: dict[str, str] = field(default_factory=dict)  # for information
     partial: Partial | None = None  # of the next step, if it was left unfinished; S is then that step's
 
@@ -55,6 +57,8 @@ def save_checkpoint(path: Path, state: State) -> None:
         for slot, tensors in state.optimizer.items():
             h5.put_tensors(optimizer.create_group(slot), tensors)
         file["coordinates/S"] = state.coordinates.astype(np.int64)
+        if state.sizes is not None:
+            file["coordinates/sizes"] = state.sizes.numpy()
         if state.lpr is not None:
             put_lpr(file.create_group("lpr"), state.lpr)
         file.create_group("env").attrs.update(state.env)
@@ -79,6 +83,7 @@ def load_checkpoint(path: str | Path) -> State:
             buffers=h5.get_tensors(file["buffers"]),
             optimizer={slot: h5.get_tensors(group) for slot, group in file["optimizer"].items()},
             coordinates=file["coordinates/S"][()],
+            sizes=torch.from_numpy(file["coordinates/sizes"][()]) if "coordinates/sizes" in file else None,
             lpr=get_lpr(file["lpr"]) if "lpr" in file else None,
             env={k: str(v) for k, v in file["env"].attrs.items()},
             partial=Partial(file["partial/values"][()], file["partial/done"][()]) if "partial" in file else None,

@@ -8,7 +8,7 @@ import numpy as np
 
 from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
-from dzhpc.files import campaign, drawing, owned
+from dzhpc.files import campaign, drawing, owned, yardstick
 from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import REPORT
 from dzhpc.job.log import duration
@@ -116,11 +116,14 @@ def plot(runs: list[Curves], path: Path) -> None:
     plt.close(figure)
 
 
-def write(folders: list[Path], out: Path) -> tuple[str, list[Path]]:
-    """Write ``report.md`` and ``curves.png``; the table, and the files. Raises InputError."""
+def write(folders: list[Path], out: Path, against: str | None = None) -> tuple[str, list[Path]]:
+    """Write ``report.md`` and ``curves.png``; the table, and the files. Raises InputError.
+
+    against: one axis, see :mod:`dzhpc.files.yardstick`; None: all of them.
+    """
     runs = [read(Path(folder)) for folder in folders]
-    text = table(runs)
-    return text, _write(out, ", ".join(run.name for run in runs), text, runs)
+    text = yardstick.table(runs, against) if against else table(runs)
+    return text, _write(out, ", ".join(run.name for run in runs), text, runs, against)
 
 
 def write_campaign(folder: Path, out: Path) -> tuple[str, list[Path]]:
@@ -135,13 +138,14 @@ def write_campaign(folder: Path, out: Path) -> tuple[str, list[Path]]:
     return text, _write(out, f"Campaign {shown(folder)}", text, runs)
 
 
-def _write(out: Path, title: str, text: str, runs: list[Curves]) -> list[Path]:
+def _write(out: Path, title: str, text: str, runs: list[Curves], against: str | None = None) -> list[Path]:
+    draw = (lambda: yardstick.plot(trained, against, picture)) if against else (lambda: plot(trained, picture))
     trained = [run for run in runs if len(run.train["step"])]
     try:
         out.mkdir(parents=True, exist_ok=True)
         report, picture = owned.places(out, ("report.md", "curves.png"), lambda path: owned.holds(path, REPORT))
         content = f"# {' '.join(title.split())}\n\n{text}\n\n{REPORT}{picture.name})\n"
         report.write_text(content, encoding="utf-8", errors="backslashreplace")
-        return [report, *([picture] if trained and drawing.drawn(lambda: plot(trained, picture)) else [])]
+        return [report, *([picture] if trained and drawing.drawn(draw) else [])]
     except OSError as error:
         raise InputError(f"{shown(out)}: cannot be written ({error.strerror or error})") from None

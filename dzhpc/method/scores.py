@@ -125,6 +125,27 @@ def draw(lpr: LPR | None, index: ParameterIndex, seed: int, number: int) -> np.n
     return np.flatnonzero(active)
 
 
+def adapted(lpr: LPR, index: ParameterIndex, seed: int, number: int, sizes: Tensor, share: float) -> np.ndarray:
+    """As :func:`draw`, but ``share`` of each layer's coordinates are those of the largest ``sizes`` [d]; 0: never evaluated."""
+    sizes, active = sizes.cpu().numpy(), np.ones(index.size, bool)
+    for k, name in enumerate(lpr.layers):
+        coords, kept = index.range(name), int(lpr.kept[k])
+        first = min(round(share * kept), int((sizes[coords] > 0).sum()))
+        largest = coords[np.argsort(-sizes[coords], kind="stable")[:first]]
+        order = coords[torch.randperm(len(coords), generator=generator(seed, "pattern", number, k)).numpy()]
+        active[coords] = False
+        active[largest] = True
+        active[order[~active[order]][: kept - first]] = True
+    return np.flatnonzero(active)
+
+
+def running(sizes: Tensor, coords: np.ndarray, values: Tensor) -> Tensor:
+    """``sizes`` [d] where those of ``coords`` have moved half way to ``values`` [n], the first time all of it."""
+    where, out = torch.from_numpy(coords).to(sizes.device), sizes.clone()
+    out[where] = torch.where(sizes[where] > 0, (sizes[where] + values) / 2, values)
+    return out
+
+
 def best(lpr: LPR, index: ParameterIndex) -> np.ndarray:
     """The static pattern S: the coordinates that the scores themselves keep, and all that are not prunable; sorted."""
     badness, active = _badness(lpr.scores, lpr.attrs["rule"]), np.ones(index.size, bool)

@@ -11,7 +11,7 @@ from dzhpc.engines.pinned import Pinned
 from dzhpc.engines.pinned import seed as pinned_seed
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import load_lpr
-from dzhpc.method.scores import LPR, Split, best, draw, fo_grasp, lpr_from_scores, random_scores, zo_grasp
+from dzhpc.method.scores import LPR, Split, adapted, best, draw, fo_grasp, lpr_from_scores, random_scores, running, zo_grasp
 from dzhpc.method.seeds import derive
 from dzhpc.models.identity import model_sha256
 from dzhpc.training.shards import Shards
@@ -23,7 +23,8 @@ class Pattern:
     """Which coordinates are active at which step.
 
     dynamic: S is redrawn by the LPR at every interval (ours); static: S stays what the scores keep (M2); regrasp: scored anew at
-    every interval (M1). All of it is a function of (seed, step) and theta, so every rank count gives the same S.
+    every interval (M1); adaptive: redrawn at every step, a share by what coordinates have given. All of it is a function of
+    (seed, step) and theta, so every rank count gives the same S.
     attempt: calls what each rank does by itself before it takes part in ``split``, where that may fail on some ranks only.
     """
 
@@ -31,14 +32,28 @@ class Pattern:
         self._task, self._split, self._attempt = task, split, attempt
         self._config, self._seed = task.config.sparsity, task.config.run.seed
         self._mu = task.config.zo.mu
-        self._interval = self._config.redraw_steps or self._config.redraw_epochs * task.steps_per_epoch
+        self._adapts = self._config.pattern == "adaptive" and self._config.ratio > 0
+        epochs = 0 if self._adapts else self._config.redraw_epochs
+        self._interval = self._config.redraw_steps or epochs * task.steps_per_epoch or 1
         self.lpr: LPR | None = None
         self.coords: np.ndarray | None = None
         self.queries = 0  # spent on scores
+        index = task.engine.index
+        self.sizes = torch.zeros(index.size, dtype=torch.float64) if self._adapts else None  # what coordinates have given [d]
 
-    def restore(self, lpr: LPR | None, coords: np.ndarray) -> None:
-        """Continue with a checkpoint's ratios and set."""
+    def restore(self, lpr: LPR | None, coords: np.ndarray, sizes: torch.Tensor | None = None) -> None:
+        """Continue with a checkpoint's ratios, set, and what its coordinates have given."""
         self.lpr, self.coords = lpr, coords
+        self.sizes = sizes if self._adapts else None
+
+    def note(self, gradient: torch.Tensor, curvature: torch.Tensor | None) -> None:
+        """What the coordinates of S have given in a step: ghat [n], and diag H [n] where it is known; equal on all ranks."""
+        if not self._adapts:
+            return
+        given = gradient.detach().cpu().double().square()
+        if self._config.measure == "decrease":
+            given = given / curvature.double().clamp_min(1e-30)
+        self.sizes = running(self.sizes, self.coords, given)
 
     def due(self, step: int) -> bool:
         """Whether a new S belongs to this step."""
@@ -74,7 +89,9 @@ class Pattern:
         index, number = self._task.engine.index, step // self._interval
         if self._scores_anew:
             self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
-        if self.lpr is not None and self._config.pattern != "dynamic":
+        if self._adapts:
+            self.coords = adapted(self.lpr, index, self._seed, number, self.sizes, self._config.share)
+        elif self.lpr is not None and self._config.pattern != "dynamic":
             self.coords = best(self.lpr, index)
         else:
             self.coords = draw(self.lpr, index, self._seed, number)

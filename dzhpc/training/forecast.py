@@ -9,7 +9,9 @@ from dzhpc.job import device as devices
 from dzhpc.job.log import duration
 from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import make_estimator
+from dzhpc.method.gauss_newton import TRIES
 from dzhpc.method.scores import draw, lpr_from_scores, random_scores
+from dzhpc.training import gauss_newton
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
 
@@ -30,22 +32,27 @@ def forecast(task) -> str:
     interval = config.eval.every_epochs * task.steps_per_epoch
     evaluations = -(-steps // interval) * task.cost.evaluation
     total = per_step * steps + scores + evaluations
+    trials = f" and 1 to {TRIES} of {task.cost.query:,} for trials" if config.optim.tries else ""
     base_s, cost = _timed(task, coords)
+    newton = gauss_newton.forecast(task, len(coords)) if config.optim.name == "gauss-newton" else None
     lines = [
         config.to_toml(),
         f"coordinates {index.size:,}, active |S| {len(coords):,}, steps {steps:,} of {task.steps_per_epoch} an epoch",
-        f"queries: {per_step:,} a step, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
+        f"queries: {per_step:,} a step{trials}, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
         f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
         f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
         engine.explain(),
         f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",
     ]
+    if newton:
+        lines.append(newton.text)
     if estimator.by_coordinate:
         for ranks in (1, 2, 4, 8, 16, 32, 64):
             slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
-            seconds = (base_s + slowest * sides) * steps
-            lines.append(f"{ranks:3d} ranks: {duration(seconds):>11}, {base_s + slowest * sides:8.2f} s a step")
-    lines.append("without scores, evaluation and communication; true ratios often keep more of the early, dearer layers")
+            step_s = base_s + slowest * sides + (newton.seconds(ranks) if newton else 0)
+            lines.append(f"{ranks:3d} ranks: {duration(step_s * steps):>11}, {step_s:8.2f} s a step")
+    without = "scores and evaluation" if newton else "scores, evaluation and communication"
+    lines.append(f"without {without}; true ratios often keep more of the early, dearer layers")
     return "\n".join(lines)
 
 

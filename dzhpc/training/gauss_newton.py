@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dzhpc.training.columns import Columns
 from dzhpc.training.distribution import Distribution, Interrupted
 
 log = logging.getLogger("dzhpc")
+NETWORK = 1e9  # bytes a second that ranks send one another, for a forecast
 LEAST_SKETCH = 4  # numbers a coordinate, where memory has no room for all outputs
 
 
@@ -39,6 +41,11 @@ class Newton:
         self._columns: Columns | None = None
         self._size = 0  # M: the numbers of a column
         self.solve_s = 0.0
+
+    @property
+    def diagonal(self) -> Tensor:
+        """diag H of the last estimate [n], on all ranks."""
+        return torch.from_numpy(self._columns.joined[:, 1])
 
     def estimate(self, estimator: Estimator, step: int, partial: Partial | None) -> tuple[float, Tensor]:
         """(loss at theta, the gradient J^T r on S [n]) on all ranks, see :meth:`Distribution.estimate`. Raises Interrupted."""
@@ -173,3 +180,42 @@ def check(task: Task, n: int) -> str:
             "use another optimiser"
         )
     return f"gauss-newton: {what}, {asked:,.0f} MiB over all ranks"
+
+
+@dataclass
+class Forecast:
+    """What a step costs beside its queries: the parts of H, which ranks share, and the rest, measured here; bytes to be sent."""
+
+    text: str
+    shared_s: float
+    root_s: float
+    sent: float
+
+    def seconds(self, ranks: int) -> float:
+        """Of a step on so many ranks."""
+        return self.shared_s / min(ranks, method.PARTS) + self.root_s + (self.sent / NETWORK if ranks > 1 else 0)
+
+
+def forecast(task: Task, n: int) -> Forecast:
+    """Times one part of H and one solution on random numbers. A batch is bound."""
+    config, rows, dtype = task.config, task.engine.curvature.size, task.engine.index.dtype
+    size = sketched(config, n, rows)
+    small = size < n and config.optim.average_curvature == 0
+    width, side = (size, size) if small else (-(-size // method.PARTS), n)
+    block = torch.randn(n, width, dtype=dtype)
+    shared, product = _seconds(lambda: method.gram(block.T if small else block))
+    one = torch.ones(side, dtype=torch.float64)
+    root, _ = _seconds(lambda: method.System(one, product.diagonal().clone(), "relative", product).solve(0.1))
+    if small:
+        shared, root = 0.0, root + shared
+    shared, sent = shared * method.PARTS, torch.empty(0, dtype=dtype).element_size() * n * size
+    text = f"gauss-newton: |S| = {n:,} by {size:,} numbers of {rows:,} outputs; H {shared:.2f} s over all ranks, "
+    text += f"solution {root:.2f} s, {sent / 2**20:,.1f} MiB sent (counted at {NETWORK / 1e9:g} GB/s)"
+    return Forecast(text, shared, root, sent)
+
+
+def _seconds(work):
+    work()
+    start = time.perf_counter()
+    found = work()
+    return time.perf_counter() - start, found

@@ -53,7 +53,7 @@ class TrainingState:
         """Continue from a checkpoint that :func:`dzhpc.training.checks.check_restart` has let pass."""
         assign(self._task.model, found.params, found.buffers)
         optimizers.restore(self.optimizer, self.parameters, found.optimizer)
-        self.pattern.restore(found.lpr, found.coordinates)
+        self.pattern.restore(found.lpr, found.coordinates, found.sizes)
         self.partial, self.budget.queries = found.partial, found.queries
         self._history = found.history + ([found.config] if found.config != self.config.to_toml() else [])
         self.run_uuid, self._wall_before = found.run_uuid, found.wall_time_s
@@ -65,7 +65,7 @@ class TrainingState:
         for slot, values in optimizers.slots(self.optimizer, self.parameters).items():
             values = {name: value for name, value in values.items() if slot != "curvature" or name == "damping"}
             tensors.update({f"{slot}/{name}": value for name, value in values.items()})
-        return tensors
+        return tensors if self.pattern.sizes is None else tensors | {"sizes": self.pattern.sizes}
 
     def environment(self) -> dict[str, str]:
         """What bits may depend on beside the input."""
@@ -94,6 +94,7 @@ class TrainingState:
             buffers=dict(model.named_buffers()),
             optimizer=optimizers.slots(self.optimizer, self.parameters),
             coordinates=self.pattern.coords,
+            sizes=self.pattern.sizes,
             lpr=self.pattern.lpr,
             env=self.environment(),
             partial=self.partial,

@@ -115,6 +115,7 @@ class Trainer:
         update, trials = self._newton.step() if self._newton else (estimate, 0)
         asked = self.budget.of_step(n) + trials * self.task.cost.query
         state.partial, self.budget.queries = None, self.budget.queries + asked
+        self._pattern.note(estimate, self._newton.diagonal if self._newton else None)
         lr = state.optimizer.param_groups[0]["lr"]
         self._update(update)
         schedule.step()

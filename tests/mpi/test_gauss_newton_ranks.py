@@ -13,6 +13,7 @@ CONFIGS = {
     "averaged": [*WAVES, *STATIC, *sets(optim__average_curvature=0.8, optim__average_gradient=0.5, zo__difference="central")],
     "digits": DIGITS,
     "sketched": [*DIGITS, *sets(sparsity__ratio=0.9, sparsity__scores="random", optim__sketch=2)],
+    "adaptive": [*DIGITS, *sets(sparsity__pattern="adaptive", sparsity__measure="decrease", sparsity__ratio=0.8)],
     "regrasp": [*DIGITS, *sets(sparsity__pattern="regrasp", sparsity__ratio=0.8, optim__adapt=True, zo__engine="reuse")],
 }
 DOWN = {"column": "1 2 2", "bind": "1 2 0", "trial": "0 2 7", "first": "1 0 4"}  # of "adapted", on two ranks
@@ -32,6 +33,8 @@ def runs(place):
                 train("half", [*CONFIGS["averaged"], *sets(stop__steps=2)], "parted"),
                 train("rest", CONFIGS["averaged"], "parted"),
                 train("taken", [*DIGITS, *sets(run__take_over=True)], "taken"),
+                train("half-adaptive", [*CONFIGS["adaptive"], *sets(stop__steps=2)], "parted-adaptive"),
+                train("rest-adaptive", CONFIGS["adaptive"], "parted-adaptive"),
                 train("scalar", ["objective.toml", *GN], "scalar"),
                 train("rge", [*DIGITS, *sets(zo__estimator="rge")], "rge"),
                 train("large", [*DIGITS, *sets(optim__memory_mb=0.01)], "large"),
@@ -64,6 +67,9 @@ def test_a_step_left_unfinished_goes_on_to_the_same_bits(place, runs, where):
 
 def test_averages_are_part_of_the_checkpoint(place, runs):
     runs[3, "rest"].succeeded()
+    runs[3, "rest-adaptive"].succeeded()
+    assert_same(bits(place / "1" / "adaptive"), bits(place / "parted-adaptive", but=("config-history",)))
+    assert "coordinates/sizes" in contents(checkpoints(place / "parted-adaptive")[-1])
     assert_same(bits(place / "1" / "averaged"), bits(place / "parted", but=("config-history",)))
     found = contents(checkpoints(place / "parted")[-1])
     assert {f"optimizer/curvature/{k}" for k in ("hessian", "gradient", "coordinates", "damping")} <= set(found)

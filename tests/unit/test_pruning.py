@@ -15,7 +15,7 @@ from dzhpc.files.lpr import save_lpr
 from dzhpc.method import scores as pruning
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.estimators import rge_slopes, rge_sum
-from dzhpc.method.scores import LPR
+from dzhpc.method.scores import LPR, adapted, running
 from dzhpc.method.seeds import derive
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet20
@@ -259,3 +259,17 @@ def test_an_lpr_file_gives_the_same_sets_as_scoring_in_the_run_and_must_fit_mode
     save_lpr(path, scored.lpr)
     with pytest.raises(InputError, match=r'holds no scores, which pattern = "static" needs; use `python -m dzhpc.prune`'):
         Pattern(digits_task(f"sparsity.lpr={path}", "sparsity.pattern=static"), split_over(1)).redraw(0)
+
+
+def test_an_adaptive_set_has_the_largest_coordinates_and_random_ones_in_each_layer():
+    index = ParameterIndex({"a": torch.zeros(40), "b": torch.zeros(20), "c": torch.zeros(3)})
+    lpr = LPR(["a", "b"], np.array([40, 20]), np.array([10, 6]), "")
+    sizes = torch.zeros(63, dtype=torch.float64)
+    sizes = running(running(sizes, np.array([3, 50]), torch.tensor([4.0, 1.0])), np.array([3, 7]), torch.tensor([2.0, 1.0]))
+    assert (float(sizes[3]), float(sizes[7]), float(sizes[50])) == (3, 1, 1)
+    sets = [adapted(lpr, index, 0, number, sizes, 0.2) for number in range(30)]
+    for found in sets:
+        assert {3, 7, 50, 60, 61, 62} <= set(found)
+        assert (found < 40).sum() == 10 and (found < 60).sum() == 16 and len(set(found)) == len(found)
+    assert len(set().union(*map(set, sets))) == 63  # all are tried
+    assert any(7 not in adapted(lpr, index, 0, number, sizes, 0.1) for number in range(30))  # one place, and 3 has it

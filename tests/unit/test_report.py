@@ -120,3 +120,15 @@ def test_a_report_of_ones_own_is_not_written_over(runs, tmp_path):
         assert [path.name for path in files] == ["report-dzhpc.md", "curves-dzhpc.png"]
     assert (out / "report.md").read_text() == "# my thesis" and not (out / "curves.png").exists()
     assert "](curves-dzhpc.png)" in (out / "report-dzhpc.md").read_text()
+
+
+def test_against_queries_the_first_run_is_the_measure(runs, tmp_path):
+    """cge ends at 94 % after 4,000 queries; rge never comes there, and cge itself does at the evaluation of its end."""
+    text, files = curves.write(runs, tmp_path / "out", "queries")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows[0] == ["run", "queries", "accuracy at the end", "best", "queries to 94.00 %", "of those of cge"]
+    assert rows[2] == ["cge", "4,000", "94.00 %", "94.00 %", "4,000", "1.000"]
+    assert rows[3] == ["rge", "20,000", "89.00 %", "89.00 %", "never", ""]
+    text, _ = curves.write(runs[::-1], tmp_path / "back", "queries")
+    assert "| cge | 4,000 | 94.00 % | 94.00 % | 4,000 | 0.200 |" in text
+    assert [file.name for file in files] == ["report.md", "curves.png"]
