@@ -61,6 +61,11 @@ class Pattern:
             return True
         return self._config.ratio > 0 and self._config.pattern != "static" and step % self._interval == 0
 
+    def scorings(self, step: int, last: int) -> int:
+        """How often scores will be made after step ``step``, until step ``last``."""
+        again = self._config.ratio > 0 and self._config.pattern == "regrasp"
+        return max(0, (last - 1) // self._interval - (step - 1) // self._interval) if again else 0
+
     def ahead(self, step: int) -> tuple[int, int]:
         """What the scores of this step will ask, and how many coordinates its S has at most."""
         index, ratio = self._task.engine.index, self._config.ratio

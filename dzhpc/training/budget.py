@@ -27,6 +27,11 @@ class Budget:
         """The step at which the run ends, if nothing ends it before."""
         return min(self.all_steps, self._stop.steps or self.all_steps)
 
+    def steps_left(self, step: int, n: int) -> int:
+        """Steps on n coordinates that the run has still to make after a step."""
+        limits = [limit for limit in (self._stop.queries, self._task.config.task.max_queries) if limit]
+        return min([self.last_step - step, *(max(0, -(-(limit - self.queries) // self.of_step(n))) for limit in limits)])
+
     def of_step(self, n: int) -> int:
         """Queries of a step on n coordinates, its base included."""
         return self._task.cost.bind + self._estimator.perturbations(n) * self._task.cost.query

@@ -12,6 +12,7 @@ from dzhpc.job.log import Line, duration
 
 log = logging.getLogger("dzhpc")
 LATE = 50  # steps whose mean is the pace of a run
+FIRST = 2  # steps of a launch that do not tell its pace: nobody has measured yet who should evaluate what
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Step:
     step_s: float  # seconds, all included
     comm_s: float  # of these in collectives, but for waiting for compilers; and for Gauss-Newton's system
     compile_s: float  # of these until the last rank had compiled
+    scores_s: float  # of these for the scores of weights
     peak_bytes: int
 
 
@@ -65,31 +67,41 @@ class Record:
 class Progress:
     """``step 1200/9750 epoch 6.2 loss 1.834 |ghat| 0.41 lr 0.098 31,000 queries/s comm 2% ETA 1:27:10``.
 
-    The first line ends in how long it took to get there: ``(set-up 3.1 s, compilation 42.0 s)``. Neither counts in the pace, by
-    which the end is forecast. Evaluations and checkpoints between steps do.
+    The first line ends in how long it took to get there: ``(set-up 3.1 s, compilation 42.0 s)``. Neither counts in the forecast
+    of the end: the steps that are left at the pace of late ones, with what came between steps so far (evaluations, checkpoints),
+    and the scores that are left, each as long as the last.
     """
 
     def __init__(self, last: int, quiet: bool, set_up_s: float):
         self._last, self.line, self._set_up_s = last, Line(quiet), set_up_s
-        self._compile_s, self._said, self._since = 0.0, False, time.monotonic()
-        self._late: deque[tuple[float, float, float, int]] = deque(maxlen=LATE)  # seconds since the last, at work, comm, queries
+        self._compile_s, self._scores_s, self._between_s, self._said = 0.0, 0.0, 0.0, False
+        self._steps, self._since = 0, time.monotonic()
+        self._late: deque[tuple[float, float, float, int]] = deque(maxlen=LATE)  # a step's seconds, less scores, comm, queries
 
-    def show(self, s: Step) -> None:
-        """Take note of a step and print when it is time."""
+    def show(self, s: Step, steps_left: int, scorings_left: int) -> None:
+        """Take note of a step and print when it is time; ``..._left``: what the run has still to do."""
         now = time.monotonic()
-        self._late.append((max(now - self._since - s.compile_s, 0.0), s.step_s - s.compile_s, s.comm_s, s.asked))
+        self._between_s += max(now - self._since - s.step_s, 0.0)
         self._since, self._compile_s = now, self._compile_s + s.compile_s
-        self.line.say(lambda: self._text(s))
+        self._steps, self._scores_s = self._steps + 1, s.scores_s or self._scores_s
+        work = s.step_s - s.compile_s
+        self._late.append((work, work - s.scores_s, s.comm_s, s.asked))
+        self.line.say(lambda: self._text(s, self.seconds_left(steps_left, scorings_left)))
 
-    def _text(self, s: Step) -> str:
-        whole, work, comm, asked = (sum(column) for column in zip(*self._late, strict=True))
+    def seconds_left(self, steps: int, scorings: int) -> float:
+        """Forecast of what so many steps and scorings will take."""
+        known = list(self._late)[min(max(0, FIRST + len(self._late) - self._steps), len(self._late) - 1) :]
+        pace = sum(pure for _, pure, *_ in known) / len(known)
+        return steps * (pace + self._between_s / self._steps) + scorings * self._scores_s
+
+    def _text(self, s: Step, left: float) -> str:
+        work, _, comm, asked = (sum(column) for column in zip(*self._late, strict=True))
         work = max(work, 1e-9)
         first = "" if self._said else f" (set-up {self._set_up_s:.1f} s, compilation {self._compile_s:.1f} s)"
         self._said = True
         return (
             f"step {s.step}/{self._last} epoch {s.epoch:.1f} loss {s.loss:.4g} |ghat| {s.grad_norm:.3g} lr {s.lr:.3g} "
-            f"{asked / work:,.0f} queries/s comm {100 * comm / work:.0f}% "
-            f"ETA {duration((self._last - s.step) * whole / len(self._late))}{first}"
+            f"{asked / work:,.0f} queries/s comm {100 * comm / work:.0f}% ETA {duration(left)}{first}"
         )
 
     def close(self) -> None:

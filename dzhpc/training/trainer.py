@@ -108,6 +108,7 @@ class Trainer:
         self._buffers_before = [b.clone() for b in self.task.model.buffers()]
         self._seed()
         new_slices = self._draw()
+        scores_s = time.perf_counter() - start if self.budget.queries > queries_before else 0.0
         loss, estimate = self._gradient()
         step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
@@ -127,11 +128,11 @@ class Trainer:
         made = Step(
             step, state.epoch, loss, lr, float(torch.linalg.vector_norm(estimate.double())), self.budget.queries,
             self.budget.queries - queries_before, time.perf_counter() - start,
-            max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)) + solved, slowest,
+            max(0.0, self.world.comm_s - comm_before - max(0.0, slowest - own)) + solved, slowest, scores_s,
             devices.peak_bytes(self._index.device, self.task.engine.base_bytes),
         )  # fmt: skip
         self._record.add_step(made)
-        progress.show(made)
+        progress.show(made, self.budget.steps_left(step, n), self._pattern.scorings(step, self.budget.last_step))
         if state.step % self.config.run.check_every == 0:
             checks.check_replicas(self.world, state.step, state.replicated())
         if state.step % self._evaluation_interval == 0:

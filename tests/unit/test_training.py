@@ -1,6 +1,8 @@
 """What the loop asks of an estimator, what a budget allows, and what the progress line says."""
 
+import importlib
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +14,14 @@ import dzhpc
 from dzhpc import config
 from dzhpc.config import Zo, sections
 from dzhpc.errors import InputError
+from dzhpc.files.runfolder import RunFolder
+from dzhpc.job import log
 from dzhpc.job.stopping import Reason
+from dzhpc.job.world import World
 from dzhpc.method.estimators import ESTIMATORS, make_estimator
+from dzhpc.tasks import make_task
 from dzhpc.tasks.protocol import Cost
-from dzhpc.training import record
+from dzhpc.training import record, trainer
 from dzhpc.training.budget import Budget
 from dzhpc.training.record import Progress, Step
 
@@ -115,9 +121,63 @@ def test_the_first_line_tells_set_up_and_compilation_apart_and_neither_is_in_the
     progress = Progress(100, False, set_up_s=3.14)
     said = []
     progress.line = type("Line", (), {"say": lambda self, text: said.append(text())})()
-    step = lambda k, seconds, compiled: Step(k, 0.1, 2.0, 0.1, 1.0, 10 * k, 10, seconds, 0.5, compiled, 0)  # noqa: E731
-    progress.show(step(1, 42.9, 42.0))
+    step = lambda k, seconds, compiled: Step(k, 0.1, 2.0, 0.1, 1.0, 10 * k, 10, seconds, 0.5, compiled, 0.0, 0)  # noqa: E731
+    progress.show(step(1, 42.9, 42.0), 99, 0)
     assert said[0].endswith("11 queries/s comm 56% ETA 0:01:39 (set-up 3.1 s, compilation 42.0 s)")
-    progress.show(step(2, 0.9, 0.0))
-    progress.show(step(3, 0.9, 0.0))
+    progress.show(step(2, 0.9, 0.0), 98, 0)
+    progress.show(step(3, 0.9, 0.0), 97, 0)
     assert said[-1].endswith("ETA 0:01:37")
+
+
+COSTLY = """
+import numpy as np
+
+seconds, asked = [0.0], []
+
+
+class Loss:
+    def initial(self):
+        return np.linspace(0.1, 1, 8)
+
+    def __call__(self, thetas, step):
+        seconds[0] += 0.1 * len(thetas) + (0.0 if step in asked else 0.3)  # the first question of a step is a dear one
+        if len(asked) < 2:
+            seconds[0] += 2.0  # the first two steps are not like the others
+        if step not in asked:
+            asked.append(step)
+        return ((thetas - 2) ** 2).sum(1)
+"""
+RUNS = {  # further keys, steps that are made
+    "scores once": ({"sparsity.ratio": 0.5, "sparsity.q": 40}, 60),
+    "scores anew": ({"sparsity.ratio": 0.5, "sparsity.q": 4, "sparsity.pattern": "regrasp", "sparsity.redraw_steps": 7}, 60),
+    "few queries": ({"stop.queries": 9 * 30}, 30),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_end_of_a_run_is_forecast_from_its_tenth_step_on(name, tmp_path, monkeypatch):
+    """A real run; but its clock is moved by the user's loss alone, so that the load of the machine does not matter."""
+    (tmp_path / "costly.py").write_text(COSTLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "costly", raising=False)
+    keys, last = RUNS[name]
+    keys = {"task.kind": "objective", "task.function": "costly:Loss", "sparsity.ratio": 0.0, "eval.every_epochs": 20} | keys
+    settings = config.load(None, [f"{key}={value}" for key, value in (keys | {"stop.epochs": 60, "optim.lr": 0.01}).items()])
+    task, said = make_task(settings, torch.device("cpu")), []
+    seconds = importlib.import_module("costly").seconds
+    for module in (record, trainer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=lambda: seconds[0]))
+    seconds_left = Progress.seconds_left
+
+    def noted(self, *left):
+        said.append((seconds[0], seconds_left(self, *left)))
+        return said[-1][1]
+
+    monkeypatch.setattr(Progress, "seconds_left", noted)
+    monkeypatch.setattr(log.Line, "say", lambda self, text: text())
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    trainer.Trainer(World(), task, folder).run()
+    assert len(said) == last
+    for at, left in said[9:-3]:
+        assert left == pytest.approx(said[-1][0] - at, rel=0.3)
