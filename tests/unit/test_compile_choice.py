@@ -22,6 +22,7 @@ def decided(*keys: str) -> str:
     return task.engine.environment["compiled"]
 
 
+@pytest.mark.compiles
 @needs_compiler
 def test_the_decision_is_queries_times_values_and_no_key_that_may_change_on_restart(caplog, monkeypatch):
     caplog.set_level("INFO", "dzhpc")
