@@ -37,7 +37,7 @@ def both(model, inputs, targets, loss="cross_entropy"):
 def test_differences_equal_those_of_full_in_float64(make, train):
     model = make().double().train(train)
     inputs, labels, coords = problem(model, size=8 if make is resnet20 else 16)
-    coords = coords[::3] if make is resnet20 else coords  # 170 passes of 20 layers
+    coords = coords.reshape(-1, 4)[::4].ravel() if make is resnet20 else coords  # every fourth parameter has all kinds
     full, delta = (dzhpc.make_engine(kind, model, "cross_entropy") for kind in ("full", "delta"))
     assert full.bind(inputs.double(), labels) == pytest.approx(delta.bind(inputs.double(), labels), rel=1e-12)
     for mu in (5e-3, -1e-2) if make is resnet20 else (5e-3, 1e-4, -1e-2):
@@ -235,10 +235,8 @@ def test_a_budget_too_small_for_one_coordinate_is_refused_by_its_key():
 MEMORY = """
 import sys, torch
 import dzhpc
-from dzhpc.engines.kernels import compiled
 from dzhpc.job.device import PeakMemory
 from dzhpc.models.cnn import SimpleCNN
-compiled.COMPILERS = ()  # what it allocates is not the engine's
 torch.set_num_threads(1)
 batch, limit = int(sys.argv[1]), float(sys.argv[2])
 model = SimpleCNN(2).to(memory_format=torch.channels_last)
@@ -246,6 +244,8 @@ inputs, labels = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.ch
 engine = dzhpc.make_engine("delta", model, "cross_entropy", memory_mb=limit)
 starts, ends = engine.index.offsets[:-1], engine.index.offsets[1:]
 coords = [c for a, b in zip(starts, ends) for c in range(a, min(b, a + 64))]  # no chunk is larger
+engine.bind(inputs[:8], labels[:8])
+engine.differences(coords[:2], 1e-3)  # what the compiler needs once is not the engine's
 engine.bind(inputs, labels)
 engine.differences(coords, 1e-3)
 with PeakMemory(engine.index.device) as memory:  # what was derived from base values is there already
@@ -289,10 +289,9 @@ def test_changes_are_freed_at_once_and_not_when_cycles_are_collected():
         gc.garbage.clear()
 
 
-@pytest.mark.parametrize("batch", [32, 256])
-def test_the_memory_of_a_gradient_stays_within_its_budget(batch):
-    limit = 24
-    command = [sys.executable, "-c", MEMORY, str(batch), str(limit)]
+def test_the_memory_of_a_gradient_stays_within_its_budget():
+    limit = 6
+    command = [sys.executable, "-c", MEMORY, "32", str(limit)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert int(found.stdout) <= limit * 2**20
 
