@@ -83,7 +83,9 @@ def test_the_names_of_estimators_are_those_of_the_input():
 def budget(limit=None, **stop):
     stop = {"epochs": 2.0, "steps": None, "queries": None, "target_accuracy": None} | stop
     task = SimpleNamespace(
-        config=SimpleNamespace(stop=SimpleNamespace(**stop), task=SimpleNamespace(max_queries=limit)),
+        config=SimpleNamespace(
+            stop=SimpleNamespace(**stop), task=SimpleNamespace(max_queries=limit), optim=SimpleNamespace(tries=False)
+        ),
         steps_per_epoch=5, cost=Cost(bind=2, query=3, evaluation=4),
     )  # fmt: skip
     pattern = SimpleNamespace(coords=range(10), ahead=lambda step: (50, 10))
