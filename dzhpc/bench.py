@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--ranks", default="1,2", help="numbers of ranks")
     s.add_argument("--steps", type=number(Count), default=5, help="steps of each run; the first, which compiles, does not count")
     s.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
+    s.add_argument("--network", choices=["infiniband", "ethernet"], default="infiniband", help="what the forecast assumes")
+    s.add_argument("--plot", type=paths.option, help="draw the forecast here, as a PNG")
     s.add_argument("--json", type=paths.option, help="write the figures here")
     return p
 

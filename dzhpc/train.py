@@ -9,13 +9,16 @@ import argparse
 
 from dzhpc import config as configuration
 from dzhpc.config import paths
+from dzhpc.config.options import number
+from dzhpc.config.sections import Positive
 from dzhpc.files import curves
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.log import show
 from dzhpc.job.world import World
 from dzhpc.training import launch
-from dzhpc.training.forecast import forecast
+from dzhpc.training.forecast import Forecast
+from dzhpc.training.stepmodel import INFINIBAND, measured_network
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--dry-run", action="store_true", help="validate, print the resolved input, forecast hours and memory; write nothing"
+    )
+    p.add_argument(
+        "--target-hours", type=number(Positive), metavar="H", help="with --dry-run: how many ranks end the run within H hours"
     )
     p.add_argument("--quiet", action="store_true", help="warnings and errors only")
     return p
@@ -46,8 +52,9 @@ def main(world: World, args: argparse.Namespace) -> int:
         task = launch.task_of(config, device, restarts)
     launch.try_out(world, task, restarts)
     if args.dry_run:
+        network = measured_network(world) or INFINIBAND
         if world.is_root:
-            show(forecast(task))
+            show(f"{config.to_toml()}\n{Forecast(task, network).text(args.input, args.target_hours)}")
         return 0
     ranks = survey(world, device, config.run, task.engine.environment)
     draw = lambda path: curves.write([path], path / "report")  # noqa: E731

@@ -1,5 +1,6 @@
 """Coordinates: the trainable parameters as one flat vector theta [d]; chunks and slices of a coordinate set."""
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -108,15 +109,27 @@ def balance(costs: Sequence[float], ranks: int, groups: Sequence[int] | None = N
     groups: the group of each piece; the first piece of a group costs a rank ``base`` more. Groups take turns, so that each comes
     to ranks of its own where there are enough.
     """
-    loads, slices = np.zeros(ranks), [[] for _ in range(ranks)]
-    groups = groups or [0] * len(costs)
-    extra, seen, turns = np.full((max(groups, default=0) + 1, ranks), base), Counter(), []
+    slices, loads, groups = [[] for _ in range(ranks)], [0.0] * ranks, groups or [0] * len(costs)
+    seen, turns = Counter(), []
     for group in groups:
         turns.append(seen[group])
         seen[group] += 1
+    everyone = [(0.0, rank) for rank in range(ranks)]  # (load, rank): heaps, in which loads may have grown since
+    members = {group: [] for group in seen}  # of the ranks that have pieces of a group
     for piece in sorted(range(len(costs)), key=lambda k: (-costs[k], turns[k], k)):
-        rank = int(np.argmin(loads + extra[groups[piece]]))
-        loads[rank] += costs[piece] + extra[groups[piece], rank]
-        extra[groups[piece], rank] = 0.0
+        own, new = members[groups[piece]], _least(everyone, loads)
+        rank, joins = new[1], True
+        if own and (old := _least(own, loads)) <= (new[0] + base, new[1]):
+            rank, joins = old[1], False
+        loads[rank] += costs[piece] + (base if joins else 0.0)
+        if joins:
+            heapq.heappush(own, (loads[rank], rank))
         slices[rank].append(piece)
     return [sorted(pieces) for pieces in slices]
+
+
+def _least(heap: list[tuple[float, int]], loads: list[float]) -> tuple[float, int]:
+    """The entry of the least loaded rank of a heap."""
+    while heap[0][0] != loads[heap[0][1]]:
+        heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
+    return heap[0]

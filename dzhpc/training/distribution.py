@@ -64,24 +64,21 @@ class Distribution:
 
         Collective; only root's ``coords`` and ``partial`` count.
         """
-        world, pieces = self._world, None
+        world, told, slices = self._world, None, None
         seconds = world.minimum(self._seconds)
         if world.is_root:
             units, count = estimator.units(len(coords)), self.shards.count
             *cost, direction, base = _known(seconds)
-            chunks, each = self._pieces(units), np.full(units, direction)
+            chunks, each = pieces(units, self._engine.at_once), np.full(units, direction)
             if estimator.by_coordinate:
                 chunks, each = self._engine.cut(coords), np.array(cost)[self.index.owner(coords)]
-            todo = _missing([range(s * units + c.start, s * units + c.stop) for s in range(count) for c in chunks], partial)
-            costs = [float(each[piece.start % units : (piece.stop - 1) % units + 1].sum()) for piece in todo]
-            groups = [piece.start // units for piece in todo]
-            slices = balance(costs, world.size, groups, base if count > 1 else 0.0)
-            reports = _reporters([{groups[k] for k in part} for part in slices], count)
-            pieces = [([todo[k] for k in part], told) for part, told in zip(slices, reports, strict=True)]
+            slices = deal(chunks, each, count, world.size, base if count > 1 else 0.0, partial)
+            reports = _reporters([{piece.start // units for piece in own} for own in slices], count)
+            told = list(zip(slices, reports, strict=True))
         self.coords = world.bcast(coords)
-        self.mine, self._reports = world.scatter(pieces)
+        self.mine, self._reports = world.scatter(told)
         if self._counters:
-            self._slices = world.bcast(pieces and [own for own, _ in pieces])
+            self._slices = world.bcast(slices)
 
     def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> tuple[float, Tensor]:
         """(loss at theta, the estimate on S [n] in the order of S): each rank's units, joined exactly, combined on all ranks.
@@ -195,9 +192,9 @@ class Distribution:
 
         Each rank has neighbouring ones.
         """
-        pieces, ranks, slices = self._pieces(n), self._world.size, [[] for _ in range(self._world.size)]
-        for k, piece in enumerate(pieces):
-            slices[k * ranks // len(pieces)].append(piece)
+        parts, ranks, slices = pieces(n, self._engine.at_once), self._world.size, [[] for _ in range(self._world.size)]
+        for k, piece in enumerate(parts):
+            slices[k * ranks // len(parts)].append(piece)
         return self._joined(n, self._taken(slices[self._world.rank], slices), evaluate)
 
     def _taken(self, mine: list[range], slices: list[list[range]]) -> Iterator[range]:
@@ -229,14 +226,10 @@ class Distribution:
         """The rank that evaluates a unit of an estimate that was not interrupted. Collective."""
         return self._world.maximum(self._world.rank if any(unit in piece for piece in self._evaluated) else -1)
 
-    def _pieces(self, n: int) -> list[range]:
-        size = max(1, min(self._engine.at_once, -(-n // PIECES)))
-        return [range(k, min(k + size, n)) for k in range(0, n, size)]
-
     def _joined(
         self,
         n: int,
-        pieces: Iterable[range],
+        taken: Iterable[range],
         evaluate: Callable[[range], np.ndarray],
         partial: Partial | None = None,
         reports: Sequence[int] = (),
@@ -246,7 +239,7 @@ class Distribution:
         values = np.zeros(n + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
         done = np.zeros(n, bool)
         self._evaluated = []
-        for piece in pieces:
+        for piece in taken:
             if self._leaves():
                 break
             self._evaluated.append(piece)
@@ -273,6 +266,26 @@ class Distribution:
         if self._urgent():
             self._cancellation.cancel()
         return self._cancellation.cancelled()
+
+
+def pieces(n: int, at_once: int) -> list[range]:
+    """Directions 0..n-1 in pieces of at most ``at_once``."""
+    size = max(1, min(at_once, -(-n // PIECES)))
+    return [range(k, min(k + size, n)) for k in range(0, n, size)]
+
+
+def deal(
+    chunks: list[range], each: np.ndarray, shards: int, ranks: int, base: float = 0.0, partial: Partial | None = None
+) -> list[list[range]]:
+    """The slice of each rank: chunks of all shards but those in ``partial``, so dealt out that all take about as long.
+
+    chunks: of the units of a shard. each [units]: seconds of a unit. base: seconds of a base pass, for each shard of a rank.
+    """
+    units, ends = len(each), np.concatenate([[0.0], np.cumsum(each)])
+    todo = _missing([range(s * units + c.start, s * units + c.stop) for s in range(shards) for c in chunks], partial)
+    costs = [float(ends[(piece.stop - 1) % units + 1] - ends[piece.start % units]) for piece in todo]
+    slices = balance(costs, ranks, [piece.start // units for piece in todo], base)
+    return [[todo[k] for k in part] for part in slices]
 
 
 def _known(seconds: np.ndarray) -> np.ndarray:

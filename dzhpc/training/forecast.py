@@ -1,59 +1,140 @@
 """What a run would cost: queries, hours on 1, 2, 4, ... ranks, and memory, from a few timed chunks."""
 
-import time
+import math
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from dzhpc.engines.pinned import Pinned
-from dzhpc.job import device as devices
 from dzhpc.job.log import duration
-from dzhpc.method.coordinates import balance
-from dzhpc.method.estimators import make_estimator
+from dzhpc.method.estimators import Estimator, make_estimator
 from dzhpc.method.gauss_newton import TRIES
 from dzhpc.method.scores import draw, lpr_from_scores, random_scores
-from dzhpc.training import gauss_newton
+from dzhpc.tasks import Task
+from dzhpc.training import gauss_newton, stepmodel
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
+from dzhpc.training.stepmodel import RANKS, Network, Step, StepModel
 
-CHUNKS = 12  # timed, spread evenly over the network
 
-
-def forecast(task) -> str:
-    """The resolved input and the forecast, as text. Nothing is written and no state is kept.
+class Forecast:
+    """What a run asks, and how long it takes on any number of ranks. A black box is asked for it; nothing else moves.
 
     Layers are taken at the mean ratio, since the true layer-wise ratios cost queries; the total |S| is the same up to rounding.
+    network: between ranks. every: look at other numbers of shards, too.
     """
-    config, engine, index = task.config, task.engine, task.engine.index
-    coords = mean_pattern(task)
-    sides = 2 if config.zo.difference == "central" else 1
-    estimator, pattern = make_estimator(config.zo, config.run.seed), Pattern(task, None)
-    budget = Budget(task, estimator, pattern)
-    per_step, steps, scores = budget.of_step(len(coords)), budget.last_step, pattern.ahead(0)[0]
-    interval = config.eval.every_epochs * task.steps_per_epoch
-    evaluations = -(-steps // interval) * task.cost.evaluation
-    total = per_step * steps + scores + evaluations
-    trials = f" and 1 to {TRIES} of {task.cost.query:,} for trials" if config.optim.tries else ""
-    base_s, cost = _timed(task, coords)
-    newton = gauss_newton.forecast(task, len(coords)) if config.optim.name == "gauss-newton" else None
-    lines = [
-        config.to_toml(),
-        f"coordinates {index.size:,}, active |S| {len(coords):,}, steps {steps:,} of {task.steps_per_epoch} an epoch",
-        f"queries: {per_step:,} a step{trials}, {scores:,} for scores, {evaluations:,} for evaluations, {total:,} in all",
-        f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
-        f"kept features {engine.peak_bytes / 2**20:.1f} MiB, process {_resident_mib():.0f} MiB a rank",
-        engine.explain(),
-        f"timed: base pass {1e3 * base_s:.1f} ms, {1e3 * cost.sum() / max(1, len(coords)):.2f} ms a query",
-    ]
-    if newton:
-        lines.append(newton.text)
-    if estimator.by_coordinate:
-        for ranks in (1, 2, 4, 8, 16, 32, 64):
-            slowest = max(sum(cost[k] for k in part) for part in balance(list(cost), ranks))
-            step_s = base_s + slowest * sides + (newton.seconds(ranks) if newton else 0)
-            lines.append(f"{ranks:3d} ranks: {duration(step_s * steps):>11}, {step_s:8.2f} s a step")
-    without = "scores and evaluation" if newton else "scores, evaluation and communication"
-    lines.append(f"without {without}; true ratios often keep more of the early, dearer layers")
-    return "\n".join(lines)
+
+    def __init__(self, task: Task, network: Network = stepmodel.INFINIBAND, every: bool = True):
+        self._task, config = task, task.config
+        self.coords = mean_pattern(task)
+        self._estimator: Estimator = make_estimator(config.zo, config.run.seed)
+        pattern = Pattern(task, None)
+        budget = Budget(task, self._estimator, pattern)
+        self.per_step, self.steps, self.scores = budget.of_step(len(self.coords)), budget.last_step, pattern.ahead(0)[0]
+        self._evaluations = -(-self.steps // (config.eval.every_epochs * task.steps_per_epoch))
+        self.asked = self._evaluations * task.cost.evaluation
+        self._newton = gauss_newton.forecast(task, len(self.coords)) if config.optim.name == "gauss-newton" else None
+        solve = self._newton.seconds if self._newton else lambda ranks: 0.0
+        self.model: StepModel = stepmodel.measure(task, self._estimator, self.coords, network, every and not self._newton, solve)
+        self._evaluation_s = self._part_of_an_evaluation()
+
+    @property
+    def given(self) -> int:
+        """The input's number of shards."""
+        return self._task.config.data.shards
+
+    def run_s(self, step: Step) -> float:
+        """Seconds of the run: its steps, its scores, its evaluations."""
+        parts = math.ceil(self._task.evaluation_parts / step.ranks)
+        scores = self.scores * self._query_s / step.ranks
+        return self.steps * step.seconds + scores + (self._evaluations + 1) * parts * self._evaluation_s
+
+    def plot(self, path: Path) -> None:
+        """Seconds a step against ranks for each number of shards, and what no waiting would give, as a PNG."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for count in self.model.shards:
+            axes.loglog(RANKS, [self.model.step(n, count).seconds for n in RANKS], marker=".", label=f"{count} shards")
+        one = self.model.step(1, min(self.model.shards)).seconds
+        axes.loglog(RANKS, [one / n for n in RANKS], "k:", label="ideal")
+        axes.set(xlabel="ranks", ylabel="seconds a step", title=f"network: {self.model.network.name}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+    def ranks_for(self, hours: float) -> Step | None:
+        """The least number of ranks, a power of two, that ends within so many hours; None where none does."""
+        found = (self.model.best(ranks) for ranks in RANKS)
+        return next((step for step in found if self.run_s(step) <= 3600 * hours), None)
+
+    def text(self, source: str | None = None, hours: float | None = None) -> str:
+        """Queries, memory, engine, and the table; hours: within which the run should end. source: the input file."""
+        task, index, shard = self._task, self._task.engine.index, self.model.shards[self.given]
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cores = os.cpu_count() or 1
+        trials = f" and 1 to {TRIES} of {task.cost.query:,} for trials" if task.config.optim.tries else ""
+        lines = [
+            f"coordinates {index.size:,}, active |S| {len(self.coords):,}, "
+            f"steps {self.steps:,} of {task.steps_per_epoch} an epoch",
+            f"queries: {self.per_step:,} a step{trials}, {self.scores:,} for scores, {self.asked:,} for evaluations, "
+            f"{self.per_step * self.steps + self.scores + self.asked:,} in all",
+            f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
+            f"kept features {task.engine.peak_bytes / 2**20:.1f} MiB, process {resident:.0f} MiB a rank, "
+            f"{resident * cores / 1024:.1f} GiB a node of {cores} cores",
+            task.engine.explain(),
+            f"timed: base pass {1e3 * shard.base_s:.1f} ms, {1e3 * self._query_s:.2f} ms a query",
+            *([self._newton.text] if self._newton else []),
+            f"network: {self.model.network.name}",
+            *self.table(),
+        ]
+        if hours is not None:
+            lines.append(self._advice(source, hours))
+        return "\n".join(lines)
+
+    def table(self, ranks: Sequence[int] = RANKS) -> list[str]:
+        """Lines of Markdown: seconds a step, efficiency, hours, core-hours, and what holds it back, by ranks."""
+        given, several = self.given, len(self.model.shards) > 1
+        head = f"| ranks | s a step, {given} shard{'s' if given > 1 else ''} | efficiency |"
+        head += " best shards | s a step | efficiency |" if several else ""
+        lines = [f"{head} run | core-hours | held back by |", "|---" * (9 if several else 6) + "|"]
+        for n in ranks:
+            plain = self.model.step(n, given)
+            best = self.model.best(n) if several else plain
+            row = [str(n), f"{plain.seconds:.3g}", f"{100 * self.model.efficiency(plain):.0f} %"]
+            if several:
+                row += [str(best.shards), f"{best.seconds:.3g}", f"{100 * self.model.efficiency(best):.0f} %"]
+            hours = self.run_s(best) / 3600
+            row += [duration(3600 * hours), f"{hours * n * self._task.config.run.threads:.3g}", best.bottleneck]
+            lines.append(f"| {' | '.join(row)} |")
+        return [*lines, "true ratios often keep more of the early, dearer layers; waiting in a queue is not in it"]
+
+    @property
+    def _query_s(self) -> float:
+        """Of one perturbed query, or where there is none of the base pass."""
+        shard = self.model.shards[self.given]
+        return shard.work_s / max(1, self._estimator.perturbations(len(self.coords))) or shard.base_s
+
+    def _part_of_an_evaluation(self) -> float:
+        """Seconds; from those of a query where it would ask a black box."""
+        task = self._task
+        if task.cost.evaluation:
+            return task.cost.evaluation / task.evaluation_parts * self._query_s / task.cost.query
+        with Pinned(task.model, task.engine.index.device).unchanged():
+            return stepmodel.seconds(task, lambda: task.evaluate(range(1), 0))
+
+    def _advice(self, source: str | None, hours: float) -> str:
+        step = self.ranks_for(hours)
+        if step is None:
+            return f"within {hours:g} h: on no number of ranks up to {RANKS[-1]:,}"
+        limit = duration(1.2 * self.run_s(step))
+        shards = f" --set data.shards={step.shards}" if step.shards != self.given else ""
+        sbatch = f"sbatch --ntasks={step.ranks} --time={limit} slurm/resnet20.sh{shards}"
+        return f"within {hours:g} h: INPUT={source or 'inputs/resnet20.toml'} {sbatch}"
 
 
 def mean_pattern(task) -> np.ndarray:
@@ -63,32 +144,3 @@ def mean_pattern(task) -> np.ndarray:
         return np.arange(index.size)
     lpr = lpr_from_scores(random_scores(index, 0), index, task.prunable(), config.ratio, "signed", "")
     return draw(lpr, index, task.config.run.seed, 0)
-
-
-def _timed(task, coords: np.ndarray) -> tuple[float, np.ndarray]:
-    """(seconds of a base pass, estimated seconds of each chunk)."""
-    engine = task.engine
-    with Pinned(task.model, task.engine.index.device).unchanged():
-        task.bind(0)  # warm-up: tracing, caches
-        start = time.perf_counter()
-        task.bind(0)
-        base_s = time.perf_counter() - start
-        chunks = engine.cut(coords)
-        picked = sorted({int(k) for k in np.linspace(0, len(chunks) - 1, CHUNKS)})
-        per_coordinate = []
-        for k in picked:
-            part = coords[chunks[k].start : chunks[k].stop]
-            engine.differences(part[:1], task.config.zo.mu)  # compiles what has to be compiled
-            devices.synchronize(engine.index.device)
-            start = time.perf_counter()
-            engine.differences(part, task.config.zo.mu)
-            devices.synchronize(engine.index.device)
-            per_coordinate.append((time.perf_counter() - start) / len(part))
-    cost = np.interp(range(len(chunks)), picked, per_coordinate) * [len(chunk) for chunk in chunks]
-    return base_s, cost
-
-
-def _resident_mib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dzhpc import config as configuration
+from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import InputError
 from dzhpc.files.metrics import load_columns
+from dzhpc.job import device as devices
+from dzhpc.tasks import make_task
+from dzhpc.training.forecast import Forecast
+from dzhpc.training.stepmodel import ETHERNET, INFINIBAND
 
 LIMIT_S = 3600  # for one training run
 
@@ -38,11 +44,26 @@ def scaling(args: argparse.Namespace) -> tuple[list[dict], str]:
                 "speedup": rows[0]["step_s"] * rows[0]["ranks"] / float(np.median(step_s)) if rows else float(n),
             }
         )
-    lines = ["| ranks | s a step: median (min to max) | speed-up | communication |", "|---" * 4 + "|"]
+    found = _forecast(args)
+    for row in rows:
+        row["forecast_s"] = found.model.step(row["ranks"], found.given).seconds
+    lines = ["| ranks | s a step: median (min to max) | forecast | speed-up | communication |", "|---" * 5 + "|"]
     for r in rows:
         spread = f"{r['step_s']:.3g} ({r['step_min']:.3g} to {r['step_max']:.3g})"
-        lines.append(f"| {r['ranks']} | {spread} | {r['speedup']:.2f} | {100 * r['communication']:.1f} % |")
-    return rows, "\n".join([f"{args.input} {' '.join(args.set)}, {args.steps} steps each", "", *lines])
+        off = f"{r['forecast_s']:.3g} ({100 * (r['forecast_s'] / r['step_s'] - 1):+.0f} %)"
+        lines.append(f"| {r['ranks']} | {spread} | {off} | {r['speedup']:.2f} | {100 * r['communication']:.1f} % |")
+    head = f"{args.input} {' '.join(args.set)}, {args.steps} steps each"
+    if args.plot:
+        found.plot(args.plot)
+    return rows, "\n".join([head, "", *lines, "", f"forecast; network {found.model.network.name}", "", *found.table()])
+
+
+def _forecast(args: argparse.Namespace) -> Forecast:
+    config = configuration.load(args.input, args.set)
+    task = make_task(config, devices.choose(0, config.run.threads))
+    with Pinned(task.model, task.engine.index.device).unchanged():
+        task.bind(0)
+    return Forecast(task, {"infiniband": INFINIBAND, "ethernet": ETHERNET}[args.network])
 
 
 def _train(launch: list[str], folder: str, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

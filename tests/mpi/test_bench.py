@@ -37,6 +37,7 @@ def test_scaling(place):
     rows = json.loads((place / "out.json").read_text())["rows"]
     assert [r["ranks"] for r in rows] == [1, 2]
     for row in rows:
+        assert 0 < row["forecast_s"] < 50 * row["step_s"]  # benchmarks/results/scaling.md: how close, on a quiet machine
         assert 0 < row["step_min"] <= row["step_s"] <= row["step_max"]
         assert 0 <= row["communication"] < 1
     assert rows[1]["speedup"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])

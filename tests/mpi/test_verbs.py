@@ -76,7 +76,7 @@ def done(place) -> dict[tuple[int, str], Result]:
     flags = ["digits.toml", *sets(data__image_size=6, data__batch_size=9, stop__steps=5), "--run-dir"]
     packed = sets(data__name="packed", data__path="flags.h5", data__root="packed")
     unpacked = sets(data__name="imagefolder", data__path="flags", data__root=".")
-    dry = ["digits.toml", "--dry-run", "--run-dir", "dry"]
+    dry = ["digits.toml", "--dry-run", "--run-dir", "dry", "--target-hours", 1]
     cases += [
         Case("info", "info", []),
         Case("keys", "info", ["keys"]),
@@ -215,9 +215,11 @@ def test_dry_run(place, done):
     assert f"queries: 145 a step, 14 for scores, 0 for evaluations, {8 * 145 + 14:,} in all" in text
     assert column(place / "inside-dynamic", "train/queries")[-1] == 8 * 145 + 14
     assert text.count('name = "digits"') == 2  # run.name and data.name of the resolved input: said once, by the root
-    seconds = {int(n): float(s) for n, s in re.findall(r"^ *(\d+) ranks:.*?([\d.]+) s a step$", text, re.MULTILINE)}
-    assert {1, 2, 4} <= set(seconds)
-    assert seconds[1] >= seconds[2] >= seconds[4] >= 0 and seconds[1] > 0
+    seconds = {int(n): float(s) for n, s in re.findall(r"^\| (\d+) \| ([\d.e-]+) \| \d+ % \|", text, re.MULTILINE)}
+    assert list(seconds) == [2**k for k in range(15)]
+    assert seconds[1] > seconds[2] > seconds[4] > 0
+    assert "network: measured on 2 ranks: " in text
+    assert re.search(r"within 1 h: INPUT=digits.toml sbatch --ntasks=1 --time=0:\d\d:\d\d slurm/resnet20.sh", text)
     assert not (place / "dry").exists()
     assert "queries: 23 a step" in done[2, "dry-rge"].succeeded().out
     assert "queries: 4 a step, 0 for scores, 60 for evaluations, 300 in all" in done[2, "dry-objective"].succeeded().out
