@@ -96,7 +96,7 @@ def test_shards_that_cannot_be(project, keys, line):
 
 def test_a_task_without_a_batch_refuses(project, monkeypatch):
     monkeypatch.chdir(project / "examples")
-    table = configuration.load("own_loss.toml", ["data.shards=2", "data.batch_size=2"])
+    table = configuration.load("own_loss.toml", ["data.shards=2", "data.batch_size=2", "optim.name=adam", "optim.adapt=false"])
     with pytest.raises(InputError, match=r'data\.shards = 2: task\.kind = "objective" does not cut its batch'):
         make_task(table, CPU)
 
