@@ -14,13 +14,10 @@ from dzhpc.errors import BlackBoxError
 from dzhpc.job import device as devices
 from dzhpc.job.shared_work import Cancellation
 from dzhpc.job.world import World
-from dzhpc.method.coordinates import balance
 from dzhpc.method.estimators import Estimator, Partial
 from dzhpc.training.columns import Columns
+from dzhpc.training.dealing import deal, filled, pieces, reporters
 from dzhpc.training.shards import Shards
-
-BASES = 10  # coordinates that a base pass is taken to cost before one was measured
-PIECES = 128  # directions are shared out in so many pieces at most, of at most ``engine.at_once``
 
 
 class Interrupted(Exception):
@@ -68,12 +65,12 @@ class Distribution:
         seconds = world.minimum(self._seconds)
         if world.is_root:
             units, count = estimator.units(len(coords)), self.shards.count
-            *cost, direction, base = _known(seconds)
+            *cost, direction, base = filled(seconds)
             chunks, each = pieces(units, self._engine.at_once), np.full(units, direction)
             if estimator.by_coordinate:
                 chunks, each = self._engine.cut(coords), np.array(cost)[self.index.owner(coords)]
             slices = deal(chunks, each, count, world.size, base if count > 1 else 0.0, partial)
-            reports = _reporters([{piece.start // units for piece in own} for own in slices], count)
+            reports = reporters([{piece.start // units for piece in own} for own in slices], count)
             told = list(zip(slices, reports, strict=True))
         self.coords = world.bcast(coords)
         self.mine, self._reports = world.scatter(told)
@@ -266,48 +263,3 @@ class Distribution:
         if self._urgent():
             self._cancellation.cancel()
         return self._cancellation.cancelled()
-
-
-def pieces(n: int, at_once: int) -> list[range]:
-    """Directions 0..n-1 in pieces of at most ``at_once``."""
-    size = max(1, min(at_once, -(-n // PIECES)))
-    return [range(k, min(k + size, n)) for k in range(0, n, size)]
-
-
-def deal(
-    chunks: list[range], each: np.ndarray, shards: int, ranks: int, base: float = 0.0, partial: Partial | None = None
-) -> list[list[range]]:
-    """The slice of each rank: chunks of all shards but those in ``partial``, so dealt out that all take about as long.
-
-    chunks: of the units of a shard. each [units]: seconds of a unit. base: seconds of a base pass, for each shard of a rank.
-    """
-    units, ends = len(each), np.concatenate([[0.0], np.cumsum(each)])
-    todo = _missing([range(s * units + c.start, s * units + c.stop) for s in range(shards) for c in chunks], partial)
-    costs = [float(ends[(piece.stop - 1) % units + 1] - ends[piece.start % units]) for piece in todo]
-    slices = balance(costs, ranks, [piece.start // units for piece in todo], base)
-    return [[todo[k] for k in part] for part in slices]
-
-
-def _known(seconds: np.ndarray) -> np.ndarray:
-    """Measured where there is a measurement, else the mean of those; a base pass that of BASES of them. Equal before a step."""
-    known = np.isfinite(seconds)
-    mean = seconds[:-1][known[:-1]].mean() if known[:-1].any() else 1.0
-    guess = np.full(len(seconds), mean)
-    guess[-1] = BASES * mean
-    return np.where(known, seconds, guess)
-
-
-def _reporters(shards: list[set[int]], count: int) -> list[list[int]]:
-    """For each rank the shards that it reports: the first rank with work of a shard does, and some rank where none has any."""
-    reports = [[] for _ in shards]
-    for shard in range(count):
-        has = [rank for rank, own in enumerate(shards) if shard in own]
-        reports[has[0] if has else shard % len(shards)].append(shard)
-    return reports
-
-
-def _missing(pieces: list[range], partial: Partial | None) -> list[range]:
-    """The pieces of which anything is still to be evaluated; always whole ones, since their cut may decide the bits."""
-    if partial is None:
-        return pieces
-    return [piece for piece in pieces if not partial.done[piece.start : piece.stop].all()]

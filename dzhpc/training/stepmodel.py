@@ -1,7 +1,7 @@
 """A model of a training step on any number of ranks and shards, from a few timed pieces of it on one rank.
 
 T(R, n) = max over ranks [ base passes of its shards + its chunks ] + join + update: the slices are those that
-:func:`dzhpc.training.distribution.deal` makes for R ranks, so that whole chunks leave ranks waiting here as they do in a run.
+:func:`dzhpc.training.dealing.deal` makes for R ranks, so that whole chunks leave ranks waiting here as they do in a run.
 """
 
 import math
@@ -19,7 +19,7 @@ from dzhpc.job.world import World
 from dzhpc.method.estimators import Estimator
 from dzhpc.method.optimizers import make_optimizer
 from dzhpc.tasks import Task
-from dzhpc.training.distribution import deal, pieces
+from dzhpc.training.dealing import deal, pieces
 
 CHUNKS = 12  # timed, spread evenly over the network
 SMALLEST = 32  # examples in a shard that the model proposes: fewer are too few for a BatchNorm
