@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--reference", type=number(Count), default=200, help="compare with float64 on so many of them")
     g.add_argument("--ratio", type=number(Ratio), default=0.9, help="sparsity of the LPR (first-order GraSP on this batch)")
+    g.add_argument("--directions", type=number(Count), default=16, help="q of the estimates by random directions beside CGE's")
     g.add_argument("--mu", type=number(Positive), default=5e-3, help="smoothing parameter")
     g.add_argument("--engines", default="full,reuse,delta")
     g.add_argument("--precisions", help="of engine delta (default: fp32,bf16, as far as the hardware has them); others have fp32")
@@ -54,11 +55,11 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb (on one rank: ``scaling`` starts its own); the exit code."""
     if world.size > 1:
         raise InputError("dzhpc.bench: start it without mpirun; `scaling` starts the ranks itself")
-    rows, text = benchmark.gradient(args) if args.kind == "gradient" else scaling.scaling(args)
+    measured, text = benchmark.gradient(args) if args.kind == "gradient" else scaling.scaling(args)
     show(text)
     if args.json:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        found = json.dumps({"options": options, "machine": benchmark.machine(), "rows": rows}, indent=1)
+        found = json.dumps({"options": options, "machine": benchmark.machine(), **measured}, indent=1)
         try:
             args.json.write_text(f"{found}\n", encoding="utf-8")
         except OSError as error:

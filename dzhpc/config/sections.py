@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from dzhpc.config import rivals
 from dzhpc.config.names import is_function
 
-ESTIMATORS = ("cge", "rge", "autograd", "latent")
+ESTIMATORS = ("cge", "rge", "autograd", "latent", "pattern", *rivals.SEE_THE_NETWORK)
 
 
 def _seconds(value: Any) -> Any:
@@ -79,7 +80,9 @@ class Model(Section):
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field(
-        "resnet20", description='cnn, resnet20, resnet56, resnet18, vit-tiny, dncnn, ae-ds, corrector, or "package.module:Class"'
+        "resnet20",
+        description="cnn, resnet20, resnet56, resnet18, vit-tiny, cnn8 (Table 1), lenet, local-mixer, dncnn, ae-ds, corrector, "
+        'or "package.module:Class"',
     )
     weights: str | None = Field(None, description="start from a checkpoint, a run folder (its newest), or a torch state_dict")
     trainable: list[str] | None = Field(
@@ -128,13 +131,19 @@ class Zo(Section):
     estimator: Annotated[str, AfterValidator(_estimator)] = Field(
         "cge",
         description="cge: coordinate-wise; rge: random directions; autograd: first-order; latent (defense, model ae-ds): "
-        'coordinate-wise on the code of an autoencoder, and the chain rule before it; or "package.module:Class"',
+        "coordinate-wise on the code of an autoencoder, and the chain rule before it; pattern: pattern search; rivals "
+        "that see the network: fg-w, lg-fg-a (forward gradients), fa, dfa (random feedback), align-ada, align-zero (feedback by "
+        'the starting weights); or "package.module:Class"',
     )
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"
     )
-    mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation")
-    q: Directions | None = Field(None, description="rge: directions per step; None: the number of active coordinates")
+    mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
+    q: Directions | None = Field(
+        None,
+        description="rge: directions per step; None: the number of active coordinates; fg-w, lg-fg-a: passes per step; None: 1; "
+        "pattern: moves per step, an even number; None: all",
+    )
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="delta: the dtype in which changes travel; statistics and losses stay fp32"
@@ -154,6 +163,7 @@ class Zo(Section):
         """See :class:`Section`."""
         if self.precision != "fp32" and self.engine != "delta":
             yield f'zo.precision = "{self.precision}": only zo.engine = "delta" has it'
+        yield from rivals.conflicts(config)
 
 
 class Sparsity(Section):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
+from dzhpc.config.rivals import SEE_THE_NETWORK
 from dzhpc.config.sections import LARGEST, Count, Finite, Pixels, Positive, Seconds, Section, Total
 
 OWN = "package.module:Class"
@@ -101,6 +102,7 @@ class ClassificationKeys(TaskKeys):
     """A network on labelled images."""
 
     kind: Literal["classification"] = Field("classification", description="a network on labelled images")
+    loss: Literal["cross_entropy", "mse"] = Field("cross_entropy", description="or mse: squared distance to one-hot less 1/K")
 
     @property
     def max_queries(self) -> None:
@@ -266,7 +268,11 @@ def belongs_to(name: str) -> list[str]:
 def foreign(table: dict[str, Any]) -> list[str]:
     """The keys of a table of [task] that only other kinds have; a class of the user's own may have any."""
     own = KINDS.get(tag(table), OwnKeys)
-    return [] if own is OwnKeys else [name for name in table if name not in own.model_fields and belongs_to(name)]
+    return [] if own is OwnKeys else [name for name in table if not _has(own, name, table[name]) and belongs_to(name)]
+
+
+def _has(keys: type[TaskKeys], name: str, value: Any) -> bool:  # 0.1 wrote a defence's loss = "classifier" for all kinds
+    return name in keys.model_fields and not (keys is ClassificationKeys and name == "loss" and value == "classifier")
 
 
 def idle(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -283,9 +289,11 @@ def idle(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             return True
         return after is not OwnKeys and any(old[name] == KINDS[kind].model_fields[name].default for kind in belongs_to(name))
 
-    return [name for name in old if name not in after.model_fields and says_nothing(name)]
+    return [name for name in old if not _has(after, name, old[name]) and says_nothing(name)]
 
 
 def first_order(config) -> bool:
     """Whether gradients by autograd are wanted, of the loss or for scores."""
-    return config.zo.estimator == "autograd" or (config.sparsity.scores == "fo-grasp" and config.sparsity.ratio > 0)
+    return config.zo.estimator in ("autograd", *SEE_THE_NETWORK) or (
+        config.sparsity.scores == "fo-grasp" and config.sparsity.ratio > 0
+    )

@@ -21,11 +21,12 @@ def shard(number: int | None, count: int, size: int) -> slice:
 class Order:
     """Which of ``count`` training examples belong to a step, all shuffled anew each epoch: a function of (seed, step).
 
-    The remainder of an epoch is left out, another one each epoch.
+    The remainder of an epoch is left out, another one each epoch. shuffled: if not, the order is that of the data.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device):
+    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device, shuffled: bool = True):
         self._count, self._batch_size, self._seed, self._device = count, batch_size, seed, device
+        self._shuffled = shuffled
         self.steps_per_epoch = count // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -33,7 +34,8 @@ class Order:
         """int64 [batch_size]."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            order = torch.randperm(self._count, generator=generator(self._seed, "shuffle", epoch))
+            draw = generator(self._seed, "shuffle", epoch)
+            order = torch.randperm(self._count, generator=draw) if self._shuffled else torch.arange(self._count)
             self._epoch, self._order = epoch, order.to(self._device)
         return self._order[k * self._batch_size : (k + 1) * self._batch_size]
 
@@ -41,7 +43,7 @@ class Order:
 class Batches:
     """Training batches of a data set: shuffling, crop and flip as batched tensor code on the data's device."""
 
-    def __init__(self, data: DataSet, batch_size: int, seed: int, augment: bool):
+    def __init__(self, data: DataSet, batch_size: int, seed: int, augment: bool, shuffled: bool = True):
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
         if batch_size > len(data.train):
             raise InputError(
@@ -50,7 +52,7 @@ class Batches:
         if augment and data.train.images.ndim != 4:
             shape = list(data.train.images.shape)
             raise InputError(f"data.augment: crops images [N, C, H, W], the data set has {shape}; set data.augment = false")
-        self._order = Order(len(data.train), batch_size, seed, data.train.labels.device)
+        self._order = Order(len(data.train), batch_size, seed, data.train.labels.device, shuffled)
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,15 @@
 """What the engines over a network share: theta is moved in place, one query at a time, and put back; gradients are autograd's."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dzhpc.engines.pinned import Moment, Pinned, kept
 from dzhpc.errors import InputError
@@ -50,11 +53,37 @@ class NetworkEngine(ABC):
                     values.append(self._query(None) - self._base)
         return stacked(values, self.index)
 
-    def gradient(self) -> list[Tensor]:
-        """Autograd's gradient g of the bound loss, one tensor per parameter: the first-order baseline, no query."""
+    def gradient(self, through: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Autograd's gradient g of the bound loss, one tensor per parameter: the first-order baseline, no query.
+
+        through: inputs -> outputs in the model's place, with the same values and another way back.
+        """
         self._need_base()
         with self._pinned.unchanged(), torch.enable_grad():
-            return self._grad(self._rewound_loss())
+            return self._grad(self._rewound_loss(through))
+
+    @torch.no_grad()
+    def slopes(self, directions: Iterable[Tensor]) -> Tensor:
+        """<g, u_i>, exactly, for each direction u_i [d] -> [q]: one forward-mode pass each, which counts as a query.
+
+        Raises InputError for what is no torch.nn.Module, RuntimeError (torch's) where an operation has no such derivative.
+        """
+        self._need_base()
+        if not isinstance(self.model, torch.nn.Module):
+            raise InputError("forward-mode derivatives need a torch.nn.Module")
+        values, (inputs, targets) = [], self.batch
+        with self._pinned.unchanged(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # others have no forward mode
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own formulas
+            for u in directions:
+                self.queries += 1
+                self._pinned.rewind(self._start)
+                with forward.dual_level():
+                    pieces = self.index.split(u)
+                    along = {n: forward.make_dual(p, pieces[n]) for n, p in zip(pieces, self.index.parameters, strict=True)}
+                    value = self.loss(torch.func.functional_call(self.model, along, (inputs,)), targets)
+                    slope = forward.unpack_dual(value).tangent
+                values.append(torch.zeros_like(self._base) if slope is None else slope.clone())
+        return stacked(values, self.index)
 
     def hessian_gradient(self) -> list[Tensor]:
         """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box)."""
@@ -120,9 +149,12 @@ class NetworkEngine(ABC):
         self._pinned.rewind(self._start)
         return self._loss(owner)
 
-    def _rewound_loss(self) -> Tensor:
+    def _rewound_loss(self, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         self._pinned.rewind(self._start)
-        return self._loss_with_graph()
+        if through is None:
+            return self._loss_with_graph()
+        inputs, targets = self.batch
+        return self.loss(through(inputs), targets)
 
     def _grad(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
         grads = torch.autograd.grad(value, self.index.parameters, create_graph=create_graph, allow_unused=True)

@@ -16,7 +16,7 @@ Between two calls parameters, buffers and random number generators are bit for b
 raised; only ``bind`` moves buffers (running statistics), once. Equal calls give equal bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -123,12 +123,19 @@ class Responding(Engine, Protocol):
 
 
 class WhiteBox(Engine, Protocol):
-    """An engine that sees into its network, so that autograd serves as a first-order baseline. None of it is a query."""
+    """An engine that sees into its network, so that autograd serves as a first-order baseline. Only ``slopes`` asks."""
 
-    def gradient(self) -> list[Tensor]:
+    def gradient(self, through: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """g, the exact gradient of the bound loss: a tensor for each parameter; 0 where the loss does not depend on it.
 
+        through: inputs -> outputs in the network's place, with the same values and another way back.
         Raises InputError without a bound batch.
+        """
+
+    def slopes(self, directions: Iterable[Tensor]) -> Tensor:
+        """<g, u_i> for each direction u_i [d] -> [q], exactly, by forward-mode differentiation; each counts as a query.
+
+        Raises InputError without a bound batch, RuntimeError (torch's) where some operation has no forward-mode derivative.
         """
 
     def hessian_gradient(self) -> list[Tensor]:

@@ -39,6 +39,7 @@ class State:
     sizes: Tensor | None = None  # adaptive S: what coordinates have given [d]
     env: dict[str, str] = field(default_factory=dict)  # for information
     partial: Partial | None = None  # of the next step, if it was left unfinished; S is then that step's
+    estimator: dict[str, Tensor] = field(default_factory=dict)  # what it knows that follows from nothing else here
 
 
 def save_checkpoint(path: Path, state: State) -> None:
@@ -62,6 +63,8 @@ def save_checkpoint(path: Path, state: State) -> None:
         if state.lpr is not None:
             put_lpr(file.create_group("lpr"), state.lpr)
         file.create_group("env").attrs.update(state.env)
+        if state.estimator:
+            h5.put_tensors(file.create_group("estimator"), state.estimator)
         if state.partial is not None:
             file["partial/values"], file["partial/done"] = state.partial.values, state.partial.done
 
@@ -87,6 +90,7 @@ def load_checkpoint(path: str | Path) -> State:
             lpr=get_lpr(file["lpr"]) if "lpr" in file else None,
             env={k: str(v) for k, v in file["env"].attrs.items()},
             partial=Partial(file["partial/values"][()], file["partial/done"][()]) if "partial" in file else None,
+            estimator=h5.get_tensors(file["estimator"]) if "estimator" in file else {},
         )
 
 

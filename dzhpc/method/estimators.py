@@ -7,7 +7,7 @@ Chen et al., DeepZero, ICLR 2024 (arXiv 2310.02025). No MPI here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,10 @@ BLOCK = 64  # directions summed in one matrix product; fixed, since it decides t
 
 @dataclass
 class Partial:
-    """An estimate left unfinished: ``values`` [n] hold where ``done`` [n] (bool); n coordinates of S, or q directions."""
+    """An estimate left unfinished: ``values`` [n] hold where ``done`` [n] (bool); n coordinates of S, or q directions.
+
+    Of an estimator with several numbers a unit, values are [n, numbers].
+    """
 
     values: np.ndarray
     done: np.ndarray
@@ -53,17 +56,19 @@ def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> di
 
 def rge_slopes(engine, indices, mu: float, seed: int, coords: np.ndarray, difference: str = "forward") -> Tensor:
     """[l(theta + mu u_i) - l(theta)] / mu for each direction index i -> [len(indices)]; u_i is zero outside ``coords``."""
-
-    def directions() -> Iterator[Tensor]:
-        where = torch.from_numpy(coords).to(engine.index.device)
-        for i in indices:
-            u = torch.zeros(engine.index.size, dtype=engine.index.dtype, device=engine.index.device)
-            u[where] = direction(seed, i, len(coords), engine.index)
-            yield u
-
+    along = lambda: directions(engine.index, indices, seed, coords)  # noqa: E731
     if difference == "central":
-        return (engine.directional(directions(), mu) - engine.directional(directions(), -mu)) / (2 * mu)
-    return engine.directional(directions(), mu) / mu
+        return (engine.directional(along(), mu) - engine.directional(along(), -mu)) / (2 * mu)
+    return engine.directional(along(), mu) / mu
+
+
+def directions(index: ParameterIndex, indices, seed: int, coords: np.ndarray) -> Iterator[Tensor]:
+    """u_i [d] for each i of ``indices``, zero outside ``coords``."""
+    where = torch.from_numpy(coords).to(index.device)
+    for i in indices:
+        u = torch.zeros(index.size, dtype=index.dtype, device=index.device)
+        u[where] = direction(seed, i, len(coords), index)
+        yield u
 
 
 def rge_sum(slopes: Tensor, seed: int, coords: np.ndarray, index: ParameterIndex) -> Tensor:
@@ -95,8 +100,10 @@ class Estimator(ABC):
     zo: the section of the input (mu, q, difference, ...). seed: ``run.seed``.
     """
 
+    numbers = 1  # of a unit
     by_coordinate = False  # whether units are the positions of S: the engine cuts them, and measured cost deals them out
-    asks = True  # whether it asks for the loss at perturbed points at all
+    asks = True  # whether it asks for the loss at perturbed points at all, and expects some of them to differ
+    step_length: float | None = None  # of a method that moves theta itself: ``combine`` gives the move, and there is no optimiser
 
     def __init__(self, zo, seed: int):
         self.zo, self.seed = zo, seed
@@ -120,6 +127,26 @@ class Estimator(ABC):
     def place(self, index: ParameterIndex, coords: np.ndarray, unit: int) -> str:
         """What an error calls the number of a unit."""
         return f"number {unit} of the estimate"
+
+    def check(self, engine) -> None:  # noqa: B027
+        """A batch is bound, and nothing was trained. Raises InputError for a network or a loss that it cannot take."""
+
+    def begin(self, engine) -> None:  # noqa: B027
+        """Before the first step, at the starting weights: what it has to remember of them. A restart calls ``restore`` then."""
+
+    def coordinates(self) -> np.ndarray | None:
+        """The sorted coordinates of the next step, where it chooses them itself; None: those of the sparsity pattern."""
+        return None
+
+    def advance(self, estimate: Tensor) -> None:  # noqa: B027
+        """A step is done, of which ``combine`` gave ``estimate``."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it knows after a step that does not follow from theta and the step's number; a checkpoint keeps it."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on from what :meth:`state` gave."""
 
 
 class CGE(Estimator):
@@ -181,12 +208,24 @@ class Latent(FirstOrder):
     asks = True
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {"cge": CGE, "rge": RGE, "autograd": FirstOrder, "latent": Latent}
+ESTIMATORS = {  # the rivals lie in modules of their own, which know this one
+    "cge": "dzhpc.method.estimators:CGE",
+    "rge": "dzhpc.method.estimators:RGE",
+    "autograd": "dzhpc.method.estimators:FirstOrder",
+    "latent": "dzhpc.method.estimators:Latent",
+    "pattern": "dzhpc.method.pattern_search:PatternSearch",
+    "fg-w": "dzhpc.method.forward_gradient:ForwardGradient",
+    "lg-fg-a": "dzhpc.method.forward_gradient:LocalForwardGradient",
+    "fa": "dzhpc.method.feedback:FeedbackAlignment",
+    "dfa": "dzhpc.method.feedback:DirectFeedbackAlignment",
+    "align-ada": "dzhpc.method.feedback:AlignAda",
+    "align-zero": "dzhpc.method.feedback:AlignZero",
+}
 
 
 def make_estimator(zo, seed: int) -> Estimator:
     """The estimator of ``zo.estimator``. Raises InputError for a name that is none."""
-    kind = ESTIMATORS.get(zo.estimator) or import_object(zo.estimator, "zo.estimator")
+    kind = import_object(ESTIMATORS.get(zo.estimator, zo.estimator), "zo.estimator")
     if not (isinstance(kind, type) and issubclass(kind, Estimator)):
         raise InputError(f"zo.estimator = {zo.estimator}: expected a subclass of dzhpc.method.estimators.Estimator")
     return kind(zo, seed)

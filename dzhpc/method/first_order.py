@@ -1,6 +1,6 @@
 """A first-order step in parts that ranks may share: gradients by autograd, summed in one order whatever the rank count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,18 +9,20 @@ from torch import Tensor
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.seeds import derive
 
+Found = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 PARTS = 8  # of a batch; fixed, since the cut decides the bits (and what a BatchNorm sees)
 
 
 class SharedGradient:
     """Rows [1 + d + b] float64 of parts of a batch: loss, gradient, buffers, each for the mean over the whole batch.
 
-    batch: step -> (its size, loss), where loss: positions of the batch -> the mean loss over them, with its graph.
+    batch: step -> (its size, loss), where loss: positions of the batch -> the mean loss over them, with its graph; or that
+        loss and a gradient by other means, parameter name -> tensor.
     """
 
     parts = PARTS
 
-    def __init__(self, model: torch.nn.Module, seed: int, batch: Callable[[int], tuple[int, Callable[[slice], Tensor]]]):
+    def __init__(self, model: torch.nn.Module, seed: int, batch: Callable[[int], tuple[int, Callable[[slice], Found]]]):
         self._model, self._seed, self._batch = model, seed, batch
         self._index = ParameterIndex.of(model)
         self.width = 1 + self._index.size + sum(b.numel() for b in model.buffers())  # of a row
@@ -37,14 +39,18 @@ class SharedGradient:
             if share == 0:
                 rows.append(torch.zeros(1 + self._index.size, dtype=torch.float64))
             else:
-                value = loss(positions)
-                gradient = torch.autograd.grad(value, self._index.parameters, allow_unused=True)
-                pairs = zip(gradient, self._index.parameters, strict=True)
-                flat = self._index.flatten(torch.zeros_like(p) if g is None else g for g, p in pairs)
+                value, gradient = self._differentiated(loss(positions))
+                flat = self._index.flatten(gradient)
                 rows.append(share * torch.cat([value.detach().double().reshape(1).to(flat.device), flat.double()]).cpu())
             rows[-1] = torch.cat([rows[-1], *(b.detach().double().reshape(-1).cpu() for b in self._model.buffers())])
             self._restore(before)
         return torch.stack(rows).numpy() if rows else np.zeros((0, self.width))
+
+    def _differentiated(self, found: Found) -> tuple[Tensor, list[Tensor]]:
+        if isinstance(found, tuple):
+            return found[0], [found[1][name] for name in self._index.names]
+        gradient = torch.autograd.grad(found, self._index.parameters, allow_unused=True)
+        return found, [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, self._index.parameters, strict=True)]
 
     @torch.no_grad()
     def join(self, rows: np.ndarray) -> tuple[float, Tensor]:

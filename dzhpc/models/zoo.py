@@ -15,12 +15,17 @@ from dzhpc.models.ae_ds import DenoisedAutoencoder
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.corrector import Corrector
 from dzhpc.models.dncnn import DnCNN
+from dzhpc.models.mixer import LocalMixer
 from dzhpc.models.resnet import resnet18, resnet20, resnet56
+from dzhpc.models.rivals import CNN8, LeNet
 from dzhpc.models.vit import ViT
 from dzhpc.models.weights import assign, load_weights
 
 MODELS = {
     "cnn": SimpleCNN,
+    "cnn8": CNN8,
+    "lenet": LeNet,
+    "local-mixer": LocalMixer,
     "resnet20": resnet20,
     "resnet56": resnet56,
     "resnet18": resnet18,

@@ -1,6 +1,6 @@
-"""Image classification: a network on labelled images, cross entropy, accuracy."""
+"""Image classification: a network on labelled images, cross entropy or squared error, accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,7 +8,12 @@ import torch.nn.functional as F
 
 from dzhpc import data
 from dzhpc.config import Config
-from dzhpc.errors import InputError
+from dzhpc.engines import make_engine
+from dzhpc.engines.pinned import Pinned
+from dzhpc.errors import InputError, message_of
+from dzhpc.method.first_order import SharedGradient
+from dzhpc.method.forward_gradient import local_forward_gradient
+from dzhpc.models.mixer import LocalMixer
 from dzhpc.tasks import fitting
 from dzhpc.tasks.protocol import Task
 
@@ -25,11 +30,19 @@ class Classification(Task):
         self._check_sizes(sizes)
         self.model = fitting.build(self.config, device, **sizes)
         self.data = data_set.to(device)
-        self.batches = data.Batches(self.data, config.data.batch_size, config.run.seed, config.data.augment)
+        whole = config.data.batch_size == len(self.data.train)  # a search compares losses of one batch; order moves last bits
+        shuffled = not (whole and config.zo.estimator == "pattern")
+        self.batches = data.Batches(self.data, config.data.batch_size, config.run.seed, config.data.augment, shuffled)
         self._layout = fitting.lay_out(self.model, self._try_out, images=self.data.train.images.ndim == 4)
         self.steps_per_epoch = self.batches.steps_per_epoch
-        self.engine = fitting.engine_of(config, self.model, "cross_entropy", self.steps_per_epoch)
+        if config.zo.estimator == "lg-fg-a":  # the engine only serves scores
+            self._check_local()
+            self.shared = SharedGradient(self.model, config.run.seed, self._shared_batch)
+            self.engine = make_engine("full", self.model, config.task.loss)
+        else:
+            self.engine = fitting.engine_of(config, self.model, config.task.loss, self.steps_per_epoch)
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
+        self._check_last_part(len(self.data.test) % config.eval.batch_size)
 
     def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
         return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
@@ -43,7 +56,30 @@ class Classification(Task):
     def _bind(self, inputs: torch.Tensor, labels: torch.Tensor, shard: int | None) -> float:
         self.model.train()
         part = data.shard(shard, self.config.data.shards, len(inputs))
-        return self.engine.bind(self._laid_out(inputs[part]), labels[part])
+        return self.engine.bind(self._laid_out(inputs[part]), self._targets(labels[part]))
+
+    def _shared_batch(self, step: int) -> tuple[int, Callable[[slice], tuple]]:
+        """What :class:`dzhpc.method.first_order.SharedGradient` asks for."""
+        self.model.train()
+        inputs, labels = self.batches.batch(step)
+        inputs, targets = self._laid_out(inputs), self._targets(labels)
+
+        def estimate(positions: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss = lambda logits: self.engine.loss(logits, targets[positions])  # noqa: E731
+            return local_forward_gradient(self.model, inputs[positions], loss, self.config.zo.q or 1)
+
+        return len(labels), estimate
+
+    def _check_local(self) -> None:
+        """Raise InputError for a network without local losses, and one that couples the images whose parts ranks share."""
+        name = self.config.model.name
+        if not isinstance(self.model, LocalMixer):
+            raise InputError(f'zo.estimator = "lg-fg-a": model {name} has no blocks with heads; use model.name = "local-mixer"')
+        for key, module in self.model.named_modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                raise InputError(
+                    f'zo.estimator = "lg-fg-a": {key} of model {name} couples images, of which each rank sees a part'
+                )
 
     @torch.no_grad()
     def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
@@ -52,9 +88,21 @@ class Classification(Task):
         for k, part in enumerate(parts):
             images, labels = (t[part * size : (part + 1) * size] for t in (self.data.test.images, self.data.test.labels))
             outputs = self.model(self._laid_out(self.data.normalise(images)))
-            loss = F.cross_entropy(outputs.double(), labels, reduction="sum")
-            rows[k] = float(loss), int((outputs.argmax(1) == labels).sum()), len(labels)
+            rows[k] = self._summed(outputs.double(), labels), int((outputs.argmax(1) == labels).sum()), len(labels)
         return rows
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """What outputs are compared with: labels [B], or for squared errors [B, K]."""
+        if self.config.task.loss == "cross_entropy":
+            return labels
+        count = len(self.data.classes)
+        return F.one_hot(labels, count).float() - 1 / count
+
+    def _summed(self, outputs: torch.Tensor, labels: torch.Tensor) -> float:
+        """The loss, summed over images."""
+        if self.config.task.loss == "cross_entropy":
+            return float(F.cross_entropy(outputs, labels, reduction="sum"))
+        return float((outputs - self._targets(labels)).square().mean(1).sum())
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
         """Raise InputError for a model that the input makes for other data."""
@@ -62,6 +110,20 @@ class Classification(Task):
             given = self.config.model.fields.get(key, value)
             if given != value:
                 raise InputError(f"model.{key} = {given}: the data set {self.config.data.name} has {value}; leave the key out")
+
+    def _check_last_part(self, size: int) -> None:
+        """Raise InputError where one image is left for the last pass of an evaluation, and the network takes no image alone."""
+        if size != 1:
+            return
+        try:
+            with Pinned(self.model, self.data.test.labels.device).unchanged(), torch.no_grad():
+                self.model.eval()(self._laid_out(self.data.normalise(self.data.test.images[-1:])))
+        except ValueError as error:
+            size, count = self.config.eval.batch_size, len(self.data.test)
+            raise InputError(
+                f"eval.batch_size = {size}: leaves one of {count} test images for the last pass, which model "
+                f"{self.config.model.name} cannot take ({message_of(error)}); choose another"
+            ) from None
 
     def _try_out(self, layout: torch.memory_format) -> torch.memory_format:
         sample = self.data.normalise(self.data.train.images[:2]).contiguous(memory_format=layout)

@@ -26,10 +26,17 @@ class Pattern:
     every interval (M1); adaptive: redrawn at every step, a share by what coordinates have given. All of it is a function of
     (seed, step) and theta, so every rank count gives the same S.
     attempt: calls what each rank does by itself before it takes part in ``split``, where that may fail on some ranks only.
+    chosen: of each step, where the estimator does that (:meth:`dzhpc.method.estimators.Estimator.coordinates`).
     """
 
-    def __init__(self, task, split: Split, attempt: Callable[[Callable], float] = lambda ask: ask()):
-        self._task, self._split, self._attempt = task, split, attempt
+    def __init__(
+        self,
+        task,
+        split: Split,
+        attempt: Callable[[Callable], float] = lambda ask: ask(),
+        chosen: Callable[[], np.ndarray | None] = lambda: None,
+    ):
+        self._task, self._split, self._attempt, self._chosen = task, split, attempt, chosen
         self._config, self._seed = task.config.sparsity, task.config.run.seed
         self._mu = task.config.zo.mu
         self._adapts = self._config.pattern == "adaptive" and self._config.ratio > 0
@@ -57,7 +64,7 @@ class Pattern:
 
     def due(self, step: int) -> bool:
         """Whether a new S belongs to this step."""
-        if self.coords is None:
+        if self.coords is None or self._chosen() is not None:
             return True
         return self._config.ratio > 0 and self._config.pattern != "static" and step % self._interval == 0
 
@@ -69,6 +76,8 @@ class Pattern:
     def ahead(self, step: int) -> tuple[int, int]:
         """What the scores of this step will ask, and how many coordinates its S has at most."""
         index, ratio = self._task.engine.index, self._config.ratio
+        if (chosen := self._chosen()) is not None:
+            return 0, len(chosen)
         if self.coords is not None and not (self.due(step) and self._scores_anew):
             return 0, len(self.coords)
         if ratio == 0:
@@ -92,6 +101,9 @@ class Pattern:
     def redraw(self, step: int) -> None:
         """Make the S of this step; score first where scores are due. Collective: every rank calls it."""
         index, number = self._task.engine.index, step // self._interval
+        if (chosen := self._chosen()) is not None:
+            self.coords = chosen
+            return
         if self._scores_anew:
             self.lpr = read_lpr(self._task) if self._config.lpr else self.score(number)
         if self._adapts:

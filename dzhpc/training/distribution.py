@@ -95,16 +95,12 @@ class Distribution:
 
         if shards.count == 1:  # all know the loss, whether they have a piece or not
             self.attempt(lambda: self._use(0))
-        reports = self._reports if shards.count > 1 else []
-        values = self._joined(n * shards.count, self._taken(self.mine, self._slices), evaluate, partial, reports)
-        rows = shards.rows
-        if shards.count > 1:
-            rows = np.zeros_like(rows)
-            rows[reports] = shards.rows[reports]
-            rows = self._world.join(rows)
-        loss = shards.settle(rows)
-        self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(values)).tolist()), None)
-        values = torch.from_numpy(shards.average(values.reshape(shards.count, n))).to(engine.index.device)
+        reports, taken = self._reports if shards.count > 1 else [], self._taken(self.mine, self._slices)
+        values = self._joined(n * shards.count, taken, evaluate, partial, reports, estimator.numbers)
+        rows = np.where(np.isin(np.arange(shards.count), reports)[:, None], shards.rows, 0)
+        loss = shards.settle(self._world.join(rows) if shards.count > 1 else shards.rows)
+        self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1)).tolist()), None)
+        values = torch.from_numpy(shards.average(values.reshape(shards.count, n, *values.shape[1:]))).to(engine.index.device)
         return loss, estimator.combine(engine, coords, step, values)
 
     def columns(
@@ -157,8 +153,7 @@ class Distribution:
     def place(self, unit: int, estimator: Estimator) -> str:
         """What an error calls a unit."""
         shard, k = divmod(unit, self._units)
-        which = f" on shard {shard} of the batch" if self.shards.count > 1 else ""
-        return estimator.place(self.index, self.coords, k) + which
+        return estimator.place(self.index, self.coords, k) + (f" on shard {shard} of the batch" if self.shards.count > 1 else "")
 
     def _use(self, shard: int) -> None:
         """Bind a shard, and note what that costs; a compiler's time is no part of it."""
@@ -230,11 +225,12 @@ class Distribution:
         evaluate: Callable[[range], np.ndarray],
         partial: Partial | None = None,
         reports: Sequence[int] = (),
+        numbers: int = 1,
     ) -> np.ndarray:
-        """Evaluate the pieces that this rank takes, bind what else it reports, join all [n]. Collective."""
+        """Evaluate the pieces that this rank takes, bind what else it reports, join all: [n], or [n, numbers]. Collective."""
         world = self._world
-        values = np.zeros(n + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
-        done = np.zeros(n, bool)
+        sent = np.zeros(n * numbers + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
+        values, done = sent[:-1].reshape(n, numbers) if numbers > 1 else sent[:-1], np.zeros(n, bool)
         self._evaluated = []
         for piece in taken:
             if self._leaves():
@@ -249,9 +245,9 @@ class Distribution:
                 self.attempt(lambda shard=shard: self._use(shard))
         if self._counters:
             self._counters.turn()
-        values[n] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
-        joined = world.join(values)
-        unfinished, joined = joined[n] > 0, joined[:n]
+        sent[-1] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
+        joined = world.join(sent)
+        unfinished, joined = joined[-1] > 0, joined[:-1].reshape(values.shape)
         if partial is not None:
             joined[partial.done] = partial.values[partial.done]
         if unfinished:

@@ -29,9 +29,11 @@ class Forecast:
 
     def __init__(self, task: Task, network: Network = stepmodel.INFINIBAND, every: bool = True):
         self._task, config = task, task.config
-        self.coords = mean_pattern(task)
         self._estimator: Estimator = make_estimator(config.zo, config.run.seed)
-        pattern = Pattern(task, None)
+        self._estimator.begin(task.engine)
+        chosen = self._estimator.coordinates()
+        self.coords = mean_pattern(task) if chosen is None else chosen
+        pattern = Pattern(task, None, chosen=self._estimator.coordinates)
         budget = Budget(task, self._estimator, pattern)
         self.per_step, self.steps, self.scores = budget.of_step(len(self.coords)), budget.last_step, pattern.ahead(0)[0]
         self._evaluations = -(-self.steps // (config.eval.every_epochs * task.steps_per_epoch))

@@ -27,6 +27,7 @@ from dzhpc.job.lock import Lock
 from dzhpc.job.log import log_to, say_first
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
+from dzhpc.method.estimators import make_estimator
 from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task, make_task
 from dzhpc.tasks.agreement import check_losses, check_made, user_code
@@ -110,6 +111,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
                     log.info(said)
                 if len(losses) == 1 and task.config.optim.name == "gauss-newton":
                     log.info(gauss_newton.check(task, Pattern(task, None).ahead(0)[1]))
+                if len(losses) == 1:
+                    make_estimator(task.config.zo, task.config.run.seed).check(task.engine)
         if not restarts and task.config.sparsity.lpr:
             read_lpr(task)
     check_losses(world, task.config, losses)

@@ -22,7 +22,7 @@ from dzhpc.training.stepmodel import ETHERNET, INFINIBAND
 LIMIT_S = 3600  # for one training run
 
 
-def scaling(args: argparse.Namespace) -> tuple[list[dict], str]:
+def scaling(args: argparse.Namespace) -> tuple[dict[str, list[dict]], str]:
     """Seconds a step, and the share of communication, of short training runs. Raises InputError if a run fails."""
     counts = [int(n) for n in args.ranks.split(",") if n.isdigit()]
     if not counts or args.steps < 2:
@@ -55,7 +55,7 @@ def scaling(args: argparse.Namespace) -> tuple[list[dict], str]:
     head = f"{args.input} {' '.join(args.set)}, {args.steps} steps each"
     if args.plot:
         found.plot(args.plot)
-    return rows, "\n".join([head, "", *lines, "", f"forecast; network {found.model.network.name}", "", *found.table()])
+    return {"rows": rows}, "\n".join([head, "", *lines, "", f"forecast; network {found.model.network.name}", "", *found.table()])
 
 
 def _forecast(args: argparse.Namespace) -> Forecast:

@@ -8,7 +8,7 @@ import torch
 from dzhpc.files.checkpoint import State
 from dzhpc.job import processor
 from dzhpc.method import optimizers
-from dzhpc.method.estimators import Partial
+from dzhpc.method.estimators import Estimator, Partial
 from dzhpc.models.identity import model_sha256
 from dzhpc.models.weights import assign
 from dzhpc.tasks import Task
@@ -23,8 +23,8 @@ class TrainingState:
     unfinished.
     """
 
-    def __init__(self, task: Task, pattern: Pattern, budget: Budget):
-        self._task, self.pattern, self.budget = task, pattern, budget
+    def __init__(self, task: Task, estimator: Estimator, pattern: Pattern, budget: Budget):
+        self._task, self._estimator, self.pattern, self.budget = task, estimator, pattern, budget
         self.config, self.index = task.config, task.engine.index
         self.parameters = dict(zip(self.index.names, self.index.parameters, strict=True))
         self.optimizer = optimizers.make_optimizer(self.config.optim, self.parameters)
@@ -54,6 +54,7 @@ class TrainingState:
         assign(self._task.model, found.params, found.buffers)
         optimizers.restore(self.optimizer, self.parameters, found.optimizer)
         self.pattern.restore(found.lpr, found.coordinates, found.sizes)
+        self._estimator.restore(found.estimator)
         self.partial, self.budget.queries = found.partial, found.queries
         self._history = found.history + ([found.config] if found.config != self.config.to_toml() else [])
         self.run_uuid, self._wall_before = found.run_uuid, found.wall_time_s
@@ -98,4 +99,5 @@ class TrainingState:
             lpr=self.pattern.lpr,
             env=self.environment(),
             partial=self.partial,
+            estimator=self._estimator.state(),
         )

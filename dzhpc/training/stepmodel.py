@@ -187,8 +187,9 @@ def _timed(task: Task, estimator: Estimator, coords: np.ndarray, count: int) -> 
     task.bind(0)  # warm-up: tracing, caches
     base_s = seconds(task, lambda: task.bind(0))
     if units == 0:
-        nothing = torch.zeros(0, dtype=engine.index.dtype)
-        return Shard(count, base_s + seconds(task, lambda: estimator.combine(engine, coords, 0, nothing)), [], np.zeros(0))
+        nothing, shared = torch.zeros(0, dtype=engine.index.dtype), task.shared
+        work = (lambda: shared.rows(range(shared.parts), 0)) if shared else lambda: estimator.combine(engine, coords, 0, nothing)
+        return Shard(count, base_s + seconds(task, work), [], np.zeros(0))
     chunks = engine.cut(coords) if estimator.by_coordinate else pieces(units, engine.at_once)
     picked = sorted({int(k) for k in np.linspace(0, len(chunks) - 1, CHUNKS)})
     each = []

@@ -43,9 +43,10 @@ class Trainer:
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)
         self._requests = Requests(self.config, folder.path if world.is_root else None)
         self._distribution = Distribution(world, task, self._requests.urgent)
-        self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt)
+        self._pattern = Pattern(task, self._distribution.split, self._distribution.attempt, self._estimator.coordinates)
         self.budget = Budget(task, self._estimator, self._pattern)
-        self.state = TrainingState(task, self._pattern, self.budget)
+        self._estimator.begin(task.engine)
+        self.state = TrainingState(task, self._estimator, self._pattern, self.budget)
         optimizer, by_steps = self.state.optimizer, isinstance(self.state.optimizer, GaussNewton)
         self._newton = Newton(world, task, self._distribution, optimizer) if by_steps else None
         self._record = Record(folder.metrics)
@@ -117,9 +118,11 @@ class Trainer:
         asked = self.budget.of_step(n) + trials * self.task.cost.query
         state.partial, self.budget.queries = None, self.budget.queries + asked
         self._pattern.note(estimate, self._newton.diagonal if self._newton else None)
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = self._estimator.step_length or state.optimizer.param_groups[0]["lr"]
         self._update(update)
-        schedule.step()
+        if self._estimator.step_length is None:
+            schedule.step()
+        self._estimator.advance(estimate)
         state.step, self.progressed = step, True
         devices.synchronize(self._index.device)
         own = self.task.engine.compile_s - compiled_before
@@ -213,6 +216,10 @@ class Trainer:
     def _update(self, estimate: torch.Tensor) -> None:
         """theta = optimizer(theta, ghat), ghat perhaps minus Gauss-Newton's step: the same arithmetic on every rank."""
         index = self._index
+        if self._estimator.step_length is not None:  # a move: what it does not move keeps its bits
+            for k in estimate.nonzero().flatten().tolist():
+                index.element(int(self._distribution.coords[k]))[1].add_(estimate[k])
+            return
         flat = torch.zeros(index.size, dtype=index.dtype, device=index.device)
         flat[torch.from_numpy(self._distribution.coords).to(index.device)] = estimate
         for name, gradient in index.split(flat).items():

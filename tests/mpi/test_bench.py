@@ -29,6 +29,11 @@ def test_gradient(place):
     assert exact < 1e-3 and exact < reuse == full
     assert all(exact < error < 2e-2 for error in rounded)
     assert rows[1]["times_reuse"] == 1
+    cge, rge, limit = json.loads((place / "out.json").read_text())["estimators"]
+    assert (cge["queries"], rge["queries"], limit["queries"]) == (24, 16, 16)
+    assert cge["relative_error"] < 0.05 and cge["cosine"] > 0.99
+    assert rge["relative_error"] == pytest.approx(limit["relative_error"], rel=0.05)  # the same directions
+    assert limit["relative_error"] == pytest.approx(limit["theory"], rel=0.5)
 
 
 def test_scaling(place):

@@ -200,6 +200,13 @@ CASES = dict([
     train("full-fo-grasp", "digits", "zo.engine=full sparsity.pattern=static sparsity.scores=fo-grasp stop.steps=3", **FEW),
     train("full-autograd", "digits", FIRST_ORDER + "zo.engine=full data.augment=false"),
     train("full-dropout", "dropout", "zo.engine=full", **FEW),
+    *(train(f"full-{name}", "digits", f"zo.engine=full task.loss=mse zo.estimator={name}")
+      for name in ("fa", "dfa", "align-ada", "align-zero")),
+    train("full-fg-w", "digits", "zo.engine=full zo.estimator=fg-w zo.q=3 stop.steps=3"),
+    train("lg-fg-a", "digits", "zo.estimator=lg-fg-a zo.q=2 model.name=local-mixer model.groups=2 model.grid=2 "
+          "model.image_size=8 sparsity.scores=random"),
+    train("delta-pattern", "digits", SMALL + "zo.estimator=pattern zo.mu=0.25 zo.q=60 sparsity.ratio=0.0 optim.momentum=0.0 "
+          "optim.weight_decay=0.0 optim.schedule=constant optim.warmup_epochs=0.0"),
     train("delta", "digits", SMALL),
     train("delta-central-adam", "digits", SMALL + "zo.difference=central optim.name=adam optim.lr=0.01"),
     train("delta-rge", "digits", SMALL + "zo.estimator=rge zo.q=5"),

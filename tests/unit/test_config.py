@@ -176,7 +176,10 @@ def test_keys_that_contradict_each_other_are_refused(overrides, message):
 
 def test_a_kind_on_the_command_line_replaces_that_of_the_file_and_its_keys(tmp_path):
     path = write(tmp_path, '[task]\nkind = "defense"\nclassifier = "a:b"\nsigma = 0.5\nretries = 1\n')
-    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {"kind": "classification"}
+    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {
+        "kind": "classification",
+        "loss": "cross_entropy",
+    }
     sol = config.load(path, ["task.kind=sol", "task.retries=2"]).task
     assert (sol.kind, sol.retries, sol.unroll) == ("sol", 2, 16)
     own = config.load(path, ["task.kind=mine:Task", "task.size=3"]).task
@@ -184,7 +187,10 @@ def test_a_kind_on_the_command_line_replaces_that_of_the_file_and_its_keys(tmp_p
     assert "task.sigma: belongs to" in refusal(path, ["task.kind=classification", "task.sigma=0.5"])
     path = write(tmp_path, '[task]\nkind = "mine:Task"\nsize = 3\n')
     assert config.load(path).task.fields == {"size": 3}
-    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {"kind": "classification"}
+    assert config.load(path, ["task.kind=classification"]).task.model_dump() == {
+        "kind": "classification",
+        "loss": "cross_entropy",
+    }
     assert refusal(write(tmp_path, "task = 3")).startswith(f"{path}: task = 3: expected")
     assert config.load(None, ["task.kind=mine:Task", "task.max_queries=7"]).task.max_queries == 7
     assert config.load().task.max_queries is None
@@ -200,11 +206,13 @@ def test_the_keys_of_all_kinds_that_an_earlier_version_wrote_are_those_of_its_ow
         return "[run]\nname = 'a'\n[task]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in (everything | changed).items())
 
     new = config.load(None, ["run.name=a", f"task.kind={kind}"])
-    assert config.parse_written(text(sigma=0.5, loss="mse"), "step.h5") == config.load(write(tmp_path, text())) == new
+    assert config.parse_written(text(sigma=0.5, classifier_model="x"), "step.h5") == config.load(write(tmp_path, text())) == new
     changes = [("task.unroll", 3, 16)] if kind == "sol" else []
     assert config.frozen_changes(config.parse_written(text(unroll=3), "step.h5"), new) == changes
-    path = write(tmp_path, text(sigma=0.5, loss="mse"))
-    assert refusal(path).startswith(f'{path}: task.sigma, task.loss: belong to other kinds than "{kind}"; remove them')
+    path = write(tmp_path, text(sigma=0.5, classifier_model="x"))
+    assert refusal(path).startswith(
+        f'{path}: task.sigma, task.classifier_model: belong to other kinds than "{kind}"; remove them'
+    )
     with pytest.raises(InputError, match=r"step\.h5: unknown key task\.xyzzy"):
         config.parse_written(text(xyzzy=1), "step.h5")
 
@@ -271,7 +279,7 @@ def test_any_other_key_is_free_to_change_on_restart(change):
 
 def test_every_key_is_known_with_its_default_and_documented():
     keys = {key: (default, meaning) for key, default, meaning in config.known_keys()}
-    assert keys["zo.mu"] == (5e-3, "smoothing parameter: the length of a perturbation")
+    assert keys["zo.mu"] == (5e-3, "smoothing parameter: the length of a perturbation; pattern: the first radius")
     assert {key.split(".")[0] for key in keys} == set(config.Config.model_fields)
     assert [key for key, (_, meaning) in keys.items() if not meaning] == []
 

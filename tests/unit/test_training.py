@@ -41,6 +41,10 @@ def bound():
         (Zo(estimator="rge", q=3, difference="central"), 3, 6),
         (Zo(estimator="autograd"), 0, 0),
         (Zo(estimator="latent"), 0, 0),
+        (Zo(estimator="pattern"), 7, 14),
+        (Zo(estimator="fg-w", q=3), 3, 3),
+        (Zo(estimator="lg-fg-a"), 0, 1),
+        (Zo(estimator="fa"), 0, 0),
     ],
 )
 def test_units_and_perturbations_of_a_step_on_seven_coordinates(zo, units, perturbations):
@@ -71,21 +75,21 @@ def test_an_estimator_that_is_none_is_named():
     with pytest.raises(InputError, match=r"zo\.estimator = math:sqrt: expected a subclass of"):
         make_estimator(Zo(estimator="math:sqrt"), 0)
     with pytest.raises(
-        InputError, match=r"zo.estimator = 'fga': expected 'cge', 'rge', 'autograd', 'latent' or 'package.module:Class'"
+        InputError, match=r"zo.estimator = 'fga': expected 'cge', 'rge', 'autograd', 'latent', .* or 'package.module:Class'"
     ):
         config.parse({"zo": {"estimator": "fga"}}, "input")
 
 
 def test_the_names_of_estimators_are_those_of_the_input():
     assert tuple(ESTIMATORS) == sections.ESTIMATORS
+    assert all(make_estimator(Zo(estimator=name), 0) for name in ESTIMATORS)
 
 
 def budget(limit=None, **stop):
     stop = {"epochs": 2.0, "steps": None, "queries": None, "target_accuracy": None} | stop
+    keys = {"stop": stop, "task": {"max_queries": limit}, "optim": {"tries": False}}
     task = SimpleNamespace(
-        config=SimpleNamespace(
-            stop=SimpleNamespace(**stop), task=SimpleNamespace(max_queries=limit), optim=SimpleNamespace(tries=False)
-        ),
+        config=SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in keys.items()}),
         steps_per_epoch=5, cost=Cost(bind=2, query=3, evaluation=4),
     )  # fmt: skip
     pattern = SimpleNamespace(coords=range(10), ahead=lambda step: (50, 10))
