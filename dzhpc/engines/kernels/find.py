@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.engines.kernels.compiled import Programs
+from dzhpc.engines.kernels.convolutions import Direct, Winograd
+from dzhpc.engines.kernels.library import Library
 from dzhpc.engines.kernels.plain import Torch
-from dzhpc.engines.kernels.winograd import Winograd
 
 
 class Convolution(Protocol):
@@ -46,7 +47,7 @@ class Convolution(Protocol):
 
 
 #: kind -> its providers, the first that fits serves; torch, the last one, always does
-PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Torch]}
+PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Direct, Torch]}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -59,7 +60,7 @@ class Kernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self.programs = Programs(device, dtype, say)
-        self._device, self._say = device, say
+        self._device, self._dtype, self._say = device, dtype, say
         self._made: dict[type, object | None] = {}  # None: it could not be
         self._seconds = 0.0
 
@@ -76,6 +77,13 @@ class Kernels:
     def seconds(self) -> float:
         """Spent so far on making kernels and programs."""
         return self._seconds + self.programs.seconds
+
+    @property
+    def library(self) -> Library | None:
+        """Our own passes over changes, for float32 on a CPU; None where there is no compiler, or where it fails."""
+        if self._device.type != "cpu" or self._dtype != torch.float32 or not self.compiling:
+            return None
+        return self._make(Library)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """``function(*tensors)``, compiled at the first call."""
