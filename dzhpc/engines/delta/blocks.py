@@ -1,9 +1,10 @@
 """Runs that our own library carries a chunk through: [BatchNorm] [+ residual] [ReLU] [max pool] [mean over pixels] of images.
 
-Everything else is left to :class:`dzhpc.engines.delta.fused.Fused`. A convolution of one-channel changes before such a run is part
-of it: what it makes never lies in memory.
+Everything else is left to :class:`dzhpc.engines.delta.fused.Fused`. A convolution of one-channel changes before such a run is
+part of it: what it makes never lies in memory.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ class Blocks:
 
     def _look_at(self, nodes: tuple[fx.Node, ...]) -> Block | None:
         operations, found = self._operations, {"first": nodes[0]}
-        inside = all(set(node.users) == {after} for node, after in zip(nodes, nodes[1:], strict=False))
+        inside = all(set(node.users) == {after} for node, after in itertools.pairwise(nodes))
         images = all(isinstance(v := operations.network.value(a), Tensor) and v.dtype == torch.float32 for a in nodes)
         if not (inside and images and operations.network.value(nodes[0]).ndim == 4):
             return None

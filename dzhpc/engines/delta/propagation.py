@@ -132,7 +132,9 @@ class Propagation:
         """What an operation that takes means of the node's change calls x less its mean, as it lies beside that change."""
         operations = self.operations
         norm = next((user for user in node.users if operations.rule(user).sums and operations.normalises(user)), None)
-        layout = Layout(apart=False, rounded=operations.travel != operations.dtype)
+        layout = Layout(
+            apart=operations.has_library(operations.network.value(node)), rounded=operations.travel != operations.dtype
+        )
         return None if norm is None else lambda: operations.centred(norm, layout)
 
     def _is_fusable(self, node: fx.Node, changes: Changes) -> bool:

@@ -261,6 +261,7 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
         finally:
             Path(name).unlink(missing_ok=True)
     library = ctypes.CDLL(str(home))
+    library.keep_memory()
     for name in ("winograd_slices", "direct_slices"):
         getattr(library, name).restype = ctypes.c_int64
     return library
