@@ -25,6 +25,7 @@ import dzhpc
 from dzhpc import config, data
 from dzhpc.engines.protocol import WhiteBox
 from dzhpc.errors import InputError
+from dzhpc.job import device as devices
 from dzhpc.job import processor
 from dzhpc.models.cnn import SimpleCNN
 from dzhpc.models.resnet import resnet18, resnet20
@@ -145,7 +146,8 @@ def row(case: Case, args: argparse.Namespace, inputs: Tensor, labels: Tensor) ->
     if case.weights:
         load_weights(model, str(args.weights / case.weights))
     inputs, targets = batch(case, inputs, labels)
-    model, inputs = (x.to(memory_format=torch.channels_last) for x in (model, inputs))
+    model, inputs = (x.to(args.device, memory_format=torch.channels_last) for x in (model, inputs))
+    targets = targets.to(args.device)
     exact_targets = targets.double() if targets.is_floating_point() else targets
     wide, exact_targets = copy.deepcopy(model).double(), targets.double() if targets.is_floating_point() else targets
     truth = bound("reuse", "fp32", wide, case.loss, inputs.double(), exact_targets)
@@ -175,7 +177,7 @@ def row(case: Case, args: argparse.Namespace, inputs: Tensor, labels: Tensor) ->
 
 def bound(kind: str, precision: str, model: nn.Module, loss: str, inputs: Tensor, targets: Tensor) -> WhiteBox:
     """An engine with its batch."""
-    engine = dzhpc.make_engine(kind, model, loss, precision)
+    engine = dzhpc.make_engine(kind, model, loss, precision, emulate_bf16=True)
     engine.bind(inputs, targets)
     return engine
 
@@ -214,9 +216,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images, for every network (default: each its own)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--weights", type=Path, help="folder of trained weights (default: $DZHPC_DATA/weights)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", default="", help="networks whose name has this in it")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    devices.choose(0, args.threads) if args.device == "cuda" else devices.cpu(args.threads)
     if args.weights is None and "DZHPC_DATA" in os.environ:
         args.weights = Path(os.environ["DZHPC_DATA"]) / "weights"
     torch.manual_seed(0)

@@ -6,7 +6,10 @@ the bytes of the changes that enter them (twice: for the sums and for the rest) 
 """
 
 import argparse
+import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ import torch
 from dzhpc.engines import make_engine
 from dzhpc.engines.delta.change import Change
 from dzhpc.engines.delta.propagation import Propagation
+from dzhpc.job import device as devices
 from dzhpc.training import benchmark
 
 
@@ -27,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ratio", type=float, default=0.9)
     p.add_argument("--precision", default="bf16")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--json", type=Path, help="write the figures here")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--repeats", type=int, default=3)
     return p
@@ -34,16 +40,15 @@ def parser() -> argparse.ArgumentParser:
 
 def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     """({kind of work: [seconds, FLOPs, bytes]}, seconds of the whole, number of coordinates) of the fastest repetition."""
-    model, inputs, labels = benchmark.problem(args, torch.device("cpu"))
+    device = devices.choose(0, args.threads) if args.device == "cuda" else devices.cpu(args.threads)
+    model, inputs, labels = benchmark.problem(args, device)
     coords = benchmark.coordinates(model, inputs, labels, args)
     found: dict = {}
     advance = Propagation.advance
 
     def timed(self, run, changes):
         before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
-        start = time.perf_counter()
-        advance(self, run, changes)
-        seconds = time.perf_counter() - start
+        seconds = taken(device, lambda: advance(self, run, changes))
         out = [changes[n].data for n in run.nodes if n in changes]
         module = self.operations.module(run.nodes[0])
         if isinstance(module, torch.nn.Conv2d):
@@ -67,40 +72,46 @@ def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     best: tuple = ({}, np.inf)
     for _ in range(args.repeats):
         found.clear()
-        start = time.perf_counter()
-        engine.differences(coords, 5e-3)
-        whole = time.perf_counter() - start
+        whole = taken(device, lambda: engine.differences(coords, 5e-3))
         if whole < best[1]:
             best = ({k: list(v) for k, v in found.items()}, whole)
     return *best, len(coords)
 
 
-def machine(precision: str) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product in this precision, bytes/s of a copy of 64 MiB) on the threads in use."""
+def machine(precision: str, device: torch.device) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product in this precision, bytes/s of a large copy) on the device, or the threads, in use."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, source = torch.randn(2048, 2048).to(dtype), torch.zeros(2**24)
+    n, size = (8192, 2**28) if device.type == "cuda" else (2048, 2**24)
+    a, source = torch.randn(n, n).to(device, dtype), torch.zeros(size, device=device)
     target = torch.empty_like(source)
-    flops, moved = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        flops.append(2 * 2048**3 / (time.perf_counter() - start))
-        start = time.perf_counter()
-        target.copy_(source)
-        moved.append(2 * source.numel() * 4 / (time.perf_counter() - start))
+    flops = [2 * n**3 / taken(device, lambda: a @ a) for _ in range(5)]
+    moved = [2 * size * 4 / taken(device, lambda: target.copy_(source)) for _ in range(5)]
     return max(flops), max(moved)
+
+
+def taken(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds; a GPU is waited for before and after, so that the sum over all work is longer than the whole."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    work()
+    devices.synchronize(device)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    torch.set_num_threads(arguments.threads)
     kinds, total, n = measured(arguments)
-    peak, bandwidth = machine(arguments.precision)
-    print(f"{arguments.model}, batch {arguments.batch}, {n} coordinates, {arguments.precision}, {arguments.threads} thread(s)")
-    print(f"machine: {peak / 1e9:.0f} GFLOP/s in a 2048^3 product, {bandwidth / 1e9:.1f} GB/s in a 64 MiB copy")
+    peak, bandwidth = machine(arguments.precision, torch.device(arguments.device))
+    print(f"{arguments.model}, batch {arguments.batch}, {n} coordinates, {arguments.precision}, {arguments.device}, "
+          f"{arguments.threads} thread(s)")  # fmt: skip
+    print(f"machine: {peak / 1e9:.0f} GFLOP/s in a large product, {bandwidth / 1e9:.1f} GB/s in a large copy")
     print(f"whole: {1e3 * total / n:.3f} ms a query\n")
     print("| work | share of the time | ms a query | GFLOP a query | GFLOP/s | MB a query | GB/s |")
     print("|---" * 7 + "|")
+    if arguments.json:
+        each = {kind: dict(zip(("seconds", "flops", "bytes"), row, strict=True)) for kind, row in kinds.items()}
+        figures = {"coordinates": n, "seconds": total, "machine": {"flops_s": peak, "bytes_s": bandwidth}, "work": each}
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     kinds["the rest: origins, loss, Python"] = [total - sum(v[0] for v in kinds.values()), 0, 0]
     for kind, (seconds, flops, moved) in sorted(kinds.items(), key=lambda item: -item[1][0]):
         cells = [f"{100 * seconds / total:.0f} %", f"{1e3 * seconds / n:.3f}"]

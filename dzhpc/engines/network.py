@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dzhpc.engines.pinned import Moment, Pinned, kept
 from dzhpc.errors import InputError
+from dzhpc.method.arrays import on_device
 from dzhpc.method.coordinates import ParameterIndex
 
 
@@ -137,12 +138,12 @@ class NetworkEngine(ABC):
         self._need_base()
         coords = np.array(checked(coords), np.int64)
         order = np.argsort(coords, kind="stable")
-        out = torch.zeros(len(coords), *shape, dtype=self.index.dtype, device=self.index.device)
+        found = torch.zeros(len(coords), *shape, dtype=self.index.dtype, device=self.index.device)
         with self._pinned.unchanged():  # an operation without a rule runs as it is, its bookkeeping included
             for chunk in self.cut(coords[order]):
-                where = order[chunk.start : chunk.stop]
-                out[torch.from_numpy(where).to(out.device)] = evaluate(coords[where]).to(out.dtype)
-        return out
+                found[chunk.start : chunk.stop] = evaluate(coords[order[chunk.start : chunk.stop]])
+        back = np.argsort(order)
+        return found if np.array_equal(back, np.arange(len(back))) else found[on_device(back, found.device)]
 
     def _query(self, owner: int | None) -> Tensor:
         self.queries += 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dzhpc.engines.windows import borders, padded, seen, window_of
 from dzhpc.errors import InputError
+from dzhpc.method.arrays import on_device
 from dzhpc.method.coordinates import ParameterIndex
 
 TRIED = 0.5  # the perturbation of a trial: large enough to show in any precision
@@ -62,7 +63,7 @@ class _Added:
         if not is_bias and isinstance(module, nn.Conv2d):
             place[1] += place[0] // (module.out_channels // module.groups) * shape[1]
         self._query = torch.arange(len(elements), device=device)
-        self._out, *self._in = torch.from_numpy(place).to(device)
+        self._out, *self._in = on_device(place, device)
 
     def __call__(self, module: nn.Module, args: tuple, outputs: Tensor) -> Tensor:
         inputs, count = args[0], len(self._query)

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -112,6 +113,35 @@ def table(ranks: Sequence[tuple[int, str, str, str]]) -> list[str]:
 def peak_bytes(device: torch.device, engine_bytes: int) -> int:
     """Peak device memory; on a CPU what the engine keeps, which unlike the process's size does not depend on chance."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else engine_bytes
+
+
+class Stopwatch:
+    """``with Stopwatch(device) as watch``: afterwards ``watch.seconds`` is what it took.
+
+    On a GPU that is the device's own time, for which nobody waits meanwhile: ask once the work is known to be done.
+    """
+
+    def __init__(self, device: torch.device):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._from = self._until = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        if self._events:
+            self._events[0].record()
+        self._from = time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._until = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        """Between beginning and end."""
+        if self._events:
+            self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._until - self._from
 
 
 class PeakMemory:

@@ -1,10 +1,16 @@
-"""Arrays that a user's function gave -> tensors: real numbers of any width, byte order and strides, and nothing else."""
+"""Arrays -> tensors: those that a user's function gave, and those that go to a device."""
 
 import numbers
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def on_device(given: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """An array, or a tensor of the host, as a tensor there. A GPU that is at work is not waited for, as ``.to`` would do."""
+    found = given if isinstance(given, Tensor) else torch.from_numpy(np.ascontiguousarray(given))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def to_tensor(given: object) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dzhpc.config import import_object
 from dzhpc.errors import InputError
+from dzhpc.method.arrays import on_device
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.seeds import derive, generator
 
@@ -50,7 +51,7 @@ def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> di
     coords = np.arange(engine.index.size)
     slopes = rge_slopes(engine, range(q), mu, seed, coords, difference)
     flat = torch.zeros(engine.index.size, dtype=engine.index.dtype, device=engine.index.device)
-    flat[torch.from_numpy(coords).to(flat.device)] = rge_sum(slopes, seed, coords, engine.index)
+    flat[on_device(coords, flat.device)] = rge_sum(slopes, seed, coords, engine.index)
     return engine.index.split(flat)
 
 
@@ -64,7 +65,7 @@ def rge_slopes(engine, indices, mu: float, seed: int, coords: np.ndarray, differ
 
 def directions(index: ParameterIndex, indices, seed: int, coords: np.ndarray) -> Iterator[Tensor]:
     """u_i [d] for each i of ``indices``, zero outside ``coords``."""
-    where = torch.from_numpy(coords).to(index.device)
+    where = on_device(coords, index.device)
     for i in indices:
         u = torch.zeros(index.size, dtype=index.dtype, device=index.device)
         u[where] = direction(seed, i, len(coords), index)
@@ -82,7 +83,7 @@ def rge_sum(slopes: Tensor, seed: int, coords: np.ndarray, index: ParameterIndex
 
 def direction(seed: int, i: int, n: int, index: ParameterIndex) -> Tensor:
     """The i-th Gaussian direction [n]: a function of (seed, i), whoever computes it."""
-    return torch.randn(n, generator=generator(seed, "direction", i), dtype=index.dtype).to(index.device)
+    return on_device(torch.randn(n, generator=generator(seed, "direction", i), dtype=index.dtype), index.device)
 
 
 def autograd(engine) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ class FirstOrder(Estimator):
 
     def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
         flat = engine.index.flatten(autograd(engine).values())
-        return flat[torch.from_numpy(coords).to(flat.device)]
+        return flat[on_device(coords, flat.device)]
 
 
 class Latent(FirstOrder):

@@ -1,21 +1,18 @@
 """Estimates over ranks: chunks, slices balanced by measured cost, scatter, the joined estimate (eq. 5), interruption."""
 
-import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dzhpc.errors import BlackBoxError
-from dzhpc.job import device as devices
 from dzhpc.job.shared_work import Cancellation
 from dzhpc.job.world import World
 from dzhpc.method.estimators import Estimator, Partial
 from dzhpc.training.columns import Columns
+from dzhpc.training.costs import BASE, DIRECTION, Costs
 from dzhpc.training.dealing import deal, filled, pieces, reporters
 from dzhpc.training.shards import Shards
 
@@ -35,9 +32,7 @@ class Distribution:
     """Who evaluates what. The chunks follow from S alone, never from the rank count; only their owners change.
 
     The units of an estimate are numbered shard by shard: unit k of shard s is number s * units + k, and no piece crosses shards.
-    Cost: seconds per coordinate of each parameter, per direction, and per base pass, the least that any rank has measured so far:
-    the first time may compile. urgent: asked between two pieces; once it is true on one rank, all ranks raise
-    :class:`Interrupted`.
+    urgent: asked between two pieces; once it is true on one rank, all ranks raise :class:`Interrupted`.
     """
 
     def __init__(self, world: World, task, urgent: Callable[[], bool] = lambda: False):
@@ -45,7 +40,7 @@ class Distribution:
         self.index = task.engine.index
         self.shards = Shards(task)
         self._cancellation = Cancellation(world)
-        self._seconds = np.full(len(self.index.names) + 2, np.inf)  # of each parameter, DIRECTION, BASE
+        self._costs = Costs(task.engine)
         self.coords = np.zeros(0, np.int64)
         self.mine: list[range] = []  # the slice of this rank
         self._counters = world.counters() if task.config.run.take_over and world.size > 1 else None
@@ -62,7 +57,7 @@ class Distribution:
         Collective; only root's ``coords`` and ``partial`` count.
         """
         world, told, slices = self._world, None, None
-        seconds = world.minimum(self._seconds)
+        seconds = world.minimum(self._costs.seconds)
         if world.is_root:
             units, count = estimator.units(len(coords)), self.shards.count
             *cost, direction, base = filled(seconds)
@@ -88,10 +83,10 @@ class Distribution:
         if n == 0:
             return self._without_units(estimator, step)
 
-        def evaluate(piece: range) -> np.ndarray:
+        def evaluate(piece: range) -> Tensor:
             self._use(piece.start // n)
             local = range(piece.start % n, (piece.stop - 1) % n + 1)
-            return self._measured(local, estimator, lambda: estimator.evaluate(engine, coords, step, local).cpu().numpy())
+            return self._measured(local, estimator, lambda: estimator.evaluate(engine, coords, step, local))
 
         if shards.count == 1:  # all know the loss, whether they have a piece or not
             self.attempt(lambda: self._use(0))
@@ -122,6 +117,7 @@ class Distribution:
                 found.append((np.arange(chunk.start, chunk.stop), part))
         if self._counters:
             self._counters.turn()
+        self._costs.note()
         joined, done = np.zeros((n + 1, 2), torch.empty(0, dtype=self.index.dtype).numpy().dtype), np.zeros(n, bool)
         for places, values in found:
             joined[places], done[places] = values[:, :2], True
@@ -156,28 +152,14 @@ class Distribution:
         return estimator.place(self.index, self.coords, k) + (f" on shard {shard} of the batch" if self.shards.count > 1 else "")
 
     def _use(self, shard: int) -> None:
-        """Bind a shard, and note what that costs; a compiler's time is no part of it."""
-        if shard == self.shards.bound:
-            return
-        with self._timed() as timed:
-            self.shards.use(shard)
-        self._seconds[-1] = min(self._seconds[-1], timed.seconds)
+        """Bind a shard, and note what that costs."""
+        if shard != self.shards.bound:
+            self._costs.timed([BASE], 1, lambda: self.shards.use(shard))
 
-    def _measured(self, piece: range, estimator: Estimator, evaluate: Callable[[], np.ndarray]) -> np.ndarray:
+    def _measured(self, piece: range, estimator: Estimator, evaluate: Callable[[], np.ndarray | Tensor]) -> np.ndarray | Tensor:
         """``evaluate()``, and what a coordinate of its parameter, or a direction, costs."""
-        with self._timed() as timed:
-            values = evaluate()
-        owners = self.index.owner(self.coords[piece.start : piece.stop]) if estimator.by_coordinate else [-2]
-        np.minimum.at(self._seconds, owners, timed.seconds / len(piece))
-        return values
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[SimpleNamespace]:
-        """``seconds`` of what runs within, but for a compiler's."""
-        timed, compiled_before, start = SimpleNamespace(seconds=math.inf), self._engine.compile_s, time.perf_counter()
-        yield timed
-        devices.synchronize(self.index.device)
-        timed.seconds = max(1e-9, time.perf_counter() - start - (self._engine.compile_s - compiled_before))
+        owners = self.index.owner(self.coords[piece.start : piece.stop]) if estimator.by_coordinate else [DIRECTION]
+        return self._costs.timed(owners, len(piece), evaluate)
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(indices)`` [len(indices)] for all of 0..n-1, shared out and joined on all ranks [n]. Raises Interrupted.
@@ -222,13 +204,16 @@ class Distribution:
         self,
         n: int,
         taken: Iterable[range],
-        evaluate: Callable[[range], np.ndarray],
+        evaluate: Callable[[range], np.ndarray | Tensor],
         partial: Partial | None = None,
         reports: Sequence[int] = (),
         numbers: int = 1,
     ) -> np.ndarray:
-        """Evaluate the pieces that this rank takes, bind what else it reports, join all: [n], or [n, numbers]. Collective."""
-        world = self._world
+        """Evaluate the pieces that this rank takes, bind what else it reports, join all: [n], or [n, numbers]. Collective.
+
+        A GPU is waited for once, when all of its work is given out.
+        """
+        world, found = self._world, []
         sent = np.zeros(n * numbers + 1, torch.empty(0, dtype=self.index.dtype).numpy().dtype)
         values, done = sent[:-1].reshape(n, numbers) if numbers > 1 else sent[:-1], np.zeros(n, bool)
         self._evaluated = []
@@ -238,13 +223,16 @@ class Distribution:
             self._evaluated.append(piece)
             part = self.attempt(lambda piece=piece: evaluate(piece), None)
             if part is not None:
-                values[piece.start : piece.stop] = part
-                done[piece.start : piece.stop] = True
+                found.append((piece, torch.as_tensor(part)))
         for shard in reports:
             if not any(piece.start // self._units == shard for piece in self._evaluated) and not self._leaves():
                 self.attempt(lambda shard=shard: self._use(shard))
         if self._counters:
             self._counters.turn()
+        if found:
+            where = np.concatenate([np.arange(piece.start, piece.stop) for piece, _ in found])
+            values[where], done[where] = torch.cat([part for _, part in found]).cpu().numpy(), True
+        self._costs.note()
         sent[-1] = self._cancellation.cancelled()  # travels with the others: without an interruption it costs no message
         joined = world.join(sent)
         unfinished, joined = joined[-1] > 0, joined[:-1].reshape(values.shape)

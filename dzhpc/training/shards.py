@@ -51,7 +51,8 @@ class Shards:
         self._seed(shard)
         loss = self._task.bind(self._step, shard) if self.count > 1 else self._task.bind(self._step)
         self.bound = shard
-        self.rows[shard] = np.concatenate([[loss], *(b.detach().double().cpu().numpy().ravel() for b in self._buffers)])
+        flat = [b.detach().double().reshape(-1) for b in self._buffers]
+        self.rows[shard] = np.concatenate([[loss], torch.cat(flat).cpu().numpy() if flat else []])
         if self.count > 1:
             self.restore()
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.engines.kernels.compiled import Programs
-from dzhpc.engines.kernels.convolutions import Direct, Winograd
-from dzhpc.engines.kernels.library import Library
+from dzhpc.engines.kernels.gpu import TritonPasses
 from dzhpc.engines.kernels.plain import Torch
+from dzhpc.engines.kernels.winograd import Winograd
 
 
 class Convolution(Protocol):
@@ -46,8 +46,31 @@ class Convolution(Protocol):
         """
 
 
-#: kind -> its providers, the first that fits serves; torch, the last one, always does
-PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Direct, Torch]}
+class Pass(Protocol):
+    """Carries dense changes through BatchNorm [- sum with others] [- ReLU]; without one that fits, programs do it.
+
+    Its constructor is as :class:`Convolution` says. Changes come as P images of N = B H W rows and C columns, base values as one.
+    """
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def types(device: torch.device) -> list[torch.dtype]:
+        """What it may serve on this machine; a run's bits depend on that."""
+
+    @staticmethod
+    def fits(norm: nn.Module, like: Tensor) -> bool:
+        """Whether changes like these [P, B, C, H, W] pass so, and faster than by a program."""
+
+    def sums(self, data: Tensor, centred: Tensor) -> Tensor:
+        """D [P, N, C] beside x_c [N, C] -> mean(D) and mean(D (2 x_c + D)) over the rows [2, P, C] float32."""
+
+    def carry(self, data: Tensor, centred: Tensor, coefficients: Tensor, residual: Tensor | None, value: Tensor | None) -> Tensor:
+        """(D - m) a - x_c b [+ residual], and through a ReLU that takes ``value`` [N, C] at theta; (m, a, b) [P, 3, C]."""
+
+
+#: kind -> its providers, the first that fits serves; of a "conv2d" torch, the last one, always does
+PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Torch], "pass": [TritonPasses]}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -60,7 +83,7 @@ class Kernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self.programs = Programs(device, dtype, say)
-        self._device, self._dtype, self._say = device, dtype, say
+        self._device, self._say = device, say
         self._made: dict[type, object | None] = {}  # None: it could not be
         self._seconds = 0.0
 
@@ -78,21 +101,14 @@ class Kernels:
         """Spent so far on making kernels and programs."""
         return self._seconds + self.programs.seconds
 
-    @property
-    def library(self) -> Library | None:
-        """Our own passes over changes, for float32 on a CPU; None where there is no compiler, or where it fails."""
-        if self._device.type != "cpu" or self._dtype != torch.float32 or not self.compiling:
-            return None
-        return self._make(Library)
-
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """``function(*tensors)``, compiled at the first call."""
         return self.programs.call(function, *tensors)
 
     def find(self, kind: str, layer: nn.Module, like: Tensor):
-        """The kernel for a layer and tensors like this one."""
+        """The kernel for a layer and tensors like this one; None where no provider of its kind fits."""
         fitting = (provider for provider in PROVIDERS[kind] if provider.fits(layer, like))
-        return next(kernel for kernel in map(self._make, fitting) if kernel is not None)
+        return next((kernel for kernel in map(self._make, fitting) if kernel is not None), None)
 
     @property
     def names(self) -> str:

@@ -54,7 +54,7 @@ class Reference:
 
     def where(self) -> Tensor:
         """Which entries of a state hold a value, bool [...]: all, but of a staggered one those of faces that do not exist."""
-        where = torch.ones(self.shape, dtype=torch.bool)
+        where = torch.ones(self.shape, dtype=torch.bool, device=self.train.states.device)
         if self.staggered:
             where[0, :, -1] = where[1, -1] = False
         return where
