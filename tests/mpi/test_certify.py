@@ -6,31 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from input_texts import CERTIFY, text
 from mpi_launch import Case, Result, assert_same, batch, contents, sets
 
 from dzhpc.tasks.defense import certificates
 
-INPUT = """
-[task]
-kind = "defense"
-classifier = "prototypes:nearest"
-batch_limit = 40
-retries = 0
-[model]
-name = "dncnn"
-depth = 2
-width = 4
-channels = 1
-[data]
-name = "digits"
-batch_size = 50
-[zo]
-engine = "full"
-[sparsity]
-ratio = 0.0
-[run]
-deadline_margin = 0.6
-"""
+INPUT = text(
+    CERTIFY, task={"classifier": "prototypes:nearest", "batch_limit": 40}, zo={"engine": "full"}, run={"deadline_margin": 0.6}
+)
 BOX = '''
 """Nearest prototypes of the ten digits: logits. Writes down how much it is asked, and may linger or break."""
 import os, time

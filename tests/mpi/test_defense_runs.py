@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from input_texts import DEFENSE, text
 from mpi_launch import Case, assert_same, batch, bits, column, sets
 
 USER = """
@@ -32,32 +33,7 @@ def images():
     draw = np.random.default_rng(7)
     return [(draw.integers(0, 256, (n, 3, 8, 8), np.uint8), np.arange(n) % 3) for n in (39, 17)]
 """
-INPUT = """
-[task]
-kind = "defense"
-classifier = "defended:classify"
-[model]
-name = "dncnn"
-depth = 3
-width = 4
-[data]
-name = "defended:images"
-batch_size = 13
-[zo]
-mu = 1e-4
-[sparsity]
-ratio = 0.5
-scores = "random"
-redraw_steps = 2
-[optim]
-name = "adam"
-lr = 1e-3
-warmup_epochs = 0
-[eval]
-batch_size = 5
-[stop]
-epochs = 2
-"""
+INPUT = text(DEFENSE, task={"classifier": "defended:classify"}, data={"name": "defended:images"})
 WHITE = sets(task__classifier="net.th", task__classifier_model="defended:Net", zo__estimator="autograd", sparsity__ratio=0.0)
 CONFIGS = {
     "cge": sets(model__trainable=["model.4.weight"]),

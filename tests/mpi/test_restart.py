@@ -79,69 +79,86 @@ def first(place):
     return place
 
 
-@pytest.fixture(scope="module")
-def second(first):
-    """All that may happen to a half, one folder each, continued on three ranks to the end: the results by name."""
-    place, cases = first, []
+def blank(path: Path) -> None:
+    path.write_bytes(b"\0" * 512 + path.read_bytes()[512:])
 
-    def half(folder: str, *args: object, of: str = "sgd", **keys: object) -> Path:
-        """A copy of a half and a case of the same name that continues it."""
-        if not (place / folder).exists():
-            shutil.copytree(place / "half" / of, place / folder)
-        file, own = CONFIGS.get(of, ("other.toml", []))
-        cases.append(train(folder, file, folder, *own, *args, **({"stop__steps": END} | keys)))
-        return place / folder
 
-    for name in CONFIGS:
-        half(f"rest-{name}", of=name)
-    cases += [train(f"again-{k}", "digits.toml", "rest-sgd", stop__steps=END) for k in (1, 2)]
-    cases += [train("shorter", "digits.toml", "rest-sgd", stop__steps=7)]
+def newest(*damages):
+    """What damages the newest checkpoints of a folder, the newest one last."""
 
-    for path in checkpoints(half("truncated"))[-1:]:
-        truncate(path)
-    for path in checkpoints(half("flipped"))[-1:]:
-        flip(path)
-    (place / "flipped" / "checkpoints" / "step-00000006.h5.123.tmp").write_text("half a file")
-    for path in checkpoints(half("header"))[-1:]:
-        path.write_bytes(b"\0" * 512 + path.read_bytes()[512:])
-    for path, damage in zip(checkpoints(half("all-damaged")), (truncate, flip, flip), strict=True):
-        damage(path)
-    for path in checkpoints(half("two-damaged", checkpoint__keep=2, checkpoint__every_steps=1, stop__steps=3))[-2:]:
-        flip(path)
+    def happen(folder: Path) -> None:
+        for path, damage in zip(checkpoints(folder)[-len(damages) :], damages, strict=True):
+            damage(path)
 
-    shutil.copytree(place / "half" / "sgd", place / "never")
-    half("never", "--restart", "never")
-    half("file-within", "--restart", "file-within/checkpoints/step-00000002.h5")
-    half("file-missing", "--restart", "file-missing/checkpoints/step-00000099.h5")
-    cases.append(
-        train("file-elsewhere", "digits.toml", "elsewhere", "--restart", "half/sgd/checkpoints/step-00000004.h5", stop__steps=END)
-    )
-    half("file-damaged", "--restart", "file-damaged/checkpoints/step-00000005.h5")
-    truncate(place / "file-damaged" / "checkpoints" / "step-00000005.h5")
-    for folder, change in (("version", newer_version), ("unknown-key", unknown_key)):
-        half(folder, "--restart", f"{folder}/checkpoints/step-00000005.h5")
-        rewritten(place / folder / "checkpoints" / "step-00000005.h5", change)
+    return happen
 
-    half("frozen-mu", zo__mu=2e-3)
-    half("frozen-width", model__width=5)
-    half("frozen-seed", run__seed=1)
-    half("frozen-epochs", stop__epochs=5)
-    half("frozen-data", data__train_limit=300)
-    half("refused", "--restart", "refused/checkpoints/step-00000002.h5", sparsity__ratio=0.6)
-    half("refused-fresh", "--restart", "half/sgd/checkpoints/step-00000005.h5", optim__lr=0.06)
-    shutil.rmtree(place / "refused-fresh")
-    half("free", checkpoint__keep=2, checkpoint__every_steps=3, checkpoint__every_minutes=5.0, data__root="/elsewhere")
-    half("threads", run__threads=2)
-    half("changing", of="changing")
-    half("metrics-missing")
-    (place / "metrics-missing" / "metrics.h5").unlink()
-    half("metrics-damaged")
-    flip(place / "metrics-damaged" / "metrics.h5")
-    (place / "changing.py").write_text(
+
+def killed_while_writing(folder: Path) -> None:
+    newest(flip)(folder)
+    (folder / "checkpoints" / "step-00000006.h5.123.tmp").write_text("half a file")
+
+
+def other_width(folder: Path) -> None:
+    (folder.parent / "changing.py").write_text(
         "import userland\n\n\nclass Net(userland.Net):\n"
         "    def __init__(self, classes=10):\n        super().__init__(4, classes)\n"
     )
-    return batch(3, place, cases)
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def restart(folder: str, step: int) -> list[str]:
+    return ["--restart", f"{folder}/checkpoints/step-{step:08d}.h5"]
+
+
+# folder of a half: what happens to it, further arguments of the command that continues it
+HALVES = {
+    "truncated": (newest(truncate), []),
+    "flipped": (killed_while_writing, []),
+    "header": (newest(blank), []),
+    "all-damaged": (newest(truncate, flip, flip), []),
+    "two-damaged": (newest(flip, flip), sets(checkpoint__keep=2, checkpoint__every_steps=1, stop__steps=3)),
+    "never": (nothing, ["--restart", "never"]),
+    "file-within": (nothing, restart("file-within", 2)),
+    "file-missing": (nothing, restart("file-missing", 99)),
+    "file-elsewhere": (shutil.rmtree, restart("half/sgd", 4)),
+    "file-damaged": (newest(truncate), restart("file-damaged", N)),
+    "version": (newest(lambda path: rewritten(path, newer_version)), restart("version", N)),
+    "unknown-key": (newest(lambda path: rewritten(path, unknown_key)), restart("unknown-key", N)),
+    "frozen-mu": (nothing, sets(zo__mu=2e-3)),
+    "frozen-width": (nothing, sets(model__width=5)),
+    "frozen-seed": (nothing, sets(run__seed=1)),
+    "frozen-epochs": (nothing, sets(stop__epochs=5)),
+    "frozen-data": (nothing, sets(data__train_limit=300)),
+    "refused": (nothing, [*restart("refused", 2), *sets(sparsity__ratio=0.6)]),
+    "refused-fresh": (shutil.rmtree, [*restart("half/sgd", N), *sets(optim__lr=0.06)]),
+    "free": (
+        nothing,
+        sets(checkpoint__keep=2, checkpoint__every_steps=3, checkpoint__every_minutes=5.0, data__root="/elsewhere"),
+    ),
+    "threads": (nothing, sets(run__threads=2)),
+    "changing": (other_width, []),
+    "metrics-missing": (lambda folder: (folder / "metrics.h5").unlink(), []),
+    "metrics-damaged": (lambda folder: flip(folder / "metrics.h5"), []),
+}
+
+
+@pytest.fixture(scope="module")
+def second(first):
+    """All that may happen to a half, one folder each, continued on three ranks to the end: the results by name."""
+    halves = {f"rest-{name}": (name, *CONFIGS[name], nothing, []) for name in CONFIGS}
+    halves |= {folder: ("sgd", "digits.toml", [], happen, args) for folder, (happen, args) in HALVES.items()}
+    halves["changing"] = ("changing", "other.toml", [], *HALVES["changing"])
+    cases = []
+    for folder, (of, file, own, happen, args) in halves.items():
+        shutil.copytree(first / "half" / of, first / folder)
+        happen(first / folder)
+        cases.append(train(folder, file, folder, *own, *sets(stop__steps=END), *args))
+    for name, steps in (("again-1", END), ("again-2", END), ("shorter", 7)):
+        cases.append(train(name, "digits.toml", "rest-sgd", stop__steps=steps))
+    return batch(3, first, cases)
 
 
 def assert_undisturbed(place: Path, folder: str, of: str = "sgd") -> None:
@@ -241,11 +258,11 @@ def test_restart_from_a_named_file(first, second):
 
 
 def test_restart_from_a_file_of_another_folder(first, second):
-    second["file-elsewhere"].error(0, "the record of steps before 4 is lost", "elsewhere/metrics.h5")
+    second["file-elsewhere"].error(0, "the record of steps before 4 is lost", "file-elsewhere/metrics.h5")
     assert second["file-elsewhere"].out.startswith("restarting at step 4 from half/sgd/checkpoints/step-00000004.h5\n")
-    whole, here = (bits(first / f, but=("config", "metrics")) for f in ("whole/sgd", "elsewhere"))
+    whole, here = (bits(first / f, but=("config", "metrics")) for f in ("whole/sgd", "file-elsewhere"))
     assert_same(whole, here)
-    assert column(first / "elsewhere", "train/step") == list(range(5, END + 1))
+    assert column(first / "file-elsewhere", "train/step") == list(range(5, END + 1))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from input_texts import SOL, text
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, sets
 
 import dzhpc
@@ -31,36 +32,7 @@ def ring(states, parameters):
 def cliff(states, parameters):
     return np.where(abs(states) > 0.3, np.nan, states)
 """
-INPUT = """
-[task]
-kind = "sol"
-resolution = 8
-factor = 2
-unroll = 3
-[model]
-name = "corrector"
-widths = [3]
-[data]
-name = "wake"
-root = "."
-batch_size = 3
-train_limit = 9
-[zo]
-mu = 1e-3
-[sparsity]
-ratio = 0.5
-scores = "random"
-redraw_steps = 2
-[optim]
-name = "adam"
-lr = 1e-3
-warmup_epochs = 0
-[stop]
-epochs = 2
-[checkpoint]
-every_steps = 1
-keep = 9
-"""
+INPUT = text(SOL, checkpoint={"every_steps": 1, "keep": 9})
 FIRST_ORDER = sets(zo__estimator="autograd", sparsity__ratio=0.0)
 RING = sets(task__simulator="looped:ring", data__name="ring", model__kernel=3)
 SCORED = sets(sparsity__scores="zo-grasp", sparsity__q=3, zo__mu=1e-5)  # theta + mu g must not diverge
@@ -198,5 +170,5 @@ def test_a_missing_reference_names_the_command_that_makes_it(runs):
 
 
 def test_a_solver_that_cannot_take_the_reference_ends_the_run_and_names_the_frame(runs):
-    said = "task.simulator = looped:cliff makes NaN or infinity of this frame of the reference"
+    said = "task.simulator = looped:cliff makes NaN or infinity of this frame of the reference; the network has no part in that"
     runs[1, "diverges"].error(5, "simulation of parameter 0.", "frame", said)

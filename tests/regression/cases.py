@@ -1,153 +1,37 @@
 """The short runs whose bits are stored: every estimator, engine and task, and the verbs beside training."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from input_texts import CERTIFY, DEFENSE, DIGITS, OBJECTIVE, SOL, text
+
+FLOW = {"warm_up": 4, "train_parameters": [2e5, 8e5], "valid_parameters": [4e5], "test_parameters": [6e5]}
+RING = {"warm_up": 0, "train_parameters": [0.1, 0.2], "valid_parameters": [0.15], "test_parameters": [0.12]}
 INPUTS = {
-    "digits.toml": """
-[model]
-name = "cnn"
-depth = 2
-width = 4
-[data]
-name = "digits"
-batch_size = 16
-train_limit = 64
-[zo]
-engine = "reuse"
-mu = 1e-3
-[sparsity]
-ratio = 0.5
-redraw_steps = 2
-q = 6
-[optim]
-lr = 0.05
-warmup_epochs = 0.5
-[eval]
-batch_size = 100
-[stop]
-epochs = 4
-steps = 5
-""",
-    "objective.toml": """
-[task]
-kind = "objective"
-function = "own:Bowl"
-retries = 0
-[zo]
-mu = 1e-6
-[sparsity]
-ratio = 0.0
-[optim]
-lr = 0.02
-momentum = 0.5
-weight_decay = 0.0
-warmup_epochs = 0
-schedule = "constant"
-[stop]
-epochs = 60
-steps = 10
-""",
-    "defense.toml": """
-[task]
-kind = "defense"
-classifier = "own:classify"
-[model]
-name = "dncnn"
-depth = 3
-width = 4
-[data]
-name = "own:images"
-batch_size = 13
-[zo]
-mu = 1e-4
-[sparsity]
-ratio = 0.5
-scores = "random"
-redraw_steps = 2
-[optim]
-name = "adam"
-lr = 1e-3
-warmup_epochs = 0
-[eval]
-batch_size = 5
-[stop]
-epochs = 1
-""",
-    "certify.toml": """
-[task]
-kind = "defense"
-classifier = "own:nearest"
-loss = "mse"
-retries = 0
-[model]
-name = "dncnn"
-depth = 2
-width = 4
-channels = 1
-[data]
-name = "digits"
-batch_size = 50
-[zo]
-estimator = "autograd"
-[sparsity]
-ratio = 0.0
-[optim]
-lr = 0.01
-warmup_epochs = 0
-[stop]
-steps = 8
-""",
-    "sol.toml": """
-[task]
-kind = "sol"
-resolution = 8
-factor = 2
-unroll = 3
-warm_up = 4
-frames = 8
-train_parameters = [2e5, 8e5]
-valid_parameters = [4e5]
-test_parameters = [6e5]
-[model]
-name = "corrector"
-widths = [3]
-[data]
-name = "wake"
-root = "."
-batch_size = 3
-train_limit = 9
-[zo]
-mu = 1e-3
-[sparsity]
-ratio = 0.5
-scores = "random"
-redraw_steps = 2
-[optim]
-name = "adam"
-lr = 1e-3
-warmup_epochs = 0
-[stop]
-epochs = 2
-steps = 3
-""",
-    "ring.toml": """
-[task]
-kind = "sol"
-simulator = "own:ring"
-reference = "own:exact"
-unroll = 3
-warm_up = 0
-frames = 8
-train_parameters = [0.1, 0.2]
-valid_parameters = [0.15]
-test_parameters = [0.12]
-""",
-}
+    "digits.toml": text(
+        DIGITS, data={"batch_size": 16, "train_limit": 64}, sparsity={"redraw_steps": 2}, stop={"epochs": 4, "steps": 5}
+    ),
+    "objective.toml": text(OBJECTIVE, task={"function": "own:Bowl", "retries": 0}, stop={"steps": 10}),
+    "defense.toml": text(DEFENSE, task={"classifier": "own:classify"}, data={"name": "own:images"}, stop={"epochs": 1}),
+    "certify.toml": text(
+        CERTIFY, task={"classifier": "own:nearest", "loss": "mse"}, zo={"estimator": "autograd"},
+        optim={"lr": 0.01, "warmup_epochs": 0}, stop={"steps": 8},
+    ),
+    "sol.toml": text(SOL, task={"frames": 8, **FLOW}, stop={"steps": 3}),
+    "ring.toml": text(
+        {}, task={"kind": "sol", "simulator": "own:ring", "reference": "own:exact", "unroll": 3, "frames": 8, **RING}
+    ),
+}  # fmt: skip
 INPUTS |= {
-    f"{name.lower()}.toml": INPUTS["digits.toml"].replace('name = "cnn"\ndepth = 2\nwidth = 4', f'name = "own:{name}"')
+    f"{name.lower()}.toml": text(
+        {name: keys for name, keys in DIGITS.items() if name != "model"}, model={"name": f"own:{name}"},
+        data={"batch_size": 16, "train_limit": 64}, sparsity={"redraw_steps": 2}, stop={"steps": 5},
+    )
     for name in ("Norms", "Dropout")
-}
+}  # fmt: skip
 
 
 def sets(text: str) -> list[str]:
@@ -178,7 +62,7 @@ SMALL = "zo.engine=delta data.batch_size=8 "  # nothing of it is compiled
 VIT = "model.name=vit-tiny model.depth=1 model.width=6 model.heads=2 model.patch=4 model.image_size=8 "
 FIRST_ORDER = "zo.estimator=autograd sparsity.ratio=0.0 "
 WHITE = "task.classifier=judge.th task.classifier_model=own:Judge "
-RING = "task.simulator=own:ring data.name=ring model.kernel=3 "
+RINGS = "task.simulator=own:ring data.name=ring model.kernel=3 "
 SCORED = "sparsity.scores=zo-grasp sparsity.q=3 zo.mu=1e-5 "  # theta + mu g must not diverge
 LATENT = "model.name=ae-ds model.latent=4 model.hidden=3 model.image_size=8 zo.estimator=latent sparsity.ratio=0.0 "
 COMPILED = "zo.engine=delta zo.compile=on data.train_limit=336 data.batch_size=112 sparsity.ratio=0.9 stop.steps=2 "
@@ -241,9 +125,9 @@ CASES = dict([
     train("sol-full", "sol", "zo.engine=full sparsity.ratio=0.9 stop.steps=2", **FEW),
     train("sol-first-order", "sol", FIRST_ORDER),
     train("sol-phiflow", "sol", "task.simulator=phiflow zo.estimator=rge zo.q=2 stop.steps=1"),
-    train("sol-ring", "sol", RING),
-    train("sol-pairs", "sol", RING + "task.unroll=1"),
-    train("sol-pairs-autograd", "sol", RING + FIRST_ORDER + "task.unroll=1"),
+    train("sol-ring", "sol", RINGS),
+    train("sol-pairs", "sol", RINGS + "task.unroll=1"),
+    train("sol-pairs-autograd", "sol", RINGS + FIRST_ORDER + "task.unroll=1"),
     ("prune", Case("prune", ["digits.toml", "-o", "prune.h5"], "prune.h5", **FEW)),
     ("prune-regrasp-all", Case("prune", ["digits.toml", "-o", "all.h5", *sets(SMALL + "sparsity.prune=all")], "all.h5", **FEW)),
     ("certify", Case("certify", ["written/denoiser", *PLAN, "-o", "certify.h5"], "certify.h5")),

@@ -60,7 +60,10 @@ class UnrolledLoss:
                 window = int(bad.nonzero()[0])
                 name = windows.names[window]
                 if step == 0 and not torch.isfinite(advanced[window]).all():
-                    raise NumericalError(f"{name}: {self.simulator.name} makes NaN or infinity of this frame of the reference")
+                    raise NumericalError(
+                        f"{name}: {self.simulator.name} makes NaN or infinity of this frame of the reference; the network has no "
+                        "part in that yet: call the solver with this state alone, or make a reference that fits it"
+                    )
                 raise Diverged(f"{name}, unrolled step {step + 1}: the corrected solver diverges, before any weight is perturbed")
             losses.append(terms)
             if path is not None:
