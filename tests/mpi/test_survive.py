@@ -191,7 +191,7 @@ def test_killed_launcher(place, continued, shared, ranks):
     def meanwhile(process: subprocess.Popen) -> None:
         pids.extend(until(lambda rank=rank: at(place, rank, 2), "step 2") for rank in range(ranks))
         os.kill(process.pid, signal.SIGKILL)
-        until(lambda: not any(map(alive, pids)), "the ranks' end", 5)
+        until(lambda: not any(map(alive, pids)), "the ranks' end", 20)
 
     args = [*LONG, *SOON, "--set", "checkpoint.every_steps=1"]
     result = mpirun(ranks, "train", *args, "--run-dir", name, cwd=place, meanwhile=meanwhile)
@@ -215,7 +215,7 @@ def test_launcher_killed_while_libraries_load(place, seconds):
     def meanwhile(process: subprocess.Popen) -> None:
         time.sleep(seconds)
         os.kill(process.pid, signal.SIGKILL)
-        until(lambda: not ranks_of(name), "the ranks' end", 5)
+        until(lambda: not ranks_of(name), "the ranks' end", 20)
 
     assert mpirun(2, "train", *LONG, "--run-dir", name, cwd=place, meanwhile=meanwhile).code == -signal.SIGKILL
     assert not name.exists()
