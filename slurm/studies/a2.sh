@@ -1,0 +1,26 @@
+#!/bin/bash
+# Table A2: ResNet-20 with pruned weights, trained first-order: random, FO-GraSP, ZO-GraSP.
+# From the root of the clone: sbatch slurm/studies/a2.sh, then bash slurm/studies/a2.sh report; on two cores: SIZE=small bash slurm/studies/a2.sh
+#SBATCH --job-name=a2
+#SBATCH --array=0-89%8
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=1           # run.threads of the input
+#SBATCH --time=24:00:00             # of one stretch: a member requeues itself until its run is finished
+#SBATCH --requeue                   # lets it, and lets Slurm after a node failure
+#SBATCH --open-mode=append          # a requeued member must not truncate what it printed before
+#SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
+
+members() {
+    local ratios="0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95" seeds="0 1 2" more="" seed ratio scores
+    if [ "$SIZE" = small ]; then ratios="0.5 0.9 0.95" seeds=0 more="stop.epochs=10"; fi
+    for seed in $seeds; do
+        for ratio in $ratios; do
+            for scores in random fo-grasp zo-grasp; do
+                echo "inputs/resnet20.toml $scores-$ratio-seed$seed zo.estimator=autograd zo.engine=full sparsity.target=weights sparsity.pattern=static sparsity.scores=$scores sparsity.ratio=$ratio run.seed=$seed $more"
+            done
+        done
+    done
+}
+
+source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+study a2 "$@"
