@@ -64,7 +64,7 @@ class Engine(Protocol):
     def environment(self) -> dict[str, str]:
         """What bits depend on beside the input: equal on all ranks, or their replicas part.
 
-        "compiled": "True" or "False". "kernels": our own kernels in use, such as "winograd fp32, bf16", or "none".
+        "compiled": "True" or "False". "kernels": our own kernels in use, such as "winograd fp32; direct fp32", or "none".
         """
 
     @property

@@ -17,11 +17,11 @@ from dzhpc.job import processor
 from dzhpc.engines import make_engine
 from dzhpc.errors import InputError
 from dzhpc.engines.kernels import compiled as programs
-from dzhpc.engines.kernels import winograd
+from dzhpc.engines.kernels import library
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 print(processor.instruction_set())
 print(*sorted(processor.capabilities()))
-print(device.has_fast_bf16(torch.device("cpu")), winograd.is_possible(), pick_vec_isa())
+print(device.has_fast_bf16(torch.device("cpu")), any("avx512" in flag for flag in library._flags()), pick_vec_isa())
 print(programs.half_filled([torch.zeros(2, 16, dtype=torch.bfloat16)]))
 make_engine("delta", nn.Linear(3, 2), "cross_entropy", "bf16", emulate_bf16=True)
 try:

@@ -203,7 +203,12 @@ class Delta(BatchEngine):
             )
         budget = self._limit or BUDGET_MB[self.index.device.type] * 2**20
         fits = int(max(1, min(self._largest, budget // bytes_each, every)))
-        return fits if fits == every else 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
+        if fits == every or self._takes_any_count(sized):
+            return fits
+        return 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
+
+    def _takes_any_count(self, sized: Sized | None) -> bool:
+        return sized is not None and sized.any_count and self._loss_change.takes_any_count
 
     @torch.no_grad()
     def _sized(self, owner: int) -> Sized | None:
@@ -232,8 +237,10 @@ class Delta(BatchEngine):
             self._say_once(f"{route.refusal}: evaluated one coordinate at a time")
         if not route.propagates:
             return singly(coords, mu)
-        padded = np.pad(coords, (0, self._size(owner) - len(coords)), mode="edge")  # one shape, one program
-        found = reduce(self._chunk(owner, padded, mu), len(coords))
+        filled = coords
+        if not self._takes_any_count(self._sized(owner)):
+            filled = np.pad(coords, (0, self._size(owner) - len(coords)), mode="edge")  # one shape, one program
+        found = reduce(self._chunk(owner, filled, mu), len(coords))
         self.queries += len(coords)
         return found
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
 from dzhpc.engines.kernels.find import Kernels
+from dzhpc.engines.kernels.library import BATCH
 from dzhpc.engines.losses import LOSSES, Loss, ManyLoss
 
 
@@ -22,6 +23,12 @@ class LossChange:
         """The base outputs [B, ...] of a batch, and its targets."""
         self._outputs, self._targets, self._prepared = outputs, targets, self._prepare(outputs, targets)
 
+    @property
+    def takes_any_count(self) -> bool:
+        """Whether our own library serves: bits are the same for any number of coordinates."""
+        served = self._name == "cross_entropy" and self._prepared is not None and len(self._targets) >= BATCH
+        return served and self._kernels.library is not None
+
     def __call__(self, change: Tensor, count: int, base: Tensor) -> Tensor:
         """[count] from changes [P, B, ...] of which the others fill the shape; ``base`` is the loss at theta.
 
@@ -32,6 +39,9 @@ class LossChange:
             return self._subtracted(change[:count], base)
         if self._name == "mse":
             return self._kernels.call(mse_difference, self._prepared, change)[:count]
+        if self.takes_any_count:
+            library = self._kernels.library
+            return library.cross_entropies(change[:count], self._prepared.t().contiguous(), self._targets)
         return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets)[:count]
 
     def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from dzhpc.engines.delta.layout import Layout
 from dzhpc.engines.delta.rules import table
 from dzhpc.engines.delta.rules.rule import Rule
 from dzhpc.engines.kernels.find import Kernels
+from dzhpc.engines.kernels.library import BATCH
 from dzhpc.engines.traced import Traced
 
 #: operation -> the change of its output, for a chunk of P coordinates; a list where the output is one
@@ -59,7 +60,7 @@ class Operations:
         coordinates = max((len(c.data) for c in flattened(incoming) if c is not None), default=0) if kernels else 0
         value = self.network.value(node)
         elements = coordinates * (value.numel() if isinstance(value, Tensor) else 0)
-        worth_it = self.kernels.programs.is_worth_it(elements)
+        worth_it = self.kernels.programs.is_worth_it(elements) or (coordinates > 0 and self.has_library(value))
         operation = self._operation(node, incoming, self.network.value, self._caches.setdefault(node, {}))
         operation.kernels = self.kernels if worth_it else None
         return operation
@@ -80,6 +81,11 @@ class Operations:
         args, kwargs = (fx.map_arg(a, value) for a in (node.args, node.kwargs))
         return Operation(run, args, kwargs, incoming, value(node), module, cache)
 
+    def has_library(self, value: object) -> bool:
+        """Whether our own library serves changes of this base value: those of a batch that fills vectors."""
+        full = isinstance(value, Tensor) and value.ndim in (2, 4) and len(value) >= BATCH
+        return full and value.dtype == torch.float32 and self.kernels.library is not None
+
     def travelling(self, change: Change) -> Change:
         """In the type that a change of its kind travels in."""
         return change.to(self.travel, self.dtype)
@@ -91,11 +97,11 @@ class Operations:
 
     def value(self, node: fx.Node, layout: Layout) -> Tensor:
         """A base value as it lies beside changes."""
-        return self._laid_out(node, "value", layout, lambda: self.network.value(node))
+        return self.laid_out(node, "value", layout, lambda: self.network.value(node))
 
     def centred(self, node: fx.Node, layout: Layout) -> Tensor:
         """A normalisation's input less its mean, as it lies beside changes."""
-        return self._laid_out(node, "centred", layout, lambda: self._statistics(node)[0])
+        return self.laid_out(node, "centred", layout, lambda: self._statistics(node)[0])
 
     def scale(self, node: fx.Node) -> Tensor:
         """What a normalisation divides by."""
@@ -104,11 +110,16 @@ class Operations:
     def _statistics(self, node: fx.Node) -> tuple[Tensor, Tensor]:
         return self.rule(node).statistics(self.at_hand(node))
 
-    def _laid_out(self, node: fx.Node, name: str, layout: Layout, make: Callable[[], Tensor]) -> Tensor:
-        cache, key = self._caches.setdefault(node, {}), (name, layout)
-        if key not in cache:
-            cache[key] = layout.of(make(), self.dtype, self.travel)
-        return cache[key]
+    def laid_out(self, node: fx.Node, name: str, layout: Layout, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make()`` gives, as it lies beside changes; once a batch."""
+        return self.once(node, (name, layout), lambda: layout.of(make(), self.dtype, self.travel))
+
+    def once(self, node: fx.Node, name: object, make: Callable):
+        """``make()``, a tensor or a tuple of tensors, once a batch."""
+        cache = self._caches.setdefault(node, {})
+        if name not in cache:
+            cache[name] = make()
+        return cache[name]
 
 
 def _change_of(a, changes: Changes):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dzhpc.engines.delta.change import Operation, Origin
 from dzhpc.engines.delta.layout import channels_apart
+from dzhpc.engines.kernels.library import Planes
 from dzhpc.engines.windows import borders, padded, seen, window_of
 from dzhpc.method.arrays import on_device
 
@@ -34,7 +35,7 @@ def of_module(op: Operation, name: str, local: np.ndarray, mu: float) -> Origin 
         return None
     place = np.unravel_index(local, op.module.get_parameter(name).shape)
     found = rule(op, list(on_device(np.stack(place), op.value.device)), op.value.new_full((), mu))
-    return found and replace(found, name=name)
+    return found and replace(found, name=name, planes=found.planes and replace(found.planes, factor=mu))
 
 
 def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Origin:
@@ -59,7 +60,12 @@ def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin | Non
     def make(images: Tensor, i: Tensor, kh: Tensor, kw: Tensor, mu: Tensor) -> Tensor:
         return seen(images, window)[i, kh, kw] * mu
 
-    return Origin(make, [images, in_channel, kh, kw, mu], out_channel)
+    return Origin(
+        make,
+        [images, in_channel, kh, kw, mu],
+        out_channel,
+        planes=_planes(seen(images, window), [in_channel, kh, kw], out_channel),
+    )
 
 
 def _linear_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin:
@@ -76,7 +82,10 @@ def _bias(axis: int) -> Callable:
             return Origin(lambda mu, *place: (_at(place, inner, len(shape)) * mu).expand(-1, *shape), [mu, *place], None)
         k = axis % op.value.ndim
         shape = [len(place[0]), *(n for i, n in enumerate(op.value.shape) if i != k)]
-        return Origin(lambda mu: mu.expand(shape), [mu], place[0], k)
+        planes = None
+        if k == 1 and op.value.ndim == 4:
+            planes = _planes(op.value.new_ones(shape[1]).view(1, -1, 1, 1).expand(1, *shape[1:]), [0 * place[0]], place[0])
+        return Origin(lambda mu: mu.expand(shape), [mu], place[0], k, planes=planes)
 
     return rule
 
@@ -90,9 +99,19 @@ def _scale(axis: int) -> Callable:
             return Origin(lambda x, mu, *place: _at(place, inner, x.ndim) * x * mu, [x, mu, *place], None)
         k = axis % op.value.ndim
         normalised = op.cached("normalised", lambda: _apart(_without_affine(op.module, op.x), k))
-        return Origin(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k)
+        planes = _planes(normalised, place, place[0]) if k == 1 and op.x.ndim == 4 else None
+        return Origin(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k, planes=planes)
 
     return rule
+
+
+def _planes(images: Tensor, place: list[Tensor], channel: Tensor) -> Planes | None:
+    """images[place] [P, B, H, W] of ``images`` [*axes of place, B, H, W], on a CPU and with the batch innermost in memory."""
+    *outer, batch, row, column = images.stride()
+    if images.device.type != "cpu" or images.dtype != torch.float32 or batch != 1:
+        return None
+    offsets = sum(k * stride for k, stride in zip(place, outer, strict=True))
+    return Planes(images, offsets, row, column, *images.shape[-2:], channel=channel)
 
 
 def _at(place: tuple[Tensor, ...], shape: torch.Size, ndim: int) -> Tensor:

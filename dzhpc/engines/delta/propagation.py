@@ -9,16 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from dzhpc.engines.delta import origins
+from dzhpc.engines.delta.blocks import Blocks
 from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.fused import Fused, Run
 from dzhpc.engines.delta.layout import Layout
 from dzhpc.engines.delta.operations import Changes, Operations
 from dzhpc.engines.delta.passes import Passes
+from dzhpc.engines.delta.rules import structure
+from dzhpc.engines.kernels.convolutions import Direct
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.traced import Traced, name_of
+
+MOVING = (structure.pad, structure.getitem, structure.linear_map, structure.view)  # nothing is computed of several values
 
 
 class Propagation:
@@ -31,7 +36,7 @@ class Propagation:
     def __init__(self, network: Traced, dtype: torch.dtype, travel: torch.dtype, kernels: Kernels, say: Callable[[str], None]):
         self.network, self.operations = network, Operations(network, dtype, travel, kernels)
         self._kernels, self._say = kernels, say
-        self._fused, self._passes = Fused(self.operations), Passes(self.operations)
+        self._fused, self.blocks, self._passes = Fused(self.operations), Blocks(self.operations), Passes(self.operations)
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
 
     def new_batch(self) -> None:
@@ -75,14 +80,39 @@ class Propagation:
             if node not in fusable or not groups or groups[-1][-1] not in fusable or self.operations.rule(node).sums:
                 groups.append([])
             groups[-1].append(node)
+        for group in groups:
+            if group[0] in fusable:
+                self.blocks.block(tuple(group))
         return [self._runs.setdefault(tuple(g), Run(tuple(g), g[0] in fusable)) for g in groups]
 
     def advance(self, run: Run, changes: dict[fx.Node, Change | Origin | list[Change]]) -> None:
         """Add to ``changes`` those that leave the run."""
+        node = run.nodes[0]
         if not run.fused:
-            changes[run.nodes[0]] = self._step(run.nodes[0], changes, kernels=True)
-        elif not self._passes.advance(run.nodes, changes):
+            changes[node] = self.later(node, changes) or self._step(node, changes, kernels=True)
+        elif not (self.blocks.advance(run.nodes, changes) or self._passes.advance(run.nodes, changes)):
             self._fused.advance(run, changes)
+
+    def later(self, node: fx.Node, changes: Changes) -> Origin | None:
+        """What an operation makes, where that may be left to the block behind it."""
+        return self.blocks.convolved(node, changes.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None)
+
+    def takes_any_count(self, runs: list[Run], changes: Changes) -> bool:
+        """Whether our own library carries changes through all runs but those that only move values."""
+        return all(self._takes_any_count(run, changes) for run in runs)
+
+    def _takes_any_count(self, run: Run, changes: Changes) -> bool:
+        node, operations = run.nodes[0], self.operations
+        module, served = operations.module(node), operations.has_library(operations.network.value(node))
+        if run.fused:
+            return served and self.blocks.block(run.nodes) is not None
+        if not served or self.later(node, changes):
+            return served
+        change = changes[node.args[0]] if isinstance(node.args[0], fx.Node) and node.args[0] in changes else None
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(change, Change):
+            one = isinstance(module, nn.Linear) and change.channel is not None
+            return one or (change.channel is None and (isinstance(module, nn.Linear) or Direct.fits(module, change.data)))
+        return operations.rule(node).function in MOVING
 
     def _step(self, node: fx.Node, changes: Changes, kernels: bool) -> Change | list[Change]:
         """The change of one operation's output, given those of its inputs. kernels: whether compiled ones may serve."""
@@ -103,7 +133,9 @@ class Propagation:
         """What an operation that takes means of the node's change calls x less its mean, as it lies beside that change."""
         operations = self.operations
         norm = next((user for user in node.users if operations.rule(user).sums and operations.normalises(user)), None)
-        layout = Layout(apart=False, rounded=operations.travel != operations.dtype)
+        layout = Layout(
+            apart=operations.has_library(operations.network.value(node)), rounded=operations.travel != operations.dtype
+        )
         return None if norm is None else lambda: operations.centred(norm, layout)
 
     def _is_fusable(self, node: fx.Node, changes: Changes) -> bool:

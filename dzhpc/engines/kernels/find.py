@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.engines.kernels.compiled import Programs
+from dzhpc.engines.kernels.convolutions import Direct, Winograd
 from dzhpc.engines.kernels.gpu import TritonPasses
+from dzhpc.engines.kernels.library import Library
 from dzhpc.engines.kernels.plain import Torch
-from dzhpc.engines.kernels.winograd import Winograd
 
 
 class Convolution(Protocol):
@@ -70,7 +71,7 @@ class Pass(Protocol):
 
 
 #: kind -> its providers, the first that fits serves; of a "conv2d" torch, the last one, always does
-PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Torch], "pass": [TritonPasses]}
+PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Direct, Torch], "pass": [TritonPasses]}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -83,7 +84,7 @@ class Kernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]):
         self.programs = Programs(device, dtype, say)
-        self._device, self._say = device, say
+        self._device, self._dtype, self._say = device, dtype, say
         self._made: dict[type, object | None] = {}  # None: it could not be
         self._seconds = 0.0
 
@@ -100,6 +101,13 @@ class Kernels:
     def seconds(self) -> float:
         """Spent so far on making kernels and programs."""
         return self._seconds + self.programs.seconds
+
+    @property
+    def library(self) -> Library | None:
+        """Our own passes over changes, for float32 on a CPU; None where there is no compiler, or where it fails."""
+        if self._device.type != "cpu" or self._dtype != torch.float32 or not self.compiling:
+            return None
+        return self._make(Library)
 
     def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """``function(*tensors)``, compiled at the first call."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from dzhpc.engines.delta.change import Change, Operation
 from dzhpc.engines.delta.layout import channels_apart, channels_last, fills_vectors, is_apart
 from dzhpc.engines.delta.rules.products import expanded
+from dzhpc.engines.kernels.library import BATCH, direct_weights
 from dzhpc.engines.kernels.plain import Torch
 from dzhpc.engines.windows import Border, Window, borders, padded, shifts, window_of
 
@@ -24,18 +25,18 @@ def convolution(op: Operation, centred: Callable[[], Tensor] | None = None) -> C
         border, window = borders(conv), window_of(conv)
         columns = conv.weight.flatten(2)[:, op.d.channel].permute(1, 2, 0).contiguous()  # [P, k*k, O]
         if op.kernels is None:
-            return Change(_by_product(padded(op.d.data, border, conv.padding_mode), columns, window))
+            return Change(by_product(padded(op.d.data, border, conv.padding_mode), columns, window))
         return Change(op.kernels.call(_by_sum(window, border, conv.padding_mode), op.d.data, columns))
     data = op.d.dense(op.x)
-    if op.kernels and is_apart(data):
-        data = op.kernels.call(channels_last, data)
     kernel = op.kernels.find("conv2d", conv, data) if op.kernels else Torch()
+    if op.kernels and isinstance(kernel, Torch) and is_apart(data):
+        data = op.kernels.call(channels_last, data)
     weights = op.cached((kernel.name, data.dtype), lambda: kernel.weights(conv, data.dtype))
     out, means = kernel.convolve(conv, data, weights, centred)
     return Change(out, means=means)
 
 
-def _by_product(padded: Tensor, columns: Tensor, window: Window) -> Tensor:
+def by_product(padded: Tensor, columns: Tensor, window: Window) -> Tensor:
     """[P, B, H, W], [P, k*k, O] -> [P, B, O, H', W']: the shifted copies of D as rows of a matrix product with W[:, c]."""
     rows = torch.stack(shifts(padded, window), dim=-1)
     out = torch.bmm(rows.flatten(1, 3), columns)
@@ -44,7 +45,7 @@ def _by_product(padded: Tensor, columns: Tensor, window: Window) -> Tensor:
 
 @functools.cache
 def _by_sum(window: Window, border: Border, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """As :func:`_by_product`, as a sum over kernel positions: a compiler makes one pass of it, three times faster in fp32."""
+    """As :func:`by_product`, as a sum over kernel positions: a compiler makes one pass of it, three times faster in fp32."""
 
     def run(data: Tensor, columns: Tensor) -> Tensor:
         pieces = shifts(padded(data, border, mode), window)
@@ -65,6 +66,20 @@ def convolution_function(op: Operation) -> Change:
 
 def linear_layer(op: Operation) -> Change:
     """W D without bias; a one-channel D meets the column W[:, c]."""
+    d, m = op.d.data, op.module
+    if (
+        op.kernels
+        and op.kernels.library
+        and op.d.channel is None
+        and d.ndim == 3
+        and d.shape[1] >= BATCH
+        and d.dtype == torch.float32
+    ):
+        weights = op.cached("direct", lambda: direct_weights(m.weight[..., None, None]))
+        images, point = d[..., None, None], Window((1, 1), (1, 1), (1, 1))
+        return Change(
+            op.kernels.library.convolve(images, weights, m.out_features, point, (0, 0, 0, 0), None, "direct")[0].flatten(2)
+        )
     weight = op.cached(("weight", op.d.data.dtype), lambda: op.module.weight.to(op.d.data.dtype))
     return Change(_apply_linear(weight, op.d, op.x))
 

@@ -26,13 +26,7 @@ def average_pool(op: Operation) -> Change:
 
 def max_pool(op: Operation) -> Change:
     """max_i [(x_i - x_max) + D_i] over each window."""
-    m = op.module
-    names = (("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
-    if m is not None:
-        kernel, stride, padding, dilation, ceil = (getattr(m, name) for name, _ in names)
-    else:
-        kernel, stride, padding, dilation, ceil = (op.arg(k + 1, name, default) for k, (name, default) in enumerate(names))
-    kernel, stride, padding, dilation = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
+    kernel, stride, padding, dilation, ceil = _options(op)
     sizes = zip(op.x.shape[-2:], op.value.shape[-2:], kernel, stride, padding, dilation, strict=True)
     # ceil_mode: a last window reaches beyond the padding
     bottom, right = (max(p, (m - 1) * s + d * (k - 1) + 1 - n - p if ceil else p) for n, m, k, s, p, d in sizes)
@@ -40,6 +34,24 @@ def max_pool(op: Operation) -> Change:
     if not any(border):
         return _largest(op, lambda images, value: shifts(images, window))
     return _largest(op, lambda images, value: shifts(F.pad(images, border, value=value), window))
+
+
+def plain_size(op: Operation) -> int:
+    """Of square windows that lie side by side and cover an image from its corner; 0 where they do not."""
+    kernel, stride, padding, dilation, ceil = _options(op)
+    plain = kernel[0] == kernel[1] and stride == kernel and padding == (0, 0) and dilation == (1, 1) and not ceil
+    return kernel[0] if plain else 0
+
+
+def _options(op: Operation) -> tuple:
+    """A max pool's (kernel, stride, padding, dilation, ceil_mode), the first four as (vertical, horizontal)."""
+    m = op.module
+    names = (("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
+    if m is not None:
+        kernel, stride, padding, dilation, ceil = (getattr(m, name) for name, _ in names)
+    else:
+        kernel, stride, padding, dilation, ceil = (op.arg(k + 1, name, default) for k, (name, default) in enumerate(names))
+    return *(_pair(v) for v in (kernel, stride or kernel, padding, dilation)), ceil
 
 
 def adaptive_max_pool(op: Operation) -> Change:

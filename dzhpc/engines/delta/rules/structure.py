@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dzhpc.engines.delta.change import Change, Operation
+from dzhpc.engines.delta.layout import is_apart
 
 
 def linear_map(op: Operation) -> Change:
@@ -70,6 +71,8 @@ def pad(op: Operation) -> Change:
         if front >= 0 and back >= 0:
             return Change(F.pad(op.d.data, inner) if inner else op.d.data, op.d.channel + front, op.d.axis)
     data = op.d.dense(op.x)
+    if mode == "constant" and is_apart(data):
+        return Change(F.pad(data.movedim(1, -1), [0, 0, *border]).movedim(-1, 1))
     if mode == "constant" and op.x.ndim == 4:  # as one batch, whose layout survives
         return Change(F.pad(data.flatten(0, 1), border).unflatten(0, data.shape[:2]))
     return Change(torch.vmap(lambda d: F.pad(d, border, mode, 0.0 if mode == "constant" else None))(data))

@@ -1,0 +1,781 @@
+// Changes on their way through a network, for many coordinates at once: convolutions, and the passes between them.
+//
+// Changes D lie in memory as [P, C, H, W, B], those of one channel as [P, H, W, B]: with the batch innermost every step is one of
+// whole vectors, whatever the number of channels and the size of the images, and a shift or a stride moves a pointer. Written in
+// the vector extensions of GCC and Clang. Sums of a coordinate are made in an order that depends neither on the coordinates beside
+// it nor on the number of threads.
+
+#include <stdlib.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // NEON, SSE
+#endif
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+using Half = uint16_t;  // bfloat16
+
+constexpr long SLICE = 128;  // of the batch: what is worked on at once
+constexpr long RUN = 1024;   // values in a tile of one channel
+
+inline V all(float x) { return V{} + x; }
+inline V largest(V changing, V fixed) { return fixed > changing ? fixed : changing; }  // NaN of the first stays
+inline V smallest(V a, V b) { return a < b ? a : b; }
+
+template <class To, class From>
+inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+inline V widened(Halves h) { return as<V>(__builtin_convertvector(h, Bits) << 16); }
+
+inline Halves rounded(V v) {  // to the nearest, to even
+#ifdef __AVX512BF16__
+    return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(v)));
+#else
+    const Bits bits = as<Bits>(v), up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits nan = as<Bits>(v != v);
+    return __builtin_convertvector((up & ~nan) | ((bits >> 16 | 0x40) & nan), Halves);
+#endif
+}
+
+inline V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+inline V load(const Half* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof(h));
+    return widened(h);
+}
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(Half* p, V v) {
+    const Halves h = rounded(v);
+    std::memcpy(p, &h, sizeof(h));
+}
+
+// The first `count` lanes only; the others are zero.
+template <class T>
+inline V load(const T* p, long count) {
+    if (count >= LANES) return load(p);
+    T part[LANES] = {};
+    std::memcpy(part, p, count * sizeof(T));
+    return load(part);
+}
+template <class T>
+inline void store(T* p, V v, long count) {
+    if (count >= LANES) return store(p, v);
+    T part[LANES];
+    store(part, v);
+    std::memcpy(p, part, count * sizeof(T));
+}
+
+inline double total(V v) {
+    float lanes[LANES];
+    store(lanes, v);
+    double sum = 0;
+    for (float x : lanes) sum += x;
+    return sum;
+}
+
+template <class T>
+struct Scratch {  // zeros, aligned for vectors
+    T* data;
+    explicit Scratch(long count) {
+        const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
+        data = static_cast<T*>(std::aligned_alloc(64, bytes));
+        std::memset(data, 0, bytes);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+};
+
+// part(begin, end) of [0, count) on so many threads.
+template <class Part>
+void parallel(long count, long threads, const Part& part) {
+    const long parts = std::max(1L, std::min(threads, count));
+    std::vector<std::thread> others;
+    for (long k = 1; k < parts; ++k) others.emplace_back([&, k] { part(count * k / parts, count * (k + 1) / parts); });
+    part(0, count / parts);
+    for (auto& t : others) t.join();
+}
+
+// What a BatchNorm needs: sums of D and D (2 x_c + D), in vectors.
+struct Sums {
+    V plain = {}, crossed = {};
+};
+
+template <class D, class X>
+inline void add_up(const D* d, const X* centred, long count, V factor, Sums& sums) {
+    V plain[4] = {}, crossed[4] = {};
+    long k = 0;
+    for (; k + 4 * LANES <= count; k += 4 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const V x = load(centred + k + i * LANES), v = load(d + k + i * LANES) * factor;
+            plain[i] += v;
+            crossed[i] += v * (x + x + v);
+        }
+    for (; k < count; k += LANES) {
+        const V x = load(centred + k, count - k), v = load(d + k, count - k) * factor;
+        plain[0] += v;
+        crossed[0] += v * (x + x + v);
+    }
+    sums.plain += (plain[0] + plain[1]) + (plain[2] + plain[3]);
+    sums.crossed += (crossed[0] + crossed[1]) + (crossed[2] + crossed[3]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- convolutions
+
+struct Convolution {
+    int64_t coords, batch, channels, height, width, outputs, rows, columns;  // rows, columns: of the outputs
+    int64_t tall, wide, down, right, dilate_down, dilate_right, top, left;   // kernel, stride, dilation, zeros before
+    int64_t threads;
+    const void *images, *centred;  // [P, C, H, W, B], [O, H', W', B] or null
+    const float* kernels;
+    void* outs;     // [P, O, H', W', B]
+    double* sums;  // [P, O, slices, 2], filled with `centred`
+};
+
+inline long slices_of(long batch, long slice) { return (batch + slice - 1) / slice; }
+
+// sum[o][v] += kernel[c][o] * column[c][v] for all c: BLOCKS times BLOCK outputs, COUNT vectors that lie one behind the other.
+constexpr int BLOCK = 4;
+template <int BLOCKS, int COUNT>
+inline void multiply(const float* kernels, const float* columns, long step, long channels, float* out) {
+    V sum[BLOCKS][BLOCK][COUNT] = {};
+    const float* kernel[2] = {kernels, kernels + channels * BLOCK};
+    for (long c = 0; c < channels; ++c, columns += step) {
+        V column[COUNT];
+#pragma GCC unroll 8
+        for (int v = 0; v < COUNT; ++v) column[v] = load(columns + v * LANES);
+#pragma GCC unroll 2
+        for (int n = 0; n < BLOCKS; ++n)
+#pragma GCC unroll 4
+            for (int o = 0; o < BLOCK; ++o) {
+                const V w = all(kernel[n][c * BLOCK + o]);
+#pragma GCC unroll 8
+                for (int v = 0; v < COUNT; ++v) sum[n][o][v] += w * column[v];
+            }
+    }
+#pragma GCC unroll 2
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma GCC unroll 4
+        for (int o = 0; o < BLOCK; ++o)
+#pragma GCC unroll 8
+            for (int v = 0; v < COUNT; ++v) store(out + (n * BLOCK + o) * step + v * LANES, sum[n][o][v]);
+}
+
+// [outputs, channels] times [channels, count] -> [outputs, count], with as many sums at once as there are registers for.
+inline void product(const float* kernels, const float* columns, long outputs, long channels, long count, float* out) {
+    constexpr long MANY = LANES == 16 ? 4 : 2;
+    long b = 0;
+    for (; b + MANY * LANES <= count; b += MANY * LANES)
+        for (long o = 0; o < outputs; o += BLOCK)
+            multiply<1, MANY>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
+    for (; b < count; b += LANES) {
+        long o = 0;
+        const bool pair = LANES == 16 && b + 2 * LANES <= count;
+        for (; o + 2 * BLOCK <= outputs; o += 2 * BLOCK)
+            if (pair)
+                multiply<2, 2>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
+            else
+                multiply<2, 1>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
+        for (; o < outputs; o += BLOCK)
+            if (pair)
+                multiply<1, 2>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
+            else
+                multiply<1, 1>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
+        if (pair) b += LANES;
+    }
+}
+
+// Transformed tiles lie so far apart that they do not fall into the same places of a cache.
+inline long apart(long values) { return values + 64; }
+
+constexpr int TOGETHER = LANES == 16 ? 4 : 2;  // vectors whose sums fill the registers
+
+// B' d of Winograd's F(4 x 4, 3 x 3), for one row or column of six.
+inline void transform(const V d[6], V out[6]) {
+    const V a = d[4] - d[2] * 4, b = d[3] - d[1] * 4, c = d[4] - d[2], e = (d[3] - d[1]) * 2;
+    out[0] = d[0] * 4 - d[2] * 5 + d[4];
+    out[1] = a + b;
+    out[2] = a - b;
+    out[3] = c + e;
+    out[4] = c - e;
+    out[5] = d[1] * 4 - d[3] * 5 + d[5];
+}
+
+// A' m.
+inline void transform_back(const V m[6], V out[4]) {
+    const V a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
+    out[0] = m[0] + a + c;
+    out[1] = b + e * 2;
+    out[2] = a + c * 4;
+    out[3] = b + e * 8 + m[5];
+}
+
+// One tile, 4 x 4 outputs at (y, x), of one coordinate and `lanes` samples.
+template <class T>
+void winograd_tile(const Convolution& s, long p, long y, long x, long first, long lanes, float* columns, float* products,
+                   Sums* sums) {
+    const long filled = (lanes + LANES - 1) / LANES * LANES, outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
+    const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
+    for (long c = 0; c < s.channels; ++c, image += plane)
+        for (long b = 0; b < lanes; b += LANES) {
+            V w[6][6], d[6];
+            for (int j = 0; j < 6; ++j) {
+                const long at = x + j - s.left;
+                for (int i = 0; i < 6; ++i) {
+                    const long h = y + i - s.top;
+                    const bool inside = at >= 0 && at < s.width && h >= 0 && h < s.height;
+                    const T* from = image + h * row + at * pixel + b;
+                    d[i] = inside ? load(from, lanes - b) : V{};
+                    __builtin_prefetch(from + plane);  // of the next channel
+                }
+                transform(d, w[j]);  // w[j][i]: column j
+            }
+            float* to = columns + c * filled + b;
+            const long step = apart(s.channels * filled);
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; ++i) {
+                const V line[6] = {w[0][i], w[1][i], w[2][i], w[3][i], w[4][i], w[5][i]};
+                V out[6];
+                transform(line, out);
+#pragma GCC unroll 6
+                for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * step, out[j]);
+            }
+        }
+    for (int k = 0; k < 36; ++k)
+        product(s.kernels + k * outputs * s.channels, columns + k * apart(s.channels * filled), outputs, s.channels, filled,
+                products + k * apart(outputs * filled));
+    const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x);
+    for (long o = 0; o < s.outputs; ++o)
+        for (long b = 0; b < lanes; b += LANES) {
+            V r[4][6];
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; ++j) {
+                V m[6], out[4];
+                for (int i = 0; i < 6; ++i) m[i] = load(products + (i * 6 + j) * apart(outputs * filled) + o * filled + b);
+                transform_back(m, out);
+                for (int i = 0; i < 4; ++i) r[i][j] = out[i];
+            }
+            for (long i = 0; i < high; ++i) {
+                V out[4];
+                transform_back(r[i], out);
+                const long at = (o * s.rows + y + i) * s.columns + x;
+                for (long j = 0; j < wide; ++j) {
+                    store(static_cast<T*>(s.outs) + (p * s.outputs * s.rows * s.columns + at + j) * s.batch + first + b, out[j],
+                          lanes - b);
+                    if (!s.centred) continue;
+                    const V c = load(static_cast<const T*>(s.centred) + (at + j) * s.batch + first + b, lanes - b);
+                    sums[o].plain += out[j];
+                    sums[o].crossed += out[j] * (c + c + out[j]);
+                }
+            }
+        }
+}
+
+inline long winograd_slice(const Convolution& s) {  // transformed tiles stay in the second cache
+    long lanes = SLICE;
+    while (lanes > 32 && 36 * s.channels * lanes * 4 > 320 * 1024) lanes /= 2;
+    return lanes;
+}
+
+template <class T>
+void winograd(const Convolution& s) {
+    const long slice = winograd_slice(s), slices = slices_of(s.batch, slice);
+    const long outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+    parallel(s.coords * slices, s.threads, [&](long begin, long end) {
+        Scratch<float> columns(36 * apart(s.channels * slice)), products(36 * apart(outputs * slice));
+        std::vector<Sums> sums(s.outputs);
+        for (long k = begin; k < end; ++k) {
+            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first);
+            std::fill(sums.begin(), sums.end(), Sums());
+            for (long y = 0; y < s.rows; y += 4)
+                for (long x = 0; x < s.columns; x += 4)
+                    winograd_tile<T>(s, p, y, x, first, lanes, columns.data, products.data, sums.data());
+            for (long o = 0; s.centred && o < s.outputs; ++o) {
+                double* to = s.sums + ((p * s.outputs + o) * slices + k % slices) * 2;
+                to[0] = total(sums[o].plain), to[1] = total(sums[o].crossed);
+            }
+        }
+    });
+}
+
+// BLOCK outputs of one pixel, COUNT vectors of its batch, from the kernel positions that lie within the image.
+template <int COUNT, class T>
+inline void direct_pixel(const Convolution& s, const T* image, const float* kernel, long y, long x, long count, V sum[BLOCK][COUNT]) {
+    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
+    for (long i = 0; i < s.tall; ++i) {
+        const long h = y * s.down + i * s.dilate_down - s.top;
+        if (h < 0 || h >= s.height) continue;
+        for (long j = 0; j < s.wide; ++j) {
+            const long w = x * s.right + j * s.dilate_right - s.left;
+            if (w < 0 || w >= s.width) continue;
+            const T* from = image + h * row + w * pixel;
+            const float* weight = kernel + (i * s.wide + j) * s.channels * BLOCK;
+            for (long c = 0; c < s.channels; ++c, from += plane, weight += BLOCK) {
+                V in[COUNT];
+#pragma GCC unroll 8
+                for (int v = 0; v < COUNT; ++v) in[v] = COUNT > 1 ? load(from + v * LANES) : load(from, count);
+#pragma GCC unroll 4
+                for (int o = 0; o < BLOCK; ++o)
+#pragma GCC unroll 8
+                    for (int v = 0; v < COUNT; ++v) sum[o][v] += all(weight[o]) * in[v];
+            }
+        }
+    }
+}
+
+template <int COUNT, class T>
+inline void direct_outputs(const Convolution& s, long p, long o, long y, long x, long first, long count, Sums* sums) {
+    V sum[BLOCK][COUNT] = {};
+    const long area = s.rows * s.columns, at = y * s.columns + x;
+    const T* image = static_cast<const T*>(s.images) + p * s.channels * s.height * s.width * s.batch + first;
+    direct_pixel<COUNT>(s, image, s.kernels + o * s.tall * s.wide * s.channels, y, x, count, sum);
+#pragma GCC unroll 4
+    for (int k = 0; k < BLOCK; ++k) {
+        if (o + k >= s.outputs) break;
+        T* out = static_cast<T*>(s.outs) + ((p * s.outputs + o + k) * area + at) * s.batch + first;
+        const T* centred = static_cast<const T*>(s.centred) + ((o + k) * area + at) * s.batch + first;
+#pragma GCC unroll 8
+        for (int v = 0; v < COUNT; ++v) {
+            store(out + v * LANES, sum[k][v], count - v * LANES);
+            if (!s.centred) continue;
+            const V c = load(centred + v * LANES, count - v * LANES);
+            sums[k].plain += sum[k][v];
+            sums[k].crossed += sum[k][v] * (c + c + sum[k][v]);
+        }
+    }
+}
+
+template <class T>
+void direct(const Convolution& s) {
+    const long slice = TOGETHER * LANES, slices = slices_of(s.batch, slice);
+    const long outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+    parallel(s.coords * slices, s.threads, [&](long begin, long end) {
+        std::vector<Sums> sums(outputs);
+        for (long k = begin; k < end; ++k) {
+            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first);
+            std::fill(sums.begin(), sums.end(), Sums());
+            for (long y = 0; y < s.rows; ++y)
+                for (long x = 0; x < s.columns; ++x)
+                    for (long o = 0; o < outputs; o += BLOCK) {
+                        if (lanes == slice) {
+                            direct_outputs<TOGETHER, T>(s, p, o, y, x, first, lanes, &sums[o]);
+                            continue;
+                        }
+                        for (long b = 0; b < lanes; b += LANES)
+                            direct_outputs<1, T>(s, p, o, y, x, first + b, std::min<long>(LANES, lanes - b), &sums[o]);
+                    }
+            for (long o = 0; s.centred && o < s.outputs; ++o) {
+                double* to = s.sums + ((p * s.outputs + o) * slices + k % slices) * 2;
+                to[0] = total(sums[o].plain), to[1] = total(sums[o].crossed);
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- passes
+
+// [BatchNorm] [+ residual] [ReLU] [max pool] [mean over pixels] of changes, in one pass, or two with sums.
+struct Pass {
+    int64_t coords, batch, channels, height, width, pool, rows, columns;  // rows, columns: of what leaves
+    int64_t source;        // 0: dense changes; 1: planes, one channel of each coordinate; 2: planes through a convolution
+    int64_t row, column;   // of planes: elements from one row, one pixel to the next
+    int64_t tall, wide, down, right, dilate_down, dilate_right, top, left, plane_height, plane_width;  // of the convolution
+    int64_t normalised, relu, mean, residual;  // residual: 0 none, 1 dense, 2 one channel
+    int64_t threads;
+    double factor, count;     // planes are multiplied by it; values in a mean over batch and pixels
+    const int64_t* offsets;   // of each plane [P]
+    const int64_t* channel;   // of each plane, where it is no convolution's
+    const int64_t* residual_channel;
+    const void* data;         // dense [P, C, H, W, B], or what planes are parts of
+    const float* kernels;     // [P, k, C]
+    const void* centred;      // x_c [C, H, W, B]
+    const void* value;        // before the ReLU and the pool [C, H, W, B]; with a pool less what it leaves
+    const void* left_over;    // with ReLU and pool: what leaves them at theta [C, H', W', B]
+    const void* residuals;
+    const float *scale, *gamma;  // s and the layer's factor [C]
+    const double* means;         // [P, C, 2] or null: sums are made
+    void* outs;                  // [P, (C,) H', W', B], with `mean` floats [P, (C,) B]
+};
+
+struct Coefficients {
+    float own, shift, shrink;  // own D + shift - shrink x_c
+};
+
+inline Coefficients coefficients(double mean, double crossed, double s, double gamma) {
+    const double dv = crossed - mean * mean, s2 = std::sqrt(s * s + dv);
+    return {float(gamma / s2), float(-mean * gamma / s2), float(gamma * dv / ((s2 + s) * s * s2))};
+}
+
+// One row of a convolution of a plane that is padded already: `count` neighbouring values.
+template <int SIZE>
+inline void convolved_run(const float* from, const long* places, const float* weights, long size, long count, float* out) {
+    V w[SIZE ? SIZE : 1];
+    for (int k = 0; k < SIZE; ++k) w[k] = all(weights[k]);
+    const auto at = [&](long b, auto read) {
+        V sum = {};
+        if (SIZE)
+#pragma GCC unroll 9
+            for (int k = 0; k < SIZE; ++k) sum += w[k] * read(from + places[k] + b);
+        else
+            for (long k = 0; k < size; ++k) sum += all(weights[k]) * read(from + places[k] + b);
+        return sum;
+    };
+    long b = 0;
+    for (; b + LANES <= count; b += LANES) store(out + b, at(b, [](const float* p) { return load(p); }));
+    if (b < count) store(out + b, at(b, [&](const float* p) { return load(p, count - b); }), count - b);
+}
+
+// Changes of some coordinates [begin, end) and a slice of the batch.
+template <class D, class O, class X>
+struct Worker {
+    const Pass& s;
+    long begin, end, first, lanes;
+    std::vector<long> places;   // of a convolution's weights in a padded plane
+    Scratch<float> planes, rows;
+    long plane, line;           // floats of a padded plane, and of its row
+
+    Worker(const Pass& s, long begin, long end, long first, long lanes)
+        : s(s), begin(begin), end(end), first(first), lanes(lanes),
+          planes(s.source == 2 ? (end - begin) * padded_height(s) * padded_width(s) * lanes + LANES : 0),
+          rows(s.source == 2 ? std::max(RUN, s.pool * s.pool * lanes) + LANES : 0),
+          plane(padded_height(s) * padded_width(s) * lanes), line(padded_width(s) * lanes) {
+        if (s.source != 2) return;
+        for (long i = 0; i < s.tall; ++i)
+            for (long j = 0; j < s.wide; ++j) places.push_back(i * s.dilate_down * line + j * s.dilate_right * lanes);
+        for (long p = begin; p < end; ++p)
+            for (long h = 0; h < s.plane_height; ++h)
+                for (long w = 0; w < s.plane_width; ++w) {
+                    const float* from = static_cast<const float*>(s.data) + s.offsets[p] + h * s.row + w * s.column + first;
+                    float* to = planes.data + (p - begin) * plane + (h + s.top) * line + (w + s.left) * lanes;
+                    std::memcpy(to, from, lanes * sizeof(float));
+                }
+    }
+    static long padded_height(const Pass& s) {
+        return std::max(s.plane_height + s.top, (s.height - 1) * s.down + (s.tall - 1) * s.dilate_down + 1);
+    }
+    static long padded_width(const Pass& s) {
+        return std::max(s.plane_width + s.left, (s.width - 1) * s.right + (s.wide - 1) * s.dilate_right + 1);
+    }
+
+    long own_channels() const { return s.source == 1 ? 1 : s.channels; }
+    long channel(long p, long c) const { return s.source == 1 ? s.channel[p] : c; }
+
+    // Changes of pixels [x, x + count) of a row: where they begin; they lie `step` elements apart.
+    const D* changes(long p, long c, long h, long x, long count, long& step, float* buffer) const {
+        if (s.source == 2) {
+            step = lanes;
+            const float* from = planes.data + (p - begin) * plane + h * s.down * line + x * s.right * lanes;
+            const long size = s.tall * s.wide;
+            const float* weights = s.kernels + (p * s.channels + c) * size;
+            const long runs = s.right == 1 ? 1 : count, run = count / runs * lanes;
+            for (long k = 0; k < runs; ++k) {
+                const float* at = from + k * s.right * lanes;
+                if (size == 9)
+                    convolved_run<9>(at, places.data(), weights, size, run, buffer + k * lanes);
+                else
+                    convolved_run<0>(at, places.data(), weights, size, run, buffer + k * lanes);
+            }
+            return reinterpret_cast<const D*>(buffer);  // D is float then
+        }
+        if (s.source == 1) {
+            step = s.column;
+            return static_cast<const D*>(s.data) + s.offsets[p] + h * s.row + x * s.column + first;
+        }
+        step = s.batch;
+        return static_cast<const D*>(s.data) + (((p * s.channels + c) * s.height + h) * s.width + x) * s.batch + first;
+    }
+
+    long across() const { return std::max(1L, RUN / (lanes * s.pool * s.pool)); }  // pixels that leave, in a tile
+
+    // Sums over pixels and the slice -> [P, C (1 for planes), slices, 2].
+    void sum(double* sums, long slice, long slices) {
+        const long own = own_channels(), wide = std::max(1L, RUN / lanes);
+        std::vector<Sums> found((end - begin) * own);
+        const V factor = all(static_cast<float>(s.factor));
+        for (long h = 0; h < s.height; ++h)
+            for (long x = 0; x < s.width; x += wide)
+                for (long p = begin; p < end; ++p)
+                    for (long c = 0; c < own; ++c) {
+                        long step, count = std::min(wide, s.width - x);
+                        const D* d = changes(p, c, h, x, count, step, rows.data);
+                        const X* centred = static_cast<const X*>(s.centred) +
+                                           ((channel(p, c) * s.height + h) * s.width + x) * s.batch + first;
+                        Sums& to = found[(p - begin) * own + c];
+                        if (step == lanes && s.batch == lanes) {
+                            add_up(d, centred, count * lanes, factor, to);
+                        } else {
+                            for (long k = 0; k < count; ++k) add_up(d + k * step, centred + k * s.batch, lanes, factor, to);
+                        }
+                    }
+        for (long k = 0; k < (end - begin) * own; ++k) {
+            double* to = sums + ((begin * own + k) * slices + slice) * 2;
+            to[0] = total(found[k].plain), to[1] = total(found[k].crossed);
+        }
+    }
+
+    // The pass itself.
+    template <int POOL>
+    void apply(const Coefficients* coefficients) {
+        const long own = own_channels(), wide = across(), pool = POOL ? POOL : s.pool;
+        for (long y = 0; y < s.rows; ++y)
+            for (long x = 0; x < s.columns; x += wide)
+                for (long p = begin; p < end; ++p)
+                    for (long c = 0; c < own; ++c)
+                        tile<POOL>(p, c, y, x, std::min(wide, s.columns - x), pool, coefficients[p * own + c]);
+        if (!s.mean) return;
+        const V part = all(1.0f / (s.rows * s.columns));
+        for (long p = begin; p < end; ++p)
+            for (long c = 0; c < own; ++c) {
+                float* out = static_cast<float*>(s.outs) + (p * own + c) * s.batch + first;
+                for (long b = 0; b < lanes; b += LANES) store(out + b, load(out + b, lanes - b) * part, lanes - b);
+            }
+    }
+
+    template <int POOL>
+    void tile(long p, long c, long y, long x, long count, long pool, const Coefficients& k) {
+        const long own = own_channels(), ch = channel(p, c), area = s.height * s.width;
+        const D* d[8];
+        long step = 0, row = s.width * s.batch;
+        for (long i = 0; i < pool; ++i)
+            d[i] = changes(p, c, y * pool + i, x * pool, count * pool, step, rows.data + i * count * pool * lanes);
+        const long at = (ch * area + y * pool * s.width + x * pool) * s.batch + first;
+        const X* centred = s.normalised ? static_cast<const X*>(s.centred) + at : nullptr;
+        const X* value = s.value ? static_cast<const X*>(s.value) + at : nullptr;
+        const long leaves = (y * s.columns + x) * s.batch + first;
+        const X* left_over = s.left_over ? static_cast<const X*>(s.left_over) + ch * s.rows * s.columns * s.batch + leaves : nullptr;
+        const O* dense = nullptr;
+        const float* single = nullptr;
+        const long beside = (y * pool * s.width + x * pool) * s.batch + first;
+        if (s.residual == 1) dense = static_cast<const O*>(s.residuals) + (p * own + c) * area * s.batch + beside;
+        if (s.residual == 2 && s.residual_channel[p] == ch) single = static_cast<const float*>(s.residuals) + p * area * s.batch + beside;
+        float* mean = s.mean ? static_cast<float*>(s.outs) + (p * own + c) * s.batch + first : nullptr;
+        O* out = s.mean ? nullptr : static_cast<O*>(s.outs) + (p * own + c) * s.rows * s.columns * s.batch + leaves;
+        const V factor = all(k.own * static_cast<float>(s.factor)), shift = all(k.shift), shrink = all(k.shrink), none = {};
+        const bool one = POOL == 1 && s.batch == lanes && step == lanes && !mean;  // one run
+        const long runs = one ? 1 : count, run = one ? count * lanes : lanes;
+        for (long n = 0; n < runs; ++n) {
+            const auto part = [&](long b, auto read, auto write) {
+                V best = {};
+#pragma GCC unroll 4
+                for (long i = 0; i < pool; ++i)
+#pragma GCC unroll 4
+                    for (long j = 0; j < pool; ++j) {
+                        const long q = i * row + (n * pool + j) * s.batch + b;
+                        V z = read(d[i] + (n * pool + j) * step + b) * factor;
+                        if (centred) z += shift - read(centred + q) * shrink;
+                        if (dense) z += read(dense + q);
+                        if (single) z += read(single + q);
+                        if (POOL == 1) {
+                            if (s.relu) {
+                                const V v = read(value + q);
+                                z = largest(z + smallest(v, none), -largest(v, none));
+                            }
+                            best = z;
+                        } else {
+                            z += read(value + q);
+                            best = i + j == 0 ? z : largest(best, z);
+                        }
+                    }
+                if (POOL != 1 && s.relu) best = largest(best, -read(left_over + n * s.batch + b));
+                if (mean)
+                    write(mean + b, read(mean + b) + best);
+                else
+                    write(out + n * s.batch + b, best);
+            };
+            long b = 0;
+            for (; b + LANES <= run; b += LANES)
+                part(b, [](auto* p) { return load(p); }, [](auto* p, V v) { store(p, v); });
+            if (b < run) part(b, [&](auto* p) { return load(p, run - b); }, [&](auto* p, V v) { store(p, v, run - b); });
+        }
+    }
+};
+
+template <class D, class O, class X>
+void pass(const Pass& s) {
+    const long slices = slices_of(s.batch, SLICE), own = s.source == 1 ? 1 : s.channels;
+    // coordinates that share base values in cache: those whose planes fit there, or all
+    const long plane = s.source == 2 ? s.plane_height * s.plane_width * std::min<long>(s.batch, SLICE) * 4 : 0;
+    const long parts = std::max(1L, std::min<long>(s.threads, s.coords * slices));
+    long together = plane ? std::max(1L, (256L << 10) / plane) : 64;
+    together = std::min(together, std::max(1L, (s.coords * slices + parts - 1) / parts));
+    const long groups = (s.coords + together - 1) / together;
+    const auto each = [&](const auto& work) {
+        parallel(groups * slices, s.threads, [&](long begin, long end) {
+            for (long k = begin; k < end; ++k) {
+                const long from = k / slices * together, slice = k % slices, first = slice * SLICE;
+                Worker<D, O, X> worker(s, from, std::min<long>(s.coords, from + together), first,
+                                       std::min<long>(SLICE, s.batch - first));
+                work(worker, slice);
+            }
+        });
+    };
+    std::vector<Coefficients> found(s.coords * own, Coefficients{1, 0, 0});
+    if (s.normalised) {
+        std::vector<double> sums(s.means ? 0 : s.coords * own * slices * 2);
+        if (!s.means) each([&](auto& worker, long slice) { worker.sum(sums.data(), slice, slices); });
+        for (long k = 0; k < s.coords * own; ++k) {
+            double mean = 0, crossed = 0;
+            if (s.means) {
+                mean = s.means[2 * k], crossed = s.means[2 * k + 1];
+            } else {
+                for (long i = 0; i < slices; ++i) mean += sums[(k * slices + i) * 2], crossed += sums[(k * slices + i) * 2 + 1];
+                mean /= s.count, crossed /= s.count;
+            }
+            const long c = s.source == 1 ? s.channel[k] : k % own;
+            found[k] = coefficients(mean, crossed, s.scale[c], s.gamma[c]);
+        }
+    }
+    each([&](auto& worker, long) {
+        if (s.pool == 1)
+            worker.template apply<1>(found.data());
+        else if (s.pool == 2)
+            worker.template apply<2>(found.data());
+        else
+            worker.template apply<0>(found.data());
+    });
+}
+
+// -------------------------------------------------------------------------------------------------------------------------- loss
+
+// exp(x) - 1 = 2^n (exp(f) - 1) + 2^n - 1, x = n log 2 + f; |x| at most 10.
+inline V expm1(V x) {
+    const V magic = all(12582912.0f);  // 1.5 2^23: rounds to integers
+    const V n = (x * 1.44269504f + magic) - magic;
+    const V f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V sum = all(1.0f / 362880);
+    for (float c : {1.0f / 40320, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f}) sum = sum * f + c;
+    const V power = as<V>(as<Bits>(n + (magic + 127)) << 23);
+    return power * (sum * f) + (power - 1);
+}
+
+// log(1 + x) = e log 2 + 2 artanh((m - 1) / (m + 1)), 1 + x = 2^e m.
+inline V log1p(V x) {
+    const Bits bits = as<Bits>(x + 1) - 0x3f3504f3;  // m between sqrt(1/2) and sqrt(2)
+    const auto exponent = as<decltype(x < x)>(bits) >> 23;
+    const V m = as<V>((bits & 0x7fffff) + 0x3f3504f3), e = __builtin_convertvector(exponent, V);
+    const V top = e == 0 ? x : m - 1, s = top / (top + 2), q = s * s;
+    V sum = all(2.0f / 13);
+    for (float c : {2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f}) sum = sum * q + c;
+    return e * 0.693147181f + s * sum;
+}
+
+constexpr float LARGE = 10;
+
+// Mean over the batch of log sum_k p_k exp(d_k - d_y), d [K, B].
+double cross_entropy(const float* d, const float* log_p, const float* p, const int64_t* targets, long batch, long classes) {
+    double sum = 0;
+    for (long b = 0; b < batch; b += LANES) {
+        const long count = std::min<long>(LANES, batch - b);
+        float own[LANES] = {};
+        for (long i = 0; i < count; ++i) own[i] = d[targets[b + i] * batch + b + i];
+        const V base = load(own);
+        V r = {}, top = {};
+        for (long k = 0; k < classes; ++k) {
+            const V x = load(d + k * batch + b, count) - base, size = x < 0 ? -x : x;
+            top = largest(size, top);
+            r += load(p + k * batch + b, count) * expm1(x);
+        }
+        float found[LANES], sizes[LANES];
+        store(found, log1p(r) + (r - r));  // NaN stays
+        store(sizes, top);
+        for (long i = 0; i < count; ++i) {
+            if (sizes[i] < LARGE) {
+                sum += found[i];
+                continue;
+            }
+            double highest = -INFINITY, total = 0;  // nothing cancels
+            for (long k = 0; k < classes; ++k)
+                highest = std::max(highest, double(log_p[k * batch + b + i]) + d[k * batch + b + i] - own[i]);
+            for (long k = 0; k < classes; ++k)
+                total += std::exp(double(log_p[k * batch + b + i]) + d[k * batch + b + i] - own[i] - highest);
+            sum += highest + std::log(total);
+        }
+    }
+    return sum / batch;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ transposition
+
+template <class T>
+void transposed(const T* from, T* to, long rows, long columns) {
+    constexpr long TILE = 16;
+    for (long i = 0; i < rows; i += TILE)
+        for (long j = 0; j < columns; j += TILE) {
+            const long high = std::min(TILE, rows - i), wide = std::min(TILE, columns - j);
+            for (long b = 0; b < wide; ++b)
+                for (long a = 0; a < high; ++a) to[(j + b) * rows + i + a] = from[(i + a) * columns + j + b];
+        }
+}
+
+}  // namespace
+
+// Changes come and go, megabytes each: memory that is freed stays, or a quarter of the time goes into the system's fresh pages.
+extern "C" void keep_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
+}
+
+// 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3): 36 products for 16 outputs instead of 144 (Lavin and Gray, Fast Algorithms for
+// Convolutional Neural Networks, CVPR 2016). kernels [36, O / 4, C, 4], O filled up by zeros.
+extern "C" void winograd_floats(const Convolution* s) { winograd<float>(*s); }
+extern "C" void winograd_halves(const Convolution* s) { winograd<Half>(*s); }
+extern "C" int64_t winograd_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice(*s)); }
+
+// Any kernel, stride and dilation. kernels [O / 4, kh, kw, C, 4], O filled up by zeros.
+extern "C" void direct_floats(const Convolution* s) { direct<float>(*s); }
+extern "C" void direct_halves(const Convolution* s) { direct<Half>(*s); }
+extern "C" int64_t direct_slices(const Convolution* s) { return slices_of(s->batch, TOGETHER * LANES); }
+
+// Changes and base values of floats; planes to halves, beside base values of halves; all of halves.
+extern "C" void pass_floats(const Pass* s) { pass<float, float, float>(*s); }
+extern "C" void pass_rounding(const Pass* s) { pass<float, Half, Half>(*s); }
+extern "C" void pass_halves(const Pass* s) { pass<Half, Half, Half>(*s); }
+
+// Changes [P, K, B] of logits -> those of the mean cross entropy [P]; log p and p [K, B] at theta.
+extern "C" void cross_entropies(const float* changes, const float* log_p, const float* p, const int64_t* targets, float* out,
+                                int64_t coords, int64_t batch, int64_t classes, int64_t threads) {
+    parallel(coords, threads, [&](long begin, long end) {
+        for (long k = begin; k < end; ++k)
+            out[k] = static_cast<float>(cross_entropy(changes + k * classes * batch, log_p, p, targets, batch, classes));
+    });
+}
+
+// [rows, columns] -> [columns, rows], of 2, 4 or 8 bytes an element.
+extern "C" void transpose(const void* from, void* to, int64_t rows, int64_t columns, int64_t bytes) {
+    if (bytes == 2) transposed(static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), rows, columns);
+    if (bytes == 4) transposed(static_cast<const uint32_t*>(from), static_cast<uint32_t*>(to), rows, columns);
+    if (bytes == 8) transposed(static_cast<const uint64_t*>(from), static_cast<uint64_t*>(to), rows, columns);
+}

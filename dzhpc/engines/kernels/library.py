@@ -1,0 +1,267 @@
+"""``changes.cpp``, compiled in seconds for the processor at hand, and its functions of tensors.
+
+Changes of whole values are [P, B, C, H, W] with the batch innermost in memory (:func:`apart`), those of one channel [P, B, H, W]
+with the batch innermost, too. Everything is float32, or bfloat16 where changes travel so; sums are double.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dzhpc.engines.kernels.compiled import compiler as first_compiler
+from dzhpc.engines.windows import Border, Window
+from dzhpc.job import processor
+
+SOURCE = Path(__file__).with_name("changes.cpp")
+PATIENCE = 120  # seconds for the compiler, which needs five
+BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+BATCH = 16  # samples that fill a vector; of a smaller batch most of it would be empty
+DEEPEST = 8  # pixels on a side of a max pool's window
+
+
+def _fields(**names: str) -> list[tuple[str, type]]:
+    """The fields of a structure: integers, numbers and pointers, in this order."""
+    kinds = {"integers": ctypes.c_int64, "numbers": ctypes.c_double, "pointers": ctypes.c_void_p}
+    return [(name, kinds[kind]) for kind, several in names.items() for name in several.split()]
+
+
+class _Convolution(ctypes.Structure):
+    """As the structure of that name in the source."""
+
+    _fields_ = _fields(
+        integers="coords batch channels height width outputs rows columns tall wide down right dilate_down dilate_right "
+        "top left threads",
+        pointers="images centred kernels outs sums",
+    )
+
+
+class _Pass(ctypes.Structure):
+    """As the structure of that name in the source."""
+
+    _fields_ = _fields(
+        integers="coords batch channels height width pool rows columns source row column tall wide down right dilate_down "
+        "dilate_right top left plane_height plane_width normalised relu mean residual threads",
+        numbers="factor count",
+        pointers="offsets channel residual_channel data kernels centred value left_over residuals scale gamma means outs",
+    )
+
+
+@dataclass
+class Planes:
+    """Changes of one channel for each of P coordinates: ``factor`` times ``data`` at ``offsets[p] + h row + w column + b``.
+
+    channel: [P], which one. columns, window, border: where they pass through a convolution, with weights [P, kh * kw, O] of their
+    own, zeros beyond the border, and then live in all of its O channels.
+    """
+
+    data: Tensor
+    offsets: Tensor
+    row: int
+    column: int
+    height: int
+    width: int
+    factor: float = 1.0
+    channel: Tensor | None = None
+    columns: Tensor | None = None
+    window: Window | None = None
+    border: Border = (0, 0, 0, 0)
+
+    @classmethod
+    def of(cls, data: Tensor, channel: Tensor) -> "Planes":
+        """Changes [P, B, H, W] of one channel each; copied where the batch is not innermost."""
+        data = data.movedim(1, -1).contiguous()
+        coords, height, width, batch = data.shape
+        offsets = torch.arange(coords) * (height * width * batch)
+        return cls(data, offsets, width * batch, batch, height, width, channel=channel)
+
+
+@dataclass
+class Norm:
+    """A BatchNorm in train mode: x less its mean [B, C, H, W], s [C], the layer's factor [C], means [P, C, 2] double or None."""
+
+    centred: Tensor
+    scale: Tensor
+    gamma: Tensor
+    means: Tensor | None
+
+
+class Library:
+    """The compiled functions. Raises OSError, with the compiler's first words, where it fails.
+
+    compiler: a C++ compiler's command (None: the first that is found). Its result is kept where torch keeps compiled code.
+    """
+
+    name = "changes"
+
+    def __init__(self, compiler: str | None = None):
+        found = _load(compiler or first_compiler(), _flags())
+        if isinstance(found, str):
+            raise OSError(found)
+        self._functions = found
+
+    def convolve(
+        self, images: Tensor, kernels: Tensor, outputs: int, window: Window, border: Border, centred: Tensor | None, how: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Changes D [P, B, C, H, W] -> those of the outputs [P, B, O, H', W'], and mean(D), mean(D (2 x_c + D)) [P, O, 2].
+
+        kernels: of :func:`winograd_weights` or :func:`direct_weights`, as ``how``, "winograd" or "direct", says. centred: x_c
+        [B, O, H', W']; None: no means. border: zeros on the left, right, top and bottom.
+        """
+        images = apart(images)
+        coords, batch, channels, height, width = images.shape
+        left, right, top, bottom = border
+        rows, columns = window.positions(height + top + bottom, width + left + right)
+        out = images.new_empty(coords, outputs, rows, columns, batch)
+        beside = None if centred is None else apart(centred.to(images.dtype))
+        s = _Convolution(
+            coords, batch, channels, height, width, outputs, rows, columns,
+            *window.kernel, *window.stride, *window.dilation, top, left, torch.get_num_threads(),
+            images.data_ptr(), _pointer(beside), kernels.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        slices, sums = getattr(self._functions, f"{how}_slices")(ctypes.byref(s)), None
+        if centred is not None:
+            sums = torch.empty(coords, outputs, slices, 2, dtype=torch.float64)
+            s.sums = sums.data_ptr()
+        kind = "halves" if images.dtype == torch.bfloat16 else "floats"
+        getattr(self._functions, f"{how}_{kind}")(ctypes.byref(s))
+        means = None if sums is None else sums.sum(2).div_(batch * rows * columns)
+        return out.movedim(-1, 1), means
+
+    def carry(
+        self,
+        source: Tensor | Planes,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        norm: Norm | None = None,
+        residual: Tensor | tuple[Tensor, Tensor] | None = None,
+        relu: bool = False,
+        pool: int = 1,
+        mean: bool = False,
+        value: Tensor | None = None,
+        left_over: Tensor | None = None,
+    ) -> Tensor:
+        """Changes behind [BatchNorm] [+ residual] [ReLU] [max pool] [mean over pixels], in this order.
+
+        source: changes before, dense [P, B, C, H, W] or of planes. shape: [B, C, H, W] of the values that change. dtype: of dense
+        changes. residual: of changes, or (changes [P, B, H, W] of one channel each, channels [P]). value: base values before ReLU
+        and pool [B, C, H, W], with a pool less what it leaves of them; left_over: what ReLU and pool leave at theta
+        [B, C, H', W']. -> [P, B, C, H', W'] ([P, B, C] with ``mean``, float32), without C for planes that no convolution spreads.
+        """
+        batch, channels, height, width = shape
+        rows, columns = height // pool, width // pool
+        planes = source if isinstance(source, Planes) else None
+        single = planes is not None and planes.columns is None
+        data = planes.data if planes else apart(source)
+        coords = len(planes.offsets if planes else data)
+        kind = torch.float32 if single else dtype  # of base values and of what leaves
+        base = {name: None if t is None else apart(t.to(kind)) for name, t in
+                (("centred", norm and norm.centred), ("value", value), ("left_over", left_over))}  # fmt: skip
+        where = () if single else (channels,)
+        out = torch.zeros(coords, *where, batch) if mean else torch.empty((coords, *where, rows, columns, batch), dtype=kind)
+        s = _Pass(coords, batch, channels, height, width, pool, rows, columns, factor=1.0, count=batch * height * width,
+                  normalised=norm is not None, relu=relu, mean=mean, threads=torch.get_num_threads(), data=data.data_ptr(),
+                  outs=out.data_ptr(), **{name: _pointer(t) for name, t in base.items()})  # fmt: skip
+        held: list[Tensor | None] = []  # until the call is over
+        if planes:
+            held += [planes.offsets, planes.channel]
+            s.source, s.row, s.column, s.factor = 1 if single else 2, planes.row, planes.column, planes.factor
+            s.offsets, s.channel = map(_pointer, held)
+            if not single:
+                held.append(planes.columns.transpose(1, 2).contiguous().float())  # [P, O, kh kw]
+                s.kernels, s.plane_height, s.plane_width = held[-1].data_ptr(), planes.height, planes.width
+                (s.tall, s.wide), (s.down, s.right) = planes.window.kernel, planes.window.stride
+                (s.dilate_down, s.dilate_right), s.left, s.top = planes.window.dilation, planes.border[0], planes.border[2]
+        if norm:
+            s.scale, s.gamma, s.means = norm.scale.data_ptr(), norm.gamma.data_ptr(), _pointer(norm.means)
+        if isinstance(residual, tuple):
+            held += [residual[0].movedim(1, -1).contiguous(), residual[1]]
+            s.residual, s.residuals, s.residual_channel = 2, held[-2].data_ptr(), held[-1].data_ptr()
+        elif residual is not None:
+            held.append(apart(residual))
+            s.residual, s.residuals = 1, held[-1].data_ptr()
+        name = "pass_floats" if kind == torch.float32 else "pass_rounding" if planes else "pass_halves"
+        getattr(self._functions, name)(ctypes.byref(s))
+        return out.movedim(-1, 1)
+
+    def cross_entropies(self, changes: Tensor, log_p: Tensor, targets: Tensor) -> Tensor:
+        """Changes of logits [P, B, K] -> those of the mean cross entropy [P]; log p [K, B] at theta, targets [B]."""
+        changes = changes.transpose(1, 2).contiguous()
+        coords, classes, batch = changes.shape
+        p, out = log_p.exp(), torch.empty(coords)
+        pointers = [t.data_ptr() for t in (changes, log_p, p, targets, out)]
+        sizes = map(ctypes.c_int64, (coords, batch, classes, torch.get_num_threads()))
+        self._functions.cross_entropies(*map(ctypes.c_void_p, pointers), *sizes)
+        return out
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same values [..., B, C, H, W], contiguous as [..., C, H, W, B]."""
+    return x.movedim(-4, -1).contiguous().movedim(-1, -4)
+
+
+def winograd_weights(weight: Tensor) -> Tensor:
+    """G g G' of a layer's weights [O, C, 3, 3] -> [36, O / 4, C, 4], zeros beyond O."""
+    rows = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
+    g = torch.tensor(rows, dtype=torch.float64) / 24
+    blocks = _in_blocks(g @ weight.double() @ g.T)  # [O / 4, 4, C, 6, 6]
+    return blocks.permute(3, 4, 0, 2, 1).flatten(0, 1).float().contiguous()
+
+
+def direct_weights(weight: Tensor) -> Tensor:
+    """A layer's weights [O, C, kh, kw] -> [O / 4, kh, kw, C, 4], zeros beyond O."""
+    return _in_blocks(weight).permute(0, 3, 4, 2, 1).float().contiguous()
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    filled = torch.cat([weight, weight.new_zeros(-len(weight) % 4, *weight.shape[1:])])
+    return filled.unflatten(0, (-1, 4))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _flags() -> tuple[str, ...]:
+    """For the instructions that this process may use."""
+    have = processor.capabilities()
+    if have.issuperset(BASE):
+        wide = ["-mfma", *("-m" + name.replace("_", "") for name in BASE)]
+        return (*wide, "-mavx512bf16") if "avx512_bf16" in have else tuple(wide)
+    return ("-mavx2", "-mfma") if {"avx2", "fma3"} <= have or {"avx2", "fma"} <= have else ()
+
+
+@functools.cache
+def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The compiled source, or why there is none; ranks that compile at once do not disturb each other."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import, and not needed by all
+
+    flags = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wno-psabi", *flags)
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    home = Path(cache_dir()) / f"dzhpc-changes-{key}.so"
+    if not home.exists():
+        number, name = tempfile.mkstemp(suffix=".so", dir=home.parent)
+        os.close(number)
+        try:
+            command = [compiler, *flags, str(SOURCE), "-o", name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            if done.returncode:
+                lines = done.stderr.splitlines()
+                return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            os.replace(name, home)
+        except subprocess.TimeoutExpired:
+            return f"{compiler} did not end within {PATIENCE} s"
+        finally:
+            Path(name).unlink(missing_ok=True)
+    library = ctypes.CDLL(str(home))
+    library.keep_memory()
+    for name in ("winograd_slices", "direct_slices"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
