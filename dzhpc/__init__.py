@@ -7,9 +7,9 @@ import importlib
 
 _HOMES = {
     "make_engine": "engines", "autograd": "method.estimators", "cge": "method.estimators", "rge": "method.estimators",
-    "load_model": "models.zoo",
+    "load_model": "models.zoo", "Loop": "training.loop",
 }  # fmt: skip
-__all__ = ["autograd", "cge", "load_model", "make_engine", "rge"]
+__all__ = ["Loop", "autograd", "cge", "load_model", "make_engine", "rge"]
 __version__ = "0.1.0"
 
 

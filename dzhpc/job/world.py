@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.errors import BlackBoxError, LaunchError, exit_code_of, leave_fork, message_of
-from dzhpc.job import alone, failure, process
+from dzhpc.job import alone as single
+from dzhpc.job import failure, process
 from dzhpc.job.failure import RankError
 
 
@@ -20,12 +21,14 @@ class World:
     """The ranks of this job, and the seconds spent in their collectives (``comm_s``).
 
     A process that no launcher started is the only rank, and MPI is not touched: it may be missing, or refuse to start here.
-    ``side``: a second communicator, for what goes on beside the collectives. Raises LaunchError where MPI cannot be loaded.
+    alone: be that one also where a launcher has started others. ``side``: a second communicator, for what goes on beside the
+    collectives. Raises LaunchError where MPI cannot be loaded.
     """
 
-    def __init__(self):
-        process.die_with_launcher()
-        self._mpi = _mpi() if process.launched() else alone
+    def __init__(self, alone: bool = False):
+        if not alone:
+            process.die_with_launcher()
+        self._mpi = single if alone or not process.launched() else _mpi()
         self._comm = self._mpi.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
         node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)

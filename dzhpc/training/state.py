@@ -3,6 +3,7 @@
 import time
 import uuid
 
+import numpy as np
 import torch
 
 from dzhpc.files.checkpoint import State
@@ -59,6 +60,22 @@ class TrainingState:
         self._history = found.history + ([found.config] if found.config != self.config.to_toml() else [])
         self.run_uuid, self._wall_before = found.run_uuid, found.wall_time_s
         self.step = self.first_step = found.step
+
+    @torch.no_grad()
+    def update(self, coords: np.ndarray, estimate: torch.Tensor, moves: bool = False) -> None:
+        """theta = optimizer(theta, ghat), ghat [n] on ``coords`` perhaps minus Gauss-Newton's step: the same on every rank.
+
+        moves: the estimate is what theta moves by; what it does not move keeps its bits.
+        """
+        if moves:
+            for k in estimate.nonzero().flatten().tolist():
+                self.index.element(int(coords[k]))[1].add_(estimate[k])
+            return
+        flat = torch.zeros(self.index.size, dtype=self.index.dtype, device=self.index.device)
+        flat[torch.from_numpy(coords).to(self.index.device)] = estimate
+        for name, gradient in self.index.split(flat).items():
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
 
     def replicated(self) -> dict[str, torch.Tensor]:
         """Parameters, buffers and optimiser state, by name: equal on all ranks, bit for bit."""

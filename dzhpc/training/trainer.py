@@ -119,7 +119,7 @@ class Trainer:
         state.partial, self.budget.queries = None, self.budget.queries + asked
         self._pattern.note(estimate, self._newton.diagonal if self._newton else None)
         lr = self._estimator.step_length or state.optimizer.param_groups[0]["lr"]
-        self._update(update)
+        state.update(self._distribution.coords, update, self._estimator.step_length is not None)
         if self._estimator.step_length is None:
             schedule.step()
         self._estimator.advance(estimate)
@@ -211,20 +211,6 @@ class Trainer:
             return f"nothing was trained yet: {lower}look at the loss, the data, and the starting weights"
         files = self.folder.checkpoint_files()
         return f"lower optim.lr or zo.mu; the last good checkpoint is {shown(files[0])}" if files else "lower optim.lr or zo.mu"
-
-    @torch.no_grad()
-    def _update(self, estimate: torch.Tensor) -> None:
-        """theta = optimizer(theta, ghat), ghat perhaps minus Gauss-Newton's step: the same arithmetic on every rank."""
-        index = self._index
-        if self._estimator.step_length is not None:  # a move: what it does not move keeps its bits
-            for k in estimate.nonzero().flatten().tolist():
-                index.element(int(self._distribution.coords[k]))[1].add_(estimate[k])
-            return
-        flat = torch.zeros(index.size, dtype=index.dtype, device=index.device)
-        flat[torch.from_numpy(self._distribution.coords).to(index.device)] = estimate
-        for name, gradient in index.split(flat).items():
-            self.state.parameters[name].grad = gradient
-        self.state.optimizer.step()
 
     def _evaluate(self, again: bool = False) -> None:
         """Loss and accuracy on the test set; the parts are shared, and summed in one order whatever the rank count.
