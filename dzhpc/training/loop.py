@@ -49,6 +49,8 @@ class Loop:
         keys: Mapping[str, object] | None = None,
     ):
         self.config = _config(estimator, float(mu), optimizer, float(lr), seed, keys or {})
+        if self.config.optim.name not in ("sgd", "adam"):
+            raise InputError(f'optimizer = "{optimizer}": a loop is told losses, and no more; use "sgd" or "adam"')
         self._given = theta0
         self._task = Asked(self.config, theta0, self._answer)
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)
