@@ -1,6 +1,7 @@
 """Ask and tell: training that the user's own loop holds in its hands. No MPI, and no files but those it is asked to write."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from dzhpc.training import checks
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
 from dzhpc.training.distribution import Distribution
+from dzhpc.training.first_look import look, sides
 from dzhpc.training.state import TrainingState
 
+log = logging.getLogger("dzhpc")
 ASKED = "dzhpc:Loop"  # what a checkpoint calls the loss
 
 
@@ -33,6 +36,8 @@ class Loop:
     estimator: "cge" (eq. 1), "rge", or a class of the user's own; mu: the length of a perturbation; optimizer: "sgd" or "adam".
     keys: further keys of an input, such as ``{"zo.q": 20, "optim.momentum": 0.9}``. Without them there is no momentum, no weight
     decay, no warm-up, and lr is constant. The steps are those that ``dzhpc.train`` makes of an objective with the same keys.
+    check: let the first step ask up to six thetas more, by which CGE's estimate checks itself: a line of the log ``dzhpc`` says
+    what it found, and what to change. Without them it says how far differences stand out of rounding.
 
     step: steps done. loss: at the theta with which the last of them began, NaN before. queries: losses told.
     Raises InputError for what cannot work, NumericalError for a loss that is not finite; +inf calls a perturbed theta infeasible.
@@ -47,11 +52,12 @@ class Loop:
         lr: float = 1e-2,
         seed: int = 0,
         keys: Mapping[str, object] | None = None,
+        check: bool = False,
     ):
         self.config = _config(estimator, float(mu), optimizer, float(lr), seed, keys or {})
         if self.config.optim.name not in ("sgd", "adam"):
             raise InputError(f'optimizer = "{optimizer}": a loop is told losses, and no more; use "sgd" or "adam"')
-        self._given = theta0
+        self._given, self._checks = theta0, check
         self._task = Asked(self.config, theta0, self._answer)
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)
         self._world = World(alone=True)
@@ -176,6 +182,8 @@ class Loop:
             if not self._based:
                 self._task.bind(self.step)
             self._evaluate()
+            if self._checks and self.step == 0 and stop == self._units:
+                sides(self._task.engine, self._estimator, self._pattern.coords)
             self._rows = torch.cat(self._questions)
         finally:
             self._questions = None
@@ -203,6 +211,9 @@ class Loop:
         advice = lambda: "lower zo.mu or optim.lr, or look at the loss"  # noqa: E731
         checks.check_finite(self.step + 1, loss, estimate, self._estimator, distribution, advice)
         checks.check_changes(self._world, self.step + 1, estimate, self._estimator, self._task, distribution.shards)
+        if self.step == 0:
+            coords, engine = self._pattern.coords, self._task.engine
+            log.info(look(engine, self._estimator, coords, loss, estimate, self.config, self._checks))
         state.update(self._pattern.coords, estimate)
         self._schedule.step()
         state.step, self.loss = self.step + 1, loss

@@ -26,6 +26,7 @@ from dzhpc.training import checks
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
 from dzhpc.training.distribution import Distribution, Interrupted
+from dzhpc.training.first_look import look
 from dzhpc.training.gauss_newton import Newton
 from dzhpc.training.record import Progress, Record, Step
 from dzhpc.training.state import TrainingState
@@ -114,6 +115,8 @@ class Trainer:
         step, n = state.step + 1, len(estimate)
         checks.check_finite(step, loss, estimate, self._estimator, self._distribution, self._advice)
         checks.check_changes(self.world, step, estimate, self._estimator, self.task, self._distribution.shards)
+        if step == 1 and self.world.is_root:
+            self._look(loss, estimate)
         update, trials = self._newton.step() if self._newton else (estimate, 0)
         asked = self.budget.of_step(n) + trials * self.task.cost.query
         state.partial, self.budget.queries = None, self.budget.queries + asked
@@ -142,6 +145,14 @@ class Trainer:
             self._evaluate()
         if self._checkpoint_due():
             self._save()
+
+    def _look(self, loss: float, estimate: torch.Tensor) -> None:
+        """Say what there is to say of the first estimate, where this rank has the whole batch bound."""
+        distribution, estimator = self._distribution, self._estimator
+        if not estimator.asks or self.task.shared or distribution.shards.count > 1:
+            return
+        if said := look(self.task.engine, estimator, distribution.coords, loss, estimate, self.config):
+            log.info(said)
 
     def _seed(self) -> None:
         seed(derive(self.config.run.seed, "model", self.state.step))

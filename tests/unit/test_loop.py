@@ -147,3 +147,13 @@ def test_an_optimiser_with_a_closure_makes_the_same_steps():
         assert loss == pytest.approx(exact.item(), rel=1e-4)
     torch.testing.assert_close(net.weight, other.weight, rtol=1e-3, atol=1e-4)
     assert optimizer.loop.step == 4 and optimizer.loop.queries == 16
+
+
+def test_the_first_estimate_checks_itself(caplog):
+    single = lambda thetas: np.float32(((thetas - 1) ** 2).sum(1) + 9)  # noqa: E731
+    loop = dzhpc.Loop(np.zeros(4), mu=1e-6, check=True)
+    with caplog.at_level("INFO", "dzhpc"):
+        assert len(loop.ask()) == 5 + 6
+        loop.tell(single(loop.ask()))
+    assert loop.queries == 5 and len(loop.ask()) == 5
+    assert "first estimate: differences of " in caplog.text and "raise zo.mu to " in caplog.text
