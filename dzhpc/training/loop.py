@@ -62,13 +62,14 @@ class Loop:
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)
         self._world = World(alone=True)
         self._distribution = Distribution(self._world, self._task)
-        self._pattern = Pattern(self._task, self._distribution.split)
+        self._pattern = Pattern(self._task, self._distribution.split, chosen=self._estimator.coordinates)
         self._budget = Budget(self._task, self._estimator, self._pattern)
-        self._state = TrainingState(self._task, self._pattern, self._budget)
+        self._estimator.begin(self._task.engine)
+        self._state = TrainingState(self._task, self._estimator, self._pattern, self._budget)
         self._schedule = self._state.schedule()
         self._pattern.redraw(0)
         self._units = self._estimator.units(self.index.size)
-        if not self._units:
+        if not self._units or self._estimator.step_length is not None:
             raise InputError(f'estimator = "{estimator}": a loop asks for losses; use cge, rge, or a class of your own')
         self.loss = float("nan")
         self._questions: list[Tensor] | None = None  # while they are written down, not answered
@@ -216,6 +217,7 @@ class Loop:
             log.info(look(engine, self._estimator, coords, loss, estimate, self.config, self._checks))
         state.update(self._pattern.coords, estimate)
         self._schedule.step()
+        self._estimator.advance(estimate)
         state.step, self.loss = self.step + 1, loss
         self._budget.queries += self._budget.of_step(len(estimate))
         self._begin()

@@ -62,12 +62,9 @@ class TrainingState:
         self.step = self.first_step = found.step
 
     @torch.no_grad()
-    def update(self, coords: np.ndarray, estimate: torch.Tensor, moves: bool = False) -> None:
-        """theta = optimizer(theta, ghat), ghat [n] on ``coords`` perhaps minus Gauss-Newton's step: the same on every rank.
-
-        moves: the estimate is what theta moves by; what it does not move keeps its bits.
-        """
-        if moves:
+    def update(self, coords: np.ndarray, estimate: torch.Tensor) -> None:
+        """theta = optimizer(theta, ghat), ghat [n] on ``coords`` perhaps minus Gauss-Newton's step: the same on every rank."""
+        if self._estimator.step_length is not None:  # a move: what it does not move keeps its bits
             for k in estimate.nonzero().flatten().tolist():
                 self.index.element(int(coords[k]))[1].add_(estimate[k])
             return

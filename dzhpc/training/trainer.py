@@ -122,7 +122,7 @@ class Trainer:
         state.partial, self.budget.queries = None, self.budget.queries + asked
         self._pattern.note(estimate, self._newton.diagonal if self._newton else None)
         lr = self._estimator.step_length or state.optimizer.param_groups[0]["lr"]
-        state.update(self._distribution.coords, update, self._estimator.step_length is not None)
+        state.update(self._distribution.coords, update)
         if self._estimator.step_length is None:
             schedule.step()
         self._estimator.advance(estimate)
