@@ -59,7 +59,7 @@ def engine_of(config: Config, model: nn.Module, loss: str | Loss, steps_per_epoc
 
 
 def _coordinate_queries(config: Config, model: nn.Module, steps_per_epoch: int) -> int:
-    """What the whole schedule asks of single coordinates: directions and scores, which pass no compiled code, aside.
+    """What the whole schedule asks of single coordinates, a query for each shard; directions and scores pass no compiled code.
 
     It follows from frozen keys alone, so that neither a restart nor an early end changes what is decided by it.
     """
@@ -67,7 +67,7 @@ def _coordinate_queries(config: Config, model: nn.Module, steps_per_epoch: int) 
     prunable = sum(len(index.range(name)) for name in scores.prunable_layers(model, index, config.sparsity.prune))
     active = index.size - round(config.sparsity.ratio * prunable)
     steps = max(1, round(config.stop.epochs * steps_per_epoch))
-    return steps * estimator.perturbations(active) if estimator.by_coordinate else 0
+    return steps * config.data.shards * estimator.perturbations(active) if estimator.by_coordinate else 0
 
 
 def _with(model: nn.Module, layout: torch.memory_format) -> torch.memory_format:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from dzhpc.tasks.sol.unrolled import Unrolled
 from dzhpc.training import gauss_newton
 from dzhpc.training.active_set import Pattern, read_lpr
 from dzhpc.training.checks import check_restart
+from dzhpc.training.compilation import compile_together
 from dzhpc.training.trainer import Trainer
 
 log = logging.getLogger("dzhpc")
@@ -82,6 +84,8 @@ def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] |
         )
         world.on_root(lambda: begin(folder, trainer, state, stale, ranks))
         world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
+        if not trainer.budget.reason(trainer.state.step, trainer.state.partial is not None, math.nan):
+            trainer.compile_s = compile_together(world, task, folder.path)
         reason = trainer.run()
         if world.is_root:
             end(folder, trainer, reason, report)

@@ -72,9 +72,9 @@ class Progress:
     and the scores that are left, each as long as the last.
     """
 
-    def __init__(self, last: int, quiet: bool, set_up_s: float):
+    def __init__(self, last: int, quiet: bool, set_up_s: float, compile_s: float = 0.0):
         self._last, self.line, self._set_up_s = last, Line(quiet), set_up_s
-        self._compile_s, self._scores_s, self._between_s, self._said = 0.0, 0.0, 0.0, False
+        self._compile_s, self._scores_s, self._between_s, self._said = compile_s, 0.0, 0.0, False
         self._steps, self._since = 0, time.monotonic()
         self._late: deque[tuple[float, float, float, int]] = deque(maxlen=LATE)  # a step's seconds, less scores, comm, queries
 

@@ -52,6 +52,7 @@ class Trainer:
         self._newton = Newton(world, task, self._distribution, optimizer) if by_steps else None
         self._record = Record(folder.metrics)
         self._buffers_before: list[torch.Tensor] = []  # what the step under way began with
+        self.compile_s = 0.0  # spent on compiling before the first step
         self.progressed = False  # whether this launch has evaluated anything that is kept
         self._saved_step, self._saved_at = -1, time.monotonic()
 
@@ -81,7 +82,7 @@ class Trainer:
             if self.world.is_root:
                 record.flush()
         quiet = self._quiet or not self.world.is_root
-        progress = Progress(self.budget.last_step, quiet, time.monotonic() - process.STARTED)
+        progress = Progress(self.budget.last_step, quiet, time.monotonic() - process.STARTED - self.compile_s, self.compile_s)
         try:
             while not (reason := self._reason_to_stop()):
                 try:

@@ -36,7 +36,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 torch.manual_seed(0)
 x = torch.randn(70, 2**12 - 3, dtype=torch.float32)
 function = lambda a: [torch.tanh(a * 2 + 1).mean(1), a.sigmoid()]
-found = Programs(torch.device("cpu"), torch.float32, sys.exit).build(function, [x])(lambda k: x)
+found = Programs(torch.device("cpu"), torch.float32, sys.exit).build(function, [x], [None])(lambda k: x)
 print(max(float((f.double() - e).abs().max()) for f, e in zip(found, function(x.double()))))
 print(pick_vec_isa())
 """

@@ -52,7 +52,7 @@ class Origin:
     """The change that a parameter's own operation makes, not made yet: a compiled pass can make it where it is used."""
 
     make: Callable[..., Tensor]  # data of the change from ``tensors``, by torch operations alone
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # vectors of integers have an entry a coordinate, [P]; all others belong to every coordinate
     channel: Tensor | None
     axis: int = 1
     name: str = ""  # of the parameter in its module

@@ -119,7 +119,7 @@ def log_softmax_change(log_p: Tensor, d: Tensor, dim: int) -> Tensor:
 
 def cross_entropy_difference(log_p: Tensor, d: Tensor, targets: Tensor) -> Tensor:
     """Mean over the batch of log sum_k p_k exp(d_k - d_y); log p [B, K], d [P, B, K], targets [B] -> [P]."""
-    own = d.gather(2, targets[None, :, None].expand(len(d), -1, 1))
+    own = d.gather(2, targets[None, :, None].expand(d.shape[0], -1, 1))
     return log_mean_exp(log_p, d - own, 2)[..., 0].mean(1)
 
 

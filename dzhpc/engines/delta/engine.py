@@ -18,9 +18,10 @@ from dzhpc.engines.batch import BatchEngine, changed
 from dzhpc.engines.blackbox import BlackBoxLoss
 from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.losschange import LossChange
-from dzhpc.engines.delta.plan import Plans, Route, Sized
+from dzhpc.engines.delta.plan import PROBE, Plans, Route, Sized
 from dzhpc.engines.delta.propagation import Propagation
 from dzhpc.engines.delta.rules import table
+from dzhpc.engines.kernels.compiled import Code, Programs
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.losses import Loss, loss_of
 from dzhpc.engines.network import untouched
@@ -35,7 +36,7 @@ log = logging.getLogger("dzhpc")
 BUDGET_MB = {"cpu": 32.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 4  # of the largest change downstream that are alive at once
 NAMED = 6  # operations of a route in an explanation
-LARGEST = 64  # coordinates in a chunk: more would leave the last chunk of a layer emptier, and save little
+LARGEST = 64  # coordinates in a chunk: more would save little
 
 
 class Delta(BatchEngine):
@@ -143,7 +144,7 @@ class Delta(BatchEngine):
     @torch.no_grad()
     def differences(self, coords: Iterable[int], mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        reduce = lambda change, count: self._loss_change(change, count, self._base)  # noqa: E731
+        reduce = lambda change: self._loss_change(change, self._base)  # noqa: E731
         return self._by_chunks(coords, lambda chunk: self._evaluate_chunk(chunk, mu, self._one_by_one, reduce))
 
     @torch.no_grad()
@@ -152,6 +153,23 @@ class Delta(BatchEngine):
         self._need_base()
         evaluate = lambda chunk: self._evaluate_chunk(chunk, mu, self._responses_singly, self._answer_change)  # noqa: E731
         return self._by_chunks(coords, evaluate, self._z.shape)
+
+    @property
+    def programs(self) -> Programs:
+        """What is compiled."""
+        return self._kernels.programs
+
+    @torch.no_grad()
+    def to_compile(self) -> list[Code]:
+        """All programs that differences will need, not compiled yet; equal on all ranks, in one order. No query is counted."""
+        self._need_base()
+        with self._pinned.unchanged(), self.programs.waiting() as found:
+            for owner in (k for k, route in enumerate(self.routes) if route.propagates and self.programs.compiling):
+                change = self._chunk(owner, np.asarray(self.index.range(self.index.names[owner]))[:1], PROBE)
+                if not self._loss_change.asks:
+                    self._loss_change(change, self._base)
+        self._propagation.new_batch()  # what a trial derived is not what chunks will ask for
+        return found
 
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`; for the shape of the batch bound last."""
@@ -202,13 +220,7 @@ class Delta(BatchEngine):
                 f"{bytes_each / 2**20:.1f} MiB at this batch size; raise it or use a smaller data.batch_size"
             )
         budget = self._limit or BUDGET_MB[self.index.device.type] * 2**20
-        fits = int(max(1, min(self._largest, budget // bytes_each, every)))
-        if fits == every or self._takes_any_count(sized):
-            return fits
-        return 1 << (fits.bit_length() - 1)  # a power of two: fewer shapes to compile
-
-    def _takes_any_count(self, sized: Sized | None) -> bool:
-        return sized is not None and sized.any_count and self._loss_change.takes_any_count
+        return int(max(1, min(self._largest, budget // bytes_each, every)))
 
     @torch.no_grad()
     def _sized(self, owner: int) -> Sized | None:
@@ -221,26 +233,23 @@ class Delta(BatchEngine):
                 self._plans.measure(shape)
         return self._plans.sized(owner, shape)
 
-    def _answer_change(self, change: Tensor, count: int) -> Tensor:
-        """The change of z [count, ...] for changes of the outputs [P, B, ...], of which the others fill the shape."""
-        change = change.to(self.index.dtype)[:count]
+    def _answer_change(self, change: Tensor) -> Tensor:
+        """The change of z [P, ...] for changes of the outputs [P, B, ...]."""
+        change = change.to(self.index.dtype)
         if not isinstance(self.loss, BlackBoxLoss):
             return change
         self.loss.many(self._outputs + change, self.batch[1])
         return changed(self.loss.answered, self._z).to(self.index.dtype)
 
     def _evaluate_chunk(self, coords: np.ndarray, mu: float, singly: Callable, reduce: Callable) -> Tensor:
-        """``reduce(change of the outputs [P, B, ...], n)`` for coordinates [n] of one parameter, or ``singly(coords, mu)``."""
+        """``reduce(change of the outputs [P, B, ...])`` for coordinates [P] of one parameter, or ``singly(coords, mu)``."""
         owner = int(self.index.owner(coords[:1])[0])
         route = self.routes[owner]
         if route.refusal:
             self._say_once(f"{route.refusal}: evaluated one coordinate at a time")
         if not route.propagates:
             return singly(coords, mu)
-        filled = coords
-        if not self._takes_any_count(self._sized(owner)):
-            filled = np.pad(coords, (0, self._size(owner) - len(coords)), mode="edge")  # one shape, one program
-        found = reduce(self._chunk(owner, filled, mu), len(coords))
+        found = reduce(self._chunk(owner, coords, mu))
         self.queries += len(coords)
         return found
 

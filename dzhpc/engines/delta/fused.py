@@ -13,6 +13,7 @@ from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.layout import Layout, channels_apart, fills_vectors, is_apart
 from dzhpc.engines.delta.operations import Changes, Operations
 from dzhpc.engines.kernels.compiled import Program
+from dzhpc.engines.kernels.symbolic import for_count, form
 
 Given = dict[fx.Node, Change | Origin]
 Key = tuple[fx.Node, str]
@@ -24,7 +25,7 @@ class Run:
 
     nodes: tuple[fx.Node, ...]
     fused: bool
-    programs: dict[tuple, "_Passes"] = field(default_factory=dict)  # for each kind of incoming changes
+    programs: dict[tuple, "_Passes | None"] = field(default_factory=dict)  # for each kind of incoming changes
 
     @property
     def leaving(self) -> list[fx.Node]:
@@ -50,6 +51,10 @@ class _Passes:
     sources: list[Callable[[], Tensor]]  # what they read beside the changes, for the batch at hand
     leaving: list[_Leaving]
 
+    def holds(self, count: int) -> bool:
+        """Whether they are right for so many coordinates."""
+        return self.rest.holds(count) and (self.sums is None or self.sums.holds(count))
+
     def __call__(self, moving: list[Tensor]) -> list[Tensor]:
         """From the tensors of the incoming changes the data of each that leaves, then the channels that the run made."""
 
@@ -72,22 +77,22 @@ class Fused:
         inputs = (a for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes)
         given = {a: self._laid_out(changes[a]) for a in inputs}
         moving = _tensors(given)
+        axes = {key: _axis(key, t) for key, t in moving.items()}
         kind = (
             self._operations.network.value(run.nodes[0]).shape,  # an origin's own tensors do not all know the batch
             *((c.axis, c.name if isinstance(c, Origin) else None) for c in given.values()),
-            *((key, t.shape, t.stride()) for key, t in moving.items()),
+            *((key, form(t, axes[key])) for key, t in moving.items()),
         )
-        if kind not in run.programs:
-            run.programs[kind] = self._trace(run, given, moving)
-        passes = run.programs[kind]
+        count = next(t.shape[axes[key]] for key, t in moving.items() if axes[key] is not None)
+        passes = for_count(run.programs, kind, count, lambda axes: self._trace(run, given, moving, axes), list(axes.values()))
         out = passes(list(moving.values()))
         channels = [*(c.channel for c in given.values()), *out[len(passes.leaving) :]]
         for left, data in zip(passes.leaving, out, strict=False):
             channel = None if left.channel is None else channels[left.channel]
             changes[left.node] = Change(data if channel is None else self._for_readers(left.node, data), channel, left.axis)
 
-    def _trace(self, run: Run, given: Given, moving: dict[Key, Tensor]) -> _Passes:
-        """The programs for incoming changes like these."""
+    def _trace(self, run: Run, given: Given, moving: dict[Key, Tensor], axes: list[int | None]) -> _Passes:
+        """The programs for incoming changes like these; axes: where each of ``moving`` has its coordinates."""
         operations, first, wanted = self._operations, run.nodes[0], run.leaving
         sources = self._sources(run, given)
         names, normed = [*moving, *sources], [node for node in run.nodes if operations.normalises(node)]
@@ -120,10 +125,12 @@ class Fused:
             return [*(operations.travelling(changes[a]).data for a in wanted), *channels[len(given) :]]
 
         tensors, program = [*moving.values(), *(source() for source in sources.values())], None
+        axes, build = [*axes, *[None] * len(sources)], self._kernels.programs.build
         if first in normed and operations.rule(first).sums:
-            program = self._kernels.programs.build(sums, tensors)
-            tensors += program(tensors.__getitem__)
-        return _Passes(program, self._kernels.programs.build(rest, tensors), list(sources.values()), leaving)
+            program = build(sums, tensors, axes)
+            made = program(tensors.__getitem__)
+            tensors, axes = [*tensors, *made], [*axes, *[0 if any(a is not None for a in axes) else None] * len(made)]
+        return _Passes(program, build(rest, tensors, axes), list(sources.values()), leaving)
 
     def _sources(self, run: Run, given: Given) -> dict[Key, Callable[[], Tensor]]:
         """Base values and statistics, as they lie beside the incoming changes."""
@@ -145,7 +152,7 @@ class Fused:
         if isinstance(change, Origin) or change.channel is not None or change.data.ndim != 5:
             return change
         fits = change.data.device.type != "cpu" or fills_vectors(change.data.shape[2]) or is_apart(change.data)
-        if fits or not self._kernels.programs.is_worth_it(change.data.numel()):
+        if fits or not self._kernels.programs.is_worth_it(change.data[0].numel()):
             return change
         return replace(change, data=self._kernels.call(channels_apart, change.data))
 
@@ -166,6 +173,13 @@ def _tensors(given: Given) -> dict[Key, Tensor]:
         if c.channel is not None:
             found[a, "channel"] = c.channel
     return found
+
+
+def _axis(key: Key, tensor: Tensor) -> int | None:
+    """Where a tensor of an incoming change has its coordinates; None for one that belongs to all of them."""
+    if key[1].startswith("origin"):
+        return 0 if tensor.ndim == 1 and not tensor.is_floating_point() else None
+    return 1 if key[1] == "means" else 0
 
 
 def _change(a: fx.Node, like: Change | Origin, named: dict[Key, Tensor]) -> Change:

@@ -19,30 +19,30 @@ class LossChange:
         self._targets: Tensor | None = None
         self._prepared: Tensor | None = None  # what the formula needs of the base outputs; None: losses are subtracted
 
+    @property
+    def asks(self) -> bool:
+        """Whether losses are evaluated and subtracted."""
+        return self._prepared is None
+
     def bind(self, outputs: Tensor, targets: Tensor) -> None:
         """The base outputs [B, ...] of a batch, and its targets."""
         self._outputs, self._targets, self._prepared = outputs, targets, self._prepare(outputs, targets)
 
     @property
-    def takes_any_count(self) -> bool:
-        """Whether our own library serves: bits are the same for any number of coordinates."""
+    def _by_library(self) -> bool:
         served = self._name == "cross_entropy" and self._prepared is not None and len(self._targets) >= BATCH
         return served and self._kernels.library is not None
 
-    def __call__(self, change: Tensor, count: int, base: Tensor) -> Tensor:
-        """[count] from changes [P, B, ...] of which the others fill the shape; ``base`` is the loss at theta.
-
-        A black box is asked for no more than it has to be.
-        """
+    def __call__(self, change: Tensor, base: Tensor) -> Tensor:
+        """[P] from changes [P, B, ...]; ``base`` is the loss at theta."""
         change = change.to(self._dtype)
         if self._prepared is None:
-            return self._subtracted(change[:count], base)
+            return self._subtracted(change, base)
         if self._name == "mse":
-            return self._kernels.call(mse_difference, self._prepared, change)[:count]
-        if self.takes_any_count:
-            library = self._kernels.library
-            return library.cross_entropies(change[:count], self._prepared.t().contiguous(), self._targets)
-        return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets)[:count]
+            return self._kernels.call(mse_difference, self._prepared, change, common=[0])
+        if self._by_library:
+            return self._kernels.library.cross_entropies(change, self._prepared.t().contiguous(), self._targets)
+        return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets, common=[0, 2])
 
     def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         if self._name == "cross_entropy":

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from dzhpc.engines.delta.change import Change, Operation, flattened
+from dzhpc.engines.delta.change import Change, Operation
 from dzhpc.engines.delta.layout import Layout
 from dzhpc.engines.delta.rules import table
 from dzhpc.engines.delta.rules.rule import Rule
@@ -57,10 +57,9 @@ class Operations:
         kernels: whether compiled ones may serve, where they are worth it.
         """
         incoming = [None] * len(node.args) if incoming is None else incoming
-        coordinates = max((len(c.data) for c in flattened(incoming) if c is not None), default=0) if kernels else 0
         value = self.network.value(node)
-        elements = coordinates * (value.numel() if isinstance(value, Tensor) else 0)
-        worth_it = self.kernels.programs.is_worth_it(elements) or (coordinates > 0 and self.has_library(value))
+        worth_it = kernels and isinstance(value, Tensor)
+        worth_it = worth_it and (self.kernels.programs.is_worth_it(value.numel()) or self.has_library(value))
         operation = self._operation(node, incoming, self.network.value, self._caches.setdefault(node, {}))
         operation.kernels = self.kernels if worth_it else None
         return operation

@@ -81,11 +81,11 @@ def _bias(axis: int) -> Callable:
             shape, inner = op.value.shape, op.module.bias.shape
             return Origin(lambda mu, *place: (_at(place, inner, len(shape)) * mu).expand(-1, *shape), [mu, *place], None)
         k = axis % op.value.ndim
-        shape = [len(place[0]), *(n for i, n in enumerate(op.value.shape) if i != k)]
+        shape = [n for i, n in enumerate(op.value.shape) if i != k]
         planes = None
         if k == 1 and op.value.ndim == 4:
-            planes = _planes(op.value.new_ones(shape[1]).view(1, -1, 1, 1).expand(1, *shape[1:]), [0 * place[0]], place[0])
-        return Origin(lambda mu: mu.expand(shape), [mu], place[0], k, planes=planes)
+            planes = _planes(op.value.new_ones(shape[0]).view(1, -1, 1, 1).expand(1, *shape), [0 * place[0]], place[0])
+        return Origin(lambda mu, c: mu.expand(c.shape[0], *shape), [mu, place[0]], place[0], k, planes=planes)
 
     return rule
 
@@ -116,11 +116,11 @@ def _planes(images: Tensor, place: list[Tensor], channel: Tensor) -> Planes | No
 
 def _at(place: tuple[Tensor, ...], shape: torch.Size, ndim: int) -> Tensor:
     """Where each place [P] of the last axes is: [P, 1, ..., *shape], true at one place."""
-    here = torch.ones([len(place[0]), *[1] * ndim], dtype=torch.bool, device=place[0].device)
+    here = torch.ones([place[0].shape[0], *[1] * ndim], dtype=torch.bool, device=place[0].device)
     for k, (index, n) in enumerate(zip(place, shape, strict=True)):
         axis = [1] * ndim
         axis[ndim - len(shape) + k] = n
-        here = here & (index.reshape(-1, *[1] * ndim) == torch.arange(n, device=index.device).reshape(axis))
+        here = here & (index.reshape(index.shape[0], *[1] * ndim) == torch.arange(n, device=index.device).reshape(axis))
     return here
 
 

@@ -39,7 +39,6 @@ class Sized:
     widest: int  # bytes of the largest change that one coordinate makes
     runs: list[Run]  # the operations between the first and the output
     last_read: list[list[fx.Node]]  # by each run: what no later one reads
-    any_count: bool  # whether bits of a coordinate are the same in a chunk of any size, and none needs a program of its own
 
 
 class Plans:
@@ -119,14 +118,13 @@ class Plans:
         changes: dict[fx.Node, Change | list[Change]] = {first: seed.now()}
         self._propagation.try_out(between, changes)
         runs = self._propagation.runs(between, changes)
-        any_count = self._propagation.takes_any_count(runs, changes)
         if self._compiling():  # the others never reach memory
             made = (a for a in changes if a is first or any(a in run.leaving for run in runs))
             changes = {a: changes[a] for a in made if a is first or not self._propagation.later(a, changes)}
         if self._propagation.waits(first, runs):
             changes.pop(first)
         widest = max(c.data.numel() * c.data.element_size() for c in flattened(list(changes.values())))
-        return Sized(widest, runs, _last_read(runs, output.args[0]), any_count)
+        return Sized(widest, runs, _last_read(runs, output.args[0]))
 
 
 def _last_read(runs: list[Run], output: fx.Node) -> list[list[fx.Node]]:

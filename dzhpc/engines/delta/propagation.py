@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dzhpc.engines.delta import origins
 from dzhpc.engines.delta.blocks import Blocks
@@ -18,12 +18,8 @@ from dzhpc.engines.delta.fused import Fused, Run
 from dzhpc.engines.delta.layout import Layout
 from dzhpc.engines.delta.operations import Changes, Operations
 from dzhpc.engines.delta.passes import Passes
-from dzhpc.engines.delta.rules import structure
-from dzhpc.engines.kernels.convolutions import Direct
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.traced import Traced, name_of
-
-MOVING = (structure.pad, structure.getitem, structure.linear_map, structure.view)  # nothing is computed of several values
 
 
 class Propagation:
@@ -96,23 +92,6 @@ class Propagation:
     def later(self, node: fx.Node, changes: Changes) -> Origin | None:
         """What an operation makes, where that may be left to the block behind it."""
         return self.blocks.convolved(node, changes.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None)
-
-    def takes_any_count(self, runs: list[Run], changes: Changes) -> bool:
-        """Whether our own library carries changes through all runs but those that only move values."""
-        return all(self._takes_any_count(run, changes) for run in runs)
-
-    def _takes_any_count(self, run: Run, changes: Changes) -> bool:
-        node, operations = run.nodes[0], self.operations
-        module, served = operations.module(node), operations.has_library(operations.network.value(node))
-        if run.fused:
-            return served and self.blocks.block(run.nodes) is not None
-        if not served or self.later(node, changes):
-            return served
-        change = changes[node.args[0]] if isinstance(node.args[0], fx.Node) and node.args[0] in changes else None
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(change, Change):
-            one = isinstance(module, nn.Linear) and change.channel is not None
-            return one or (change.channel is None and (isinstance(module, nn.Linear) or Direct.fits(module, change.data)))
-        return operations.rule(node).function in MOVING
 
     def _step(self, node: fx.Node, changes: Changes, kernels: bool) -> Change | list[Change]:
         """The change of one operation's output, given those of its inputs. kernels: whether compiled ones may serve."""

@@ -4,7 +4,7 @@ A kernel of one's own joins by ``PROVIDERS["conv2d"].insert(0, MyKernel)``, MyKe
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -109,9 +109,9 @@ class Kernels:
             return None
         return self._make(Library)
 
-    def call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``function(*tensors)``, compiled at the first call."""
-        return self.programs.call(function, *tensors)
+    def call(self, function: Callable[..., Tensor], *tensors: Tensor, common: Sequence[int] = ()) -> Tensor:
+        """``function(*tensors)``, compiled at the first call: see :meth:`Programs.call`."""
+        return self.programs.call(function, *tensors, common=common)
 
     def find(self, kind: str, layer: nn.Module, like: Tensor):
         """The kernel for a layer and tensors like this one; None where no provider of its kind fits."""

@@ -103,12 +103,12 @@ def _affine(op: Operation, run: Callable, x: Tensor, weight: Tensor, changes: li
         bias = changes[2].dense(op.arg(2, "bias"))
         shape = [1] * op.value.ndim
         shape[bias_axis] = -1
-        parts.append(bias.reshape(len(bias), *shape))
+        parts.append(bias.reshape(bias.shape[0], *shape))
     return Change(expanded(sum(parts), op.value))
 
 
 def _apply_linear(weight: Tensor, change: Change, x: Tensor) -> Tensor:
     if change.channel is not None and change.axis == x.ndim - 1:
         column = weight.t()[change.channel]  # [P, O]
-        return change.data[..., None] * column.reshape(len(column), *[1] * (change.data.ndim - 1), -1)
-    return F.linear(change.dense(x), weight)
+        return change.data[..., None] * column.reshape(column.shape[0], *[1] * (change.data.ndim - 1), -1)
+    return F.linear(change.dense(x).contiguous(), weight)  # else one coordinate is another product

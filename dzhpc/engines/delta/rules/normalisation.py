@@ -83,7 +83,7 @@ def group_norm(op: Operation) -> Change:
     m, data = op.module, op.d.dense(op.x)
     centred, s = group_norm_statistics(op)
     dims = list(range(3, centred.ndim + 1))
-    out = normalised_change(data.reshape(len(data), *centred.shape), centred, s, dims).reshape(data.shape)
+    out = normalised_change(data.reshape(data.shape[0], *centred.shape), centred, s, dims).reshape(data.shape)
     return Change(out if m.weight is None else out * m.weight.reshape(-1, *[1] * (op.x.ndim - 2)))
 
 

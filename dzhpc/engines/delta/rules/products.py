@@ -34,12 +34,12 @@ def _sum(op: Operation, alpha: float) -> Change:
 
 def aligned(data: Tensor, value: Tensor) -> Tensor:
     """[P, *shape] with ones between, so that it broadcasts against ``value`` behind P."""
-    return data.reshape(len(data), *[1] * (value.ndim + 1 - data.ndim), *data.shape[1:])
+    return data.reshape(data.shape[0], *[1] * (value.ndim + 1 - data.ndim), *data.shape[1:])
 
 
 def expanded(data: Tensor, value: Tensor) -> Tensor:
     """[P, *value.shape]."""
-    return data.expand(len(data), *value.shape)
+    return data.expand(data.shape[0], *value.shape)
 
 
 def product(op: Operation) -> Change:
