@@ -28,7 +28,7 @@ def fetch(name: str, root: Path, folder: Path | None = None, size: int | None = 
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{shown(root)}: cannot be made ({error.strerror})") from None
+        raise InputError(f"{shown(root)}: cannot be made ({error.strerror}); choose another with --root") from None
     if name == "cifar10":
         data_set = _cifar10(root, folder, url)
     elif folder is None:

@@ -148,4 +148,4 @@ def _write(out: Path, title: str, text: str, runs: list[Curves], against: str | 
         report.write_text(content, encoding="utf-8", errors="backslashreplace")
         return [report, *([picture] if trained and drawing.drawn(draw) else [])]
     except OSError as error:
-        raise InputError(f"{shown(out)}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror or error}); choose another folder with -o") from None

@@ -72,7 +72,7 @@ def plain(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[File]:
     """Open a file of ours after its checksum was verified."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             block = file.read(BLOCK)
         if not block.startswith(MAGIC):
             raise error(f"{shown(path)}: not a file written by dzhpc, or its beginning is damaged")
@@ -82,12 +82,21 @@ def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[Fi
     except OSError as failure:
         raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure})") from None
     with file:
-        found, version = str(file.attrs["format"]), int(file.attrs["format_version"])
-        if kind is not None and found != kind:
-            raise error(f"{shown(path)}: holds {found}, expected {kind}")
-        if version > VERSION:
-            raise error(f"{shown(path)}: format version {version}, this program reads up to {VERSION}; update dzhpc")
-        yield file
+        try:
+            found, version = " ".join(str(file.attrs["format"]).split()), int(file.attrs["format_version"])
+            if kind is not None and found != kind:
+                raise error(f"{shown(path)}: holds {found}, expected {kind}")
+            if version > VERSION:
+                raise error(f"{shown(path)}: format version {version}, this program reads up to {VERSION}; update dzhpc")
+            yield file
+        except (
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as failure:  # as h5py says that something is not there
+            raise error(f"{shown(path)}: is whole, but not as dzhpc writes it ({' '.join(str(failure).split())})") from None
 
 
 def _digest(path: Path) -> str:
@@ -98,8 +107,13 @@ def _digest(path: Path) -> str:
 
 def is_ours(path: str | Path) -> bool:
     """Whether the file begins like one of ours."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=at_once) as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+def at_once(path: str, flags: int) -> int:
+    """An opener for ``open`` that does not wait for the other end of a named pipe, which then is an empty file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def describe(path: str | Path) -> str:

@@ -23,12 +23,14 @@ class ParameterIndex:
         self.parameters = list(parameters.values())
         self.offsets = np.cumsum([0] + [p.numel() for p in self.parameters])
         if self.size == 0:
-            raise InputError("the model has no trainable parameter, so there is no coordinate to perturb")
+            raise InputError(
+                "the model has no trainable parameter, so there is no coordinate to perturb; look at model.trainable"
+            )
         dtypes = {p.dtype for p in self.parameters}
         if len(dtypes) > 1 or not self.dtype.is_floating_point:
             raise InputError(f"trainable parameters must share one floating-point dtype, found {sorted(map(str, dtypes))}")
         if self.dtype not in (torch.float32, torch.float64):  # theta + mu would be theta, and differences rounding
-            raise InputError(f"trainable parameters are {str(self.dtype)[6:]}; expected float32 or float64")
+            raise InputError(f"trainable parameters are {str(self.dtype)[6:]}; expected float32 or float64 (call .float())")
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ParameterIndex":

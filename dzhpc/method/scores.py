@@ -102,7 +102,10 @@ def lpr_from_scores(
             f'sparsity.ratio = {ratio:g}: the model has no conv or linear weight to prune; use 0 or sparsity.prune = "all"'
         )
     if not torch.isfinite(scores).all():
-        raise NumericalError("the pruning scores are not finite: lower zo.mu or optim.lr, or raise sparsity.q")
+        raise NumericalError(
+            'the pruning scores are not finite: lower zo.mu, raise sparsity.q, or use sparsity.scores = "random"; if the first '
+            "scores were, lower optim.lr"
+        )
     coords = np.concatenate([index.range(name) for name in layers])
     sizes = np.array([len(index.range(name)) for name in layers])
     order = np.argsort(_badness(scores, rule)[coords], kind="stable")

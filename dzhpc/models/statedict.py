@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dzhpc.files import h5
+
 log = logging.getLogger("dzhpc")
 PLACES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")  # before any other
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP: anywhere in a name
@@ -16,7 +18,7 @@ COUNTER = "num_batches_tracked"  # BatchNorm's, which older files lack
 
 def read(path: str) -> object:
     """What ``torch.load`` finds, tensors and plain containers only. Raises OSError; ValueError that says what the file is."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=h5.at_once) as file:
         head = file.read(512)
     if kind := _foreign(head):
         raise ValueError(kind)
@@ -30,7 +32,7 @@ def read(path: str) -> object:
             raise ValueError("is a TorchScript archive; save the network's state_dict() instead") from None
         if found := re.search(r"GLOBAL (\S+)", text):
             raise ValueError(f"holds Python objects ({found[1]}), not only tensors; save model.state_dict() instead") from None
-        reason = type(error).__name__ if "weights_only" in text or not text else text[:200]
+        reason = type(error).__name__ if "weights_only" in text or not text else text.split(". ")[0][:200]
         raise ValueError(f"is no file of torch.save, or is cut short ({reason})") from None
 
 

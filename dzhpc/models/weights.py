@@ -35,7 +35,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     except OSError as error:
         raise InputError(f"model.weights = {path}: cannot be read ({error.strerror or error})") from None
     except (CheckpointError, ValueError, RuntimeError) as error:
-        raise InputError(f"model.weights = {path}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()).removeprefix(f"{paths.shown(file)}: ")
+        raise InputError(f"model.weights = {path}: {said}") from None
 
 
 def _part_for(model: nn.Module, weights: dict) -> nn.Module:

@@ -89,10 +89,8 @@ class Trainer:
                     self._train_step(schedule, progress)
                 except Interrupted as interruption:  # on all ranks; the reason follows at once
                     self._keep(interruption.partial)
-                    if interruption.failure and not self._reason_to_stop():
+                    if interruption.failure:
                         self._give_up(interruption.failure)
-                    if interruption.failure:  # a signal may have ended a program that the black box runs
-                        log.warning("%s; that was after the run was asked to stop", interruption.failure)
         finally:
             progress.close()
         self._finish(reason)
@@ -191,6 +189,7 @@ class Trainer:
         rows = self.world.split(shared.parts, rows_of)
         if np.isnan(rows).any() and (failure := self._distribution.failure()):
             self._give_up(failure)
+            raise Interrupted(None)
         loss, flat = shared.join(rows)
         return loss, flat[torch.from_numpy(self._distribution.coords).to(flat.device)]
 
@@ -207,7 +206,13 @@ class Trainer:
         self.state.partial, self._saved_step, self.progressed = partial, -1, True
 
     def _give_up(self, failure: str) -> None:
-        """Raise BlackBoxError on all ranks, with a checkpoint of what is known. Collective."""
+        """Raise BlackBoxError on all ranks, with a checkpoint of what is known. Collective.
+
+        Not so where a signal came meanwhile, which may have ended a program that the black box runs: then that is the reason.
+        """
+        if self.world.maximum(int(self._requests.reason())) >= Reason.SIGNAL:
+            log.warning("%s; that was after the run was asked to stop", failure)
+            return
 
         def keep() -> str:
             if self._unsaved:
@@ -239,6 +244,7 @@ class Trainer:
         loss, correct, count = (sum(column) for column in rows.T.tolist())
         if math.isnan(count):
             self._give_up(self._distribution.failure())
+            return
         self._record.add_evaluation(self.state.step, self.state.epoch, loss / count, correct / count)
         text = "" if math.isnan(correct) else f" accuracy {100 * correct / count:.2f} %"
         if self.task.steps_per_epoch > 1:

@@ -140,3 +140,12 @@ def test_a_name_that_is_no_text_is_named(tmp_path):
     with pytest.raises(InputError, match=r"t\.h5: cannot hold the name 'caf\\udce9', which is no UTF-8 text"):
         h5.write(tmp_path / "t.h5", "dzhpc-test", lambda file: file.attrs.update(classes=["caf\udce9"]), InputError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_file_that_lacks_a_part_and_a_pipe_are_refused(tmp_path):
+    h5.write(tmp_path / "a.h5", "dzhpc-lpr", lambda file: file.create_dataset("layer", data=[1.0]), InputError)
+    with pytest.raises(InputError, match=r"a\.h5: is whole, but not as dzhpc writes it .*"):
+        load_lpr(tmp_path / "a.h5")
+    os.mkfifo(tmp_path / "b.h5")
+    with pytest.raises(InputError, match=r"b\.h5: not a file written by dzhpc"):
+        load_lpr(tmp_path / "b.h5")

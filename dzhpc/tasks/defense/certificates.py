@@ -161,7 +161,7 @@ def write(files: list[Path], out: Path) -> tuple[str, list[Path]]:
         report.write_text(content, encoding="utf-8", errors="backslashreplace")
         return text, [report, *([picture] if some and drawing.drawn(lambda: plot(some, picture)) else [])]
     except OSError as error:
-        raise InputError(f"{shown(out)}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror}); choose another folder with -o") from None
 
 
 def write_tsv(record: Record, path: Path) -> None:

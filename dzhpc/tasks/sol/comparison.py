@@ -51,6 +51,6 @@ def write(experiment: Experiment, methods: list[Method], at: list[int], out: Pat
         table.write_text(results.tsv(methods, parameters, at), encoding="utf-8", errors="backslashreplace")
         drawing.drawn(lambda: figures.draw(experiment, methods, last, pictures))
     except OSError as error:
-        raise InputError(f"{shown(out)}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{shown(out)}: cannot be written ({error.strerror}); choose another folder with -o") from None
     files = [report, table, *(file for file in pictures if file.exists())]
     return f"{results.summary(methods, at)}\nwritten: {', '.join(map(shown, files))}"

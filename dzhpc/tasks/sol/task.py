@@ -121,7 +121,9 @@ class SolTask(Task):
         task, zo, sparsity = self.config.task, self.config.zo, self.config.sparsity
         factor = self.reference.about.get("factor", task.factor)
         if not task.is_own and factor != task.factor:
-            raise InputError(f"task.factor = {task.factor}: the reference {self.config.data.name} was made with {factor}")
+            raise InputError(
+                f"task.factor = {task.factor}: the reference {self.config.data.name} was made with {factor}; set it to that"
+            )
         if task.unroll > 1 and zo.estimator == "autograd" and not self.simulator.differentiable:
             raise InputError(
                 f'zo.estimator = "autograd": no gradient goes through {task.box}; use "projected", task.unroll = 1, or cge'
