@@ -62,6 +62,7 @@ def failed(place):
     cases += [Case("prune", "prune", ["defense.toml", "-o", "lpr.h5", *sets(task__max_queries=99)])]
     cases += [Case("again", "train", again, {"DOWN": "1 2 3"})]
     cases += [Case("afresh", "train", [*KINDS["scores"], "--run-dir", "afresh"], {"DOWN": "1 0 2"})]
+    cases += [Case("warned", "train", [*KINDS["cge"], "--run-dir", "warned"], {"DOWN": "1 2 3", "WARNED": "1"})]
     results = batch(2, place, cases)
     return results, {name: contents(checkpoints(place / name)[-1]) for name in ON_TWO}
 
@@ -72,6 +73,7 @@ def continued(place, failed):
     whole = [Case(f"whole-{kind}", "train", [*args, "--run-dir", f"whole-{kind}"]) for kind, args in KINDS.items()]
     alone = ["train", [*KINDS["cge"], "--run-dir", "alone"]]
     cases = [Case(name, "train", [*KINDS[kind], "--run-dir", name]) for name, (kind, *_) in ON_TWO.items()]
+    cases += [Case("warned", "train", [*KINDS["cge"], "--run-dir", "warned"])]
     return batch(1, place, [*whole, Case("alone", *alone, {"DOWN": "0 2 3"}), Case("alone-again", *alone), *cases])
 
 
@@ -137,3 +139,9 @@ def test_queries_are_the_questions_that_a_classifier_is_asked(place, failed):
 def test_a_classifier_that_rounds_its_answers_is_named(place, failed):
     line = failed[0]["rounded"].error(5, "step 1: task.classifier = userland:redder_by_tenths answered the same under all ")
     assert line.endswith("perturbations: quantised answers? raise zo.mu (now 0.001)")
+
+
+def test_a_box_that_fails_after_a_warning_stops_the_run_as_it_was_asked_to(place, failed, continued):
+    line = failed[0]["warned"].error(75, "rank 1: task.function = userland:Outage: ConnectionError: no license left")
+    assert line.endswith("that was after the run was asked to stop")
+    assert_same(bits(place / "whole-cge"), bits(place / "warned"))

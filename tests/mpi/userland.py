@@ -184,13 +184,18 @@ class LongStep(Bowl):
 
 
 class Outage(LongStep):
-    """LongStep that raises on one rank in one call of one step, where DOWN="RANK STEP CALL" says so; calls count from 0."""
+    """LongStep that raises on one rank in one call of one step, where DOWN="RANK STEP CALL" says so; calls count from 0.
+
+    WARNED: the rank receives SIGUSR1 just before, as if that had ended a program that it runs.
+    """
 
     step, calls = -1, 0
 
     def __call__(self, thetas, step):
         self.step, self.calls = step, self.calls + 1 if step == self.step else 0
         if os.environ.get("DOWN") == f"{RANK} {step} {self.calls}":
+            if "WARNED" in os.environ:
+                os.kill(os.getpid(), signal.SIGUSR1)
             raise ConnectionError("no license left")
         return super().__call__(thetas, step)
 
