@@ -211,7 +211,8 @@ class Trainer:
         Not so where a signal came meanwhile, which may have ended a program that the black box runs: then that is the reason.
         """
         if self.world.maximum(int(self._requests.reason())) >= Reason.SIGNAL:
-            log.warning("%s; that was after the run was asked to stop", failure)
+            if self.world.is_root:
+                log.warning("%s; that was after the run was asked to stop", failure)
             return
 
         def keep() -> str:
