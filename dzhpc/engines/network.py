@@ -83,7 +83,9 @@ class NetworkEngine(ABC):
                     along = {n: forward.make_dual(p, pieces[n]) for n, p in zip(pieces, self.index.parameters, strict=True)}
                     value = self.loss(torch.func.functional_call(self.model, along, (inputs,)), targets)
                     slope = forward.unpack_dual(value).tangent
-                values.append(torch.zeros_like(self._base) if slope is None else slope.clone())
+                if slope is None:  # something on the way has dropped it
+                    raise RuntimeError("no derivative reaches the loss")
+                values.append(slope.clone())
         return stacked(values, self.index)
 
     def hessian_gradient(self) -> list[Tensor]:

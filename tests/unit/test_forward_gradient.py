@@ -73,9 +73,10 @@ def test_a_loss_without_a_forward_derivative_is_refused():
         def forward(self, x):
             return Own.apply(super().forward(x))
 
-    engine = bound(Net(4, 3), (torch.randn(5, 4), torch.randn(5, 3)), "mse")
-    with pytest.raises(InputError, match='"fg-w": no forward-mode derivative'):
-        make_estimator(Zo(estimator="fg-w"), 0).check(engine)
+    batch = torch.randn(5, 4), torch.randn(5, 3)
+    for engine in (bound(Net(4, 3), batch, "mse"), bound(nn.Linear(4, 3), batch, lambda out, y: torch.tensor(out.sum().item()))):
+        with pytest.raises(InputError, match='"fg-w": no forward-mode derivative'):
+            make_estimator(Zo(estimator="fg-w"), 0).check(engine)
 
 
 def mixer(depth=2):
