@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def default_folder(sources: list[Path]) -> Path:
 
 def label_of(source: Path, without_denoiser: bool) -> str:
     """A method's name: the run folder's, the run folder's with the step, or the input file's."""
-    path = source.resolve()
+    path = Path(os.path.realpath(source))
     name = path.name if path.is_dir() else path.stem
     if path.parent.name == "checkpoints":
         name = f"{path.parent.parent.name}-{name}"
