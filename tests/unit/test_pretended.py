@@ -12,6 +12,7 @@ from torch import nn
 
 from dzhpc import config
 from dzhpc.engines import make_engine
+from dzhpc.engines.budget import budget
 from dzhpc.job.world import World
 from dzhpc.method.estimators import make_estimator
 from dzhpc.models.cnn import SimpleCNN
@@ -72,6 +73,13 @@ def test_no_engine_waits_for_the_device_while_it_evaluates(name, kind, precision
         assert (found.device.type, list(found.shape), found.dtype) == ("cuda", [2], torch.float32)
         engine.directional([torch.ones(engine.index.size, device=CUDA)], 1e-3)
         assert gpu.launches and not gpu.waits
+
+
+@pytest.mark.parametrize(("gigabytes", "mib"), [(8, 1024), (16, 2048), (24, 4096), (40, 4096), (80, 4096), (141, 4096)])
+def test_the_memory_of_a_chunk_follows_from_the_card(gigabytes, mib):
+    with Pretended(memory=gigabytes * 10**9):
+        size, why = budget(CUDA)
+    assert size == mib * 2**20 and why.startswith(f"a quarter of the card's {gigabytes * 10**9 / 2**30:.1f} GiB, ")
 
 
 def test_the_pretence_sees_what_it_is_there_to_see():

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from dzhpc.engines.batch import BatchEngine, changed
 from dzhpc.engines.blackbox import BlackBoxLoss
+from dzhpc.engines.budget import budget
 from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.losschange import LossChange
 from dzhpc.engines.delta.plan import PROBE, Plans, Route, Sized
@@ -33,7 +34,6 @@ from dzhpc.job import device as devices
 from dzhpc.method.coordinates import ParameterIndex, cut
 
 log = logging.getLogger("dzhpc")
-BUDGET_MB = {"cpu": 32.0, "cuda": 4096.0}  # for a chunk's changes: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 4  # of the largest change downstream that are alive at once
 NAMED = 6  # operations of a route in an explanation
 LARGEST = 64  # coordinates in a chunk: more would save little
@@ -175,7 +175,9 @@ class Delta(BatchEngine):
         """See :class:`dzhpc.engines.protocol.Engine`; for the shape of the batch bound last."""
         lines = list(map(self._explain_one, range(len(self.index.names))))
         how = ", ".join(f"{key}: {value}" for key, value in self.environment.items())
-        return "\n".join([f"engine delta, {how}", *lines])
+        size, why = (self._limit, "zo.memory_mb") if self._limit else budget(self.index.device)
+        chunk = f"changes of a chunk: at most {size / 2**20:g} MiB ({why}), and {self._largest} coordinates"
+        return "\n".join([f"engine delta, {how}", chunk, *lines])
 
     def _explain_one(self, owner: int) -> str:
         sized, route = self._sized(owner), self.routes[owner]
@@ -219,8 +221,8 @@ class Delta(BatchEngine):
                 f"zo.memory_mb = {self._limit / 2**20:g}: one coordinate of {self.index.names[owner]} needs "
                 f"{bytes_each / 2**20:.1f} MiB at this batch size; raise it or use a smaller data.batch_size"
             )
-        budget = self._limit or BUDGET_MB[self.index.device.type] * 2**20
-        return int(max(1, min(self._largest, budget // bytes_each, every)))
+        allowed = self._limit or budget(self.index.device)[0]
+        return int(max(1, min(self._largest, allowed // bytes_each, every)))
 
     @torch.no_grad()
     def _sized(self, owner: int) -> Sized | None:
