@@ -84,8 +84,9 @@ def curvature_of(loss: Loss, outputs: Tensor, targets: Tensor, dtype: torch.dtyp
         if labels or targets.shape == outputs.shape:
             return CrossEntropy(outputs.double().log_softmax(1), targets, dtype)
     name = next((name for name, known in LOSSES.items() if known is loss), getattr(loss, "__name__", type(loss).__name__))
+    shapes = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (outputs, targets)]
     raise InputError(
-        f'the loss "{name}" has no curvature that is known for outputs {list(outputs.shape)} and targets {list(targets.shape)}, '
+        f'the loss "{name}" has no curvature that is known for outputs {shapes[0]} and targets {shapes[1]}, '
         'which optim.name = "gauss-newton" needs: cross entropy of [N, K] logits, a squared error, or residuals'
     )
 

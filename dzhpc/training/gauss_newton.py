@@ -7,8 +7,10 @@ multiplies them, and the root adds the products up in order; it solves, and all 
 import logging
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,22 +166,30 @@ def check(task: Task, n: int) -> str:
     Raises InputError for an engine or a loss without responses, and for more memory than is allowed or than there is.
     """
     engine, config = task.engine, task.config
-    if not hasattr(engine, "responses") or task.shared:
+    if not hasattr(type(engine), "responses") or not hasattr(type(engine), "curvature") or task.shared:
         raise InputError(
             f'optim.name = "gauss-newton": {type(engine).__name__} gives no outputs, only losses; use "sgd" or "adam"'
         )
     rows, itemsize = engine.curvature.size, torch.empty(0, dtype=engine.index.dtype).element_size()
     size, asked = sketched(config, n, rows), needed(config, n, rows, itemsize) / 2**20
     what = f"|S| = {n:,} by {rows:,} outputs" + (f", compressed to {size:,}" if size < rows else "")
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**20
+    there = _free_mib()
     limit = 2 * config.optim.memory_mb  # the Jacobian is within it; the small system may take as much again
-    if asked > limit or asked > max(there, 256):
+    if asked > min(limit, there):
         of = f"optim.memory_mb = {config.optim.memory_mb:g}" if asked > limit else f"this machine has {there:,.0f} MiB free"
         raise InputError(
             f'optim.name = "gauss-newton": {what} needs {asked:,.0f} MiB, {of}; raise sparsity.ratio, lower optim.sketch, or '
             "use another optimiser"
         )
     return f"gauss-newton: {what}, {asked:,.0f} MiB over all ranks"
+
+
+def _free_mib() -> float:
+    """Memory that this node can give; where nothing says so, all that it has."""
+    info = Path("/proc/meminfo")
+    if info.exists() and (found := re.search(r"MemAvailable:\s*(\d+) kB", info.read_text())):
+        return int(found[1]) / 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
 @dataclass
