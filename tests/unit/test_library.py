@@ -14,7 +14,7 @@ from dzhpc.engines.delta.differences import LARGE
 from dzhpc.engines.kernels import compiled, library
 from dzhpc.engines.kernels.convolutions import Direct, Winograd
 from dzhpc.engines.windows import Window
-from dzhpc.job import processor
+from dzhpc.job import device, processor
 
 pytestmark = pytest.mark.compiles
 COMPILER = next(filter(shutil.which, compiled.COMPILERS), None)
@@ -216,13 +216,14 @@ def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, toler
         coords = torch.arange(0, engine.index.size, engine.index.size // 60).numpy()
         engine.bind(inputs, labels)
         found = engine.differences(coords, 5e-3)
-    for part in (slice(0, None, 2), slice(20, 21)) if way == "compiled" else ():  # torch's own convolutions see who is beside
+    for part in (slice(0, None, 2), slice(20, 21)) if served else ():  # torch's own convolutions see who is beside
         assert torch.equal(engine.differences(coords[part], 5e-3), found[part])
     truth = dzhpc.make_engine("full", model.double(), "cross_entropy")
     truth.bind(inputs.double(), labels)
     expected = truth.differences(coords, 5e-3)
     assert float((found.double() - expected).norm() / expected.norm()) < tolerance
-    assert bool(served) == (way == "compiled")
+    halves = precision == "bf16" and device.has_fast_bf16(torch.device("cpu"))  # these have products of their own
+    assert bool(served) == (way == "compiled" and not halves)
     words = "kernel changes is not used: fatal error: no such processor"
     assert sum(words in line for line in caplog.messages) == (way == "compiler fails")
 

@@ -53,7 +53,7 @@ class Blocks:
     def advance(self, nodes: tuple[fx.Node, ...], changes: dict[fx.Node, Change | Origin | list[Change]]) -> bool:
         """Add to ``changes`` what leaves the run, if it is a block that these changes pass; whether it is."""
         block, library = self.block(nodes), self._operations.kernels.library
-        if block is None or library is None or self._operations.network.value(block.first).shape[0] < BATCH:
+        if block is None or not self._operations.has_library(self._operations.network.value(block.first)):
             return False
         moving = [a for a in block.first.args if isinstance(a, fx.Node) and a in changes]
         beside = [a for a in (block.add.args if block.add else ()) if isinstance(a, fx.Node) and a in changes and a not in nodes]
@@ -72,7 +72,9 @@ class Blocks:
         conv, user = self._operations.module(node), next(iter(node.users), None)
         behind = [block for nodes, block in self._known.items() if user is nodes[0]]
         alone = len(node.users) == 1 and behind and all(block is not None and block.first is not block.add for block in behind)
-        if self._operations.kernels.library is None or not (alone and isinstance(conv, nn.Conv2d) and isinstance(change, Change)):
+        if not self._operations.has_library(self._operations.network.value(node)) or not (
+            alone and isinstance(conv, nn.Conv2d) and isinstance(change, Change)
+        ):
             return None
         plain = conv.groups == 1 and conv.padding_mode == "zeros" and min(borders(conv)) >= 0
         if change.channel is None or change.axis != 1 or change.data.ndim != 4 or not plain or change.data.shape[1] < BATCH:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dzhpc.engines.kernels.library import BATCH, Library, direct_weights, winograd_weights
 from dzhpc.engines.windows import borders, window_of
+from dzhpc.job.device import has_fast_bf16
 
 TILE, FULL = 4, 0.5  # outputs on a side of a tile; how much of all tiles must lie within the image
 
@@ -27,7 +28,9 @@ class _Own:
     @staticmethod
     def types(device: torch.device) -> list[torch.dtype]:
         """What it may serve on this machine."""
-        return [torch.float32, torch.bfloat16] if device.type == "cpu" else []
+        if device.type != "cpu":
+            return []
+        return [torch.float32] if has_fast_bf16(device) else [torch.float32, torch.bfloat16]
 
     @classmethod
     def fits(cls, conv: nn.Conv2d, like: Tensor) -> bool:
