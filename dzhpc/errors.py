@@ -8,7 +8,7 @@
 | 3 | a checkpoint that is missing, damaged, of another model or with other frozen keys |
 | 4 | bad launch: no MPI job, several ranks on one GPU, unlike nodes, or a run folder that another job is using |
 | 5 | numerical failure |
-| 6 | the black box (a user's loss, classifier or program) failed, and again when asked again; what is known is kept in a checkpoint |
+| 6 | the black box (a user's loss, classifier or program) failed, and again when asked again; what is known is saved |
 | 75 | stopped early with a checkpoint: submit the same command again |
 | 130 | interrupted by the keyboard (Ctrl-C) before it could end in good order |
 """

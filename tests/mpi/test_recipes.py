@@ -67,7 +67,7 @@ def done(tmp_path_factory, project):
             (place / f"{name}.toml").write_text(INPUT.format(name=name))
     words = {
         "estimator": sets(zo__estimator="estimator:Antithetic", zo__q=5, zo__engine="reuse", model__name="cnn", model__width=4),
-        "layer": sets(zo__mu=1e-4), "kernel": [],
+        "layer": sets(zo__mu=1e-4), "kernel": sets(zo__compile="on"),
     }  # fmt: skip
     case = lambda name, folder, more=(): Case(folder, "train", [f"{name}.toml", "--run-dir", folder, *words[name], *more])  # noqa: E731
     alone = [*(case(name, f"{name}-1") for name in NETWORKS), case("layer", "layer-full", sets(zo__engine="full"))]

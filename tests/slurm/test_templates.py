@@ -260,7 +260,7 @@ def test_sol_chain(cluster, place):
     words = sets(
         task__resolution=16, task__factor=2, task__frames=8, task__warm_up=3, task__unroll=2, model__widths=[1],
         task__train_parameters=[2e5, 3e5], task__valid_parameters=[2.5e5], task__test_parameters=[2.2e5, 2.8e5],
-        run__name="tiny", stop__steps=2, checkpoint__every_steps=1,
+        run__name="tiny", stop__epochs=1, stop__steps=2, checkpoint__every_steps=1,
     )  # fmt: skip
     env = ["INPUT=inputs/sol-small.toml", "SBATCH=sbatch --ntasks=2 --gpus-per-task=0", "EVALUATE=--no-gif"]
     jobs = re.findall(r"\d+", cluster.command("env", "-C", place, *env, "bash", "slurm/sol.sh", *words))

@@ -66,6 +66,7 @@ class Anywhere(gpu.TritonPasses):
         return [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_an_engine_whose_passes_are_these_kernels_agrees_with_float64(monkeypatch, precision, tolerance):
     monkeypatch.setitem(PROVIDERS, "pass", [Anywhere])

@@ -69,7 +69,7 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_random_numbers_
     ("section", "message"),
     [
         (config.Model(name="cnn", dpeth=2), r"unknown key model\.dpeth; model cnn takes classes, depth, in_channels, width"),
-        (config.Model(name="resnet99"), r'model\.name = "resnet99": expected cnn \| resnet20'),
+        (config.Model(name="resnet99"), r'model\.name = "resnet99": expected cnn \| cnn8'),
         (config.Model(name="cnn", depth=0), r"model\.depth = 0.*expected at least 1"),
         (config.Model(name="cnn", depth="two"), r"\[model\] cnn: "),
         (
