@@ -70,18 +70,18 @@ def plain(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[File]:
-    """Open a file of ours after its checksum was verified."""
-    try:
-        with open(path, "rb", opener=at_once) as file:
-            block = file.read(BLOCK)
-        if not block.startswith(MAGIC):
-            raise error(f"{shown(path)}: not a file written by dzhpc, or its beginning is damaged")
-        if _digest(path).encode() != block[len(MAGIC) : len(MAGIC) + 64]:
-            raise error(f"{shown(path)}: damaged (its SHA-256 does not match): cut short or altered after it was written")
-        file = File(path, "r", locking=False)
-    except OSError as failure:
-        raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure})") from None
-    with file:
+    """Open a file of ours after its checksum was verified; the same file, though another may take its name meanwhile."""
+    with contextlib.ExitStack() as stack:
+        try:
+            raw = stack.enter_context(open(path, "rb", opener=at_once))
+            block = raw.read(BLOCK)
+            if not block.startswith(MAGIC):
+                raise error(f"{shown(path)}: not a file written by dzhpc, or its beginning is damaged")
+            if hashlib.file_digest(raw, "sha256").hexdigest().encode() != block[len(MAGIC) : len(MAGIC) + 64]:
+                raise error(f"{shown(path)}: damaged (its SHA-256 does not match): cut short or altered after it was written")
+            file = stack.enter_context(File(raw, "r"))
+        except OSError as failure:
+            raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure})") from None
         try:
             found, version = " ".join(str(file.attrs["format"]).split()), int(file.attrs["format_version"])
             if kind is not None and found != kind:
@@ -97,12 +97,6 @@ def opened(path: Path, kind: str | None, error: type[DzhpcError]) -> Iterator[Fi
             AttributeError,
         ) as failure:  # as h5py says that something is not there
             raise error(f"{shown(path)}: is whole, but not as dzhpc writes it ({' '.join(str(failure).split())})") from None
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        file.seek(BLOCK)
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_ours(path: str | Path) -> bool:

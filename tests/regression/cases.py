@@ -86,7 +86,7 @@ CASES = dict([
     train("full-dropout", "dropout", "zo.engine=full", **FEW),
     *(train(f"full-{name}", "digits", f"zo.engine=full task.loss=mse zo.estimator={name}")
       for name in ("fa", "dfa", "align-ada", "align-zero")),
-    train("full-fg-w", "digits", "zo.engine=full zo.estimator=fg-w zo.q=3 stop.steps=3"),
+    train("full-fg-w", "digits", "zo.engine=full zo.estimator=fg-w zo.q=3 sparsity.scores=random stop.steps=3"),
     train("lg-fg-a", "digits", "zo.estimator=lg-fg-a zo.q=2 model.name=local-mixer model.groups=2 model.grid=2 "
           "model.image_size=8 sparsity.scores=random"),
     train("delta-pattern", "digits", SMALL + "zo.estimator=pattern zo.mu=0.25 zo.q=60 sparsity.ratio=0.0 optim.momentum=0.0 "

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -149,3 +150,24 @@ def test_a_whole_file_that_lacks_a_part_and_a_pipe_are_refused(tmp_path):
     os.mkfifo(tmp_path / "b.h5")
     with pytest.raises(InputError, match=r"b\.h5: not a file written by dzhpc"):
         load_lpr(tmp_path / "b.h5")
+
+
+def test_a_file_is_whole_while_others_take_its_name(tmp_path):
+    """A writer renames new files over it all the time: a reader sees one of them, never parts of two."""
+    path = tmp_path / "x.h5"
+    write = lambda k: h5.write(path, "kind", lambda file: file.create_dataset("x", data=np.full(1000, k)), CheckpointError)  # noqa: E731
+    write(0)
+    done = threading.Event()
+
+    def keep_writing():
+        for k in range(1, 150):
+            write(k)
+        done.set()
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    while not done.is_set():
+        with h5.opened(path, "kind", CheckpointError) as file:
+            found = file["x"][()]
+        assert (found == found[0]).all()
+    writer.join()
