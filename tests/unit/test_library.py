@@ -11,7 +11,7 @@ from torch import nn
 
 import dzhpc
 from dzhpc.engines.delta.differences import LARGE
-from dzhpc.engines.kernels import compiled, library
+from dzhpc.engines.kernels import build, compiled, halves, library
 from dzhpc.engines.kernels.convolutions import Direct, Winograd
 from dzhpc.engines.windows import Window
 from dzhpc.job import device, processor
@@ -264,16 +264,17 @@ def test_bits_do_not_depend_on_threads(kernels):
 
 
 @needs_it
-def test_a_compiler_that_fails_or_hangs_is_an_error_with_its_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernel", [library.Library, halves.Halves])
+def test_a_compiler_that_fails_or_hangs_is_an_error_with_its_words(tmp_path, monkeypatch, kernel):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     failing = "echo 'In file included from a.h' >&2; echo 'error: no such flag' >&2; exit 1"
     for text, words in ((failing, "no such flag"), ("sleep 60", "did not end")):
         compiler = tmp_path / f"c{len(words)}"
         compiler.write_text(f"#!/bin/sh\n{text}\n")
         compiler.chmod(0o755)
-        monkeypatch.setattr(library, "PATIENCE", 5 if "exit" in text else 0.5)
+        monkeypatch.setattr(build, "PATIENCE", 5 if "exit" in text else 0.5)
         with pytest.raises(OSError, match=words):
-            library.Library(str(compiler))
+            kernel(str(compiler))
     assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left
 
 

@@ -7,11 +7,7 @@ Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dzhpc.engines.kernels.build import shared_library
 from dzhpc.engines.kernels.compiled import compiler as first_compiler
 from dzhpc.engines.windows import borders
 from dzhpc.job import processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-PATIENCE = 120  # seconds for the compiler, which needs two
 BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 # where torch's own convolution is faster: vectors mostly filled up by zeros, kernels beyond a core's cache, blocks half empty
 NARROW, LARGEST, TILES, FULL = 12, 2**23, 16, 0.7
@@ -132,26 +128,5 @@ def transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _library(compiler: str) -> ctypes.CDLL:
-    """The compiled source; ranks that compile at once do not disturb each other."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import, and not needed by all
-
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-mfma", *("-m" + name.replace("_", "") for name in BASE)]
-    if "avx512_bf16" in processor.capabilities():
-        flags.append("-mavx512bf16")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
-    home = Path(cache_dir()) / f"dzhpc-halves-{key}.so"
-    if not home.exists():
-        number, name = tempfile.mkstemp(suffix=".so", dir=home.parent)
-        os.close(number)
-        try:
-            command = [compiler, *flags, str(SOURCE), "-o", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-            if done.returncode:
-                lines = done.stderr.splitlines()
-                raise OSError(next((line for line in lines if "error" in line), lines[0] if lines else "no message"))
-            os.replace(name, home)
-        except subprocess.TimeoutExpired:
-            raise OSError(f"{compiler} did not end within {PATIENCE} s") from None
-        finally:
-            Path(name).unlink(missing_ok=True)
-    return ctypes.CDLL(str(home))
+    narrow = ["-mavx512bf16"] if "avx512_bf16" in processor.capabilities() else []
+    return shared_library(SOURCE, compiler, ("-mfma", *("-m" + name.replace("_", "") for name in BASE), *narrow))

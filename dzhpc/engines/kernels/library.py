@@ -6,22 +6,18 @@ with the batch innermost, too. Everything is float32, or bfloat16 where changes 
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dzhpc.engines.kernels.build import shared_library
 from dzhpc.engines.kernels.compiled import compiler as first_compiler
 from dzhpc.engines.windows import Border, Window
 from dzhpc.job import processor
 
 SOURCE = Path(__file__).with_name("changes.cpp")
-PATIENCE = 120  # seconds for the compiler, which needs five
 BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 BATCH = 16  # samples that fill a vector; of a smaller batch most of it would be empty
 DEEPEST = 8  # pixels on a side of a max pool's window
@@ -240,27 +236,11 @@ def _flags() -> tuple[str, ...]:
 
 @functools.cache
 def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
-    """The compiled source, or why there is none; ranks that compile at once do not disturb each other."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import, and not needed by all
-
-    flags = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wno-psabi", *flags)
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
-    home = Path(cache_dir()) / f"dzhpc-changes-{key}.so"
-    if not home.exists():
-        number, name = tempfile.mkstemp(suffix=".so", dir=home.parent)
-        os.close(number)
-        try:
-            command = [compiler, *flags, str(SOURCE), "-o", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-            if done.returncode:
-                lines = done.stderr.splitlines()
-                return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            os.replace(name, home)
-        except subprocess.TimeoutExpired:
-            return f"{compiler} did not end within {PATIENCE} s"
-        finally:
-            Path(name).unlink(missing_ok=True)
-    library = ctypes.CDLL(str(home))
+    """The compiled source, or why there is none: asked for once."""
+    try:
+        library = shared_library(SOURCE, compiler, ("-ffp-contract=fast", "-Wno-psabi", *flags))
+    except OSError as error:
+        return str(error)
     library.keep_memory()
     for name in ("winograd_slices", "direct_slices"):
         getattr(library, name).restype = ctypes.c_int64
