@@ -16,6 +16,8 @@ from dzhpc.job.log import show
 from dzhpc.job.world import World
 from dzhpc.training import benchmark, scaling
 
+PICTURES = (".png", ".pdf", ".svg")  # what a forecast may be drawn as
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--steps", type=number(Count), default=5, help="steps of each run; the first, which compiles, does not count")
     s.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may be repeated")
     s.add_argument("--network", choices=["infiniband", "ethernet"], default="infiniband", help="what the forecast assumes")
-    s.add_argument("--plot", type=paths.option, help="draw the forecast here, as a PNG")
+    s.add_argument("--plot", type=paths.option, help="draw the forecast here: a .png, .pdf or .svg")
     s.add_argument("--json", type=paths.option, help="write the figures here")
     return p
 
@@ -55,16 +57,26 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb (on one rank: ``scaling`` starts its own); the exit code."""
     if world.size > 1:
         raise InputError("dzhpc.bench: start it without mpirun; `scaling` starts the ranks itself")
+    if getattr(args, "plot", None) and args.plot.suffix not in PICTURES:
+        raise InputError(f"--plot {paths.shown(args.plot)}: expected a name that ends in {', '.join(PICTURES)}")
+    for file in filter(None, (args.json, getattr(args, "plot", None))):
+        _write(file, "a")  # before all that is measured
     measured, text = benchmark.gradient(args) if args.kind == "gradient" else scaling.scaling(args)
     show(text)
     if args.json:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         found = json.dumps({"options": options, "machine": benchmark.machine(), **measured}, indent=1)
-        try:
-            args.json.write_text(f"{found}\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{paths.shown(args.json)}: cannot be written ({error.strerror})") from None
+        _write(args.json, "w", f"{found}\n")
     return 0
+
+
+def _write(path: Path, mode: str, text: str = "") -> None:
+    """Raises InputError where a file cannot be written."""
+    try:
+        with open(path, mode, encoding="utf-8", opener=paths.at_once) as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{paths.shown(path)}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises InputError with file, key, value found and what was expected.
     """
-    source = paths.shown(path) if path else "defaults"
-    table = _read(Path(path)) if path else {}
+    source = paths.shown(path) if path is not None else "defaults"
+    table = _read(Path(path)) if path is not None else {}
     given, from_command_line = copy.deepcopy(table.get("task", {})), set()
     for text in overrides or []:
         key, equals, value = text.partition("=")
@@ -69,7 +69,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
             del table["task"][name]
     config = parse(table, source, from_command_line)
     if config.run.name is None:
-        name = Path(path).stem if path else config.model.name
+        name = Path(path).stem if path is not None else config.model.name
         config.run.name = name.encode(errors="backslashreplace").decode()
     _check_text(config, source)
     return config
@@ -137,8 +137,11 @@ def parse_written(text: str, source: str) -> Config:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path == Path():  # $INPUT, with INPUT unset
+        raise InputError('"": an empty name; give the path of a TOML input file')
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = paths.content(path).decode("utf-8-sig")
+        return tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise InputError(f"{paths.shown(path)}: cannot be read ({error.strerror}); give the path of a TOML input file") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets in brackets in brackets ...

@@ -7,11 +7,15 @@ runs, so paths are made absolute against that folder before they are used, and s
 import argparse
 import os
 import re
+import stat
+import time
 from pathlib import Path
 
 from dzhpc.errors import InputError
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+LARGEST = 2**24  # bytes of an input file; what goes on and on is none
+NO_WRITER, SILENT = 5.0, 60.0  # seconds to wait for a pipe that nobody writes to; for one whose writer is silent
 _started: Path | None = None  # where a verb was started; without one the working directory of the moment counts
 
 
@@ -63,3 +67,27 @@ def shown(path: str | Path) -> str:
     """A path as a person wants to read it: relative where it lies below the folder in which the program was started."""
     path = Path(path)
     return str(path.relative_to(started())) if path.is_absolute() and path.is_relative_to(started()) else str(path)
+
+
+def at_once(path: str, flags: int) -> int:
+    """An opener for ``open`` that does not wait for the other end of a named pipe, which then is an empty file."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def content(path: Path) -> bytes:
+    """What a file holds, or a pipe such as ``<(...)``. Raises OSError, InputError for what never begins or never ends."""
+    with open(path, "rb", buffering=0, opener=at_once) as file:
+        is_pipe, found, end = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode), bytearray(), time.monotonic() + NO_WRITER
+        while True:
+            part = file.read(2**20)  # None: there is a writer, who is silent
+            found += part or b""
+            if len(found) > LARGEST:
+                raise InputError(f"{shown(path)}: more than {LARGEST >> 20} MiB, so it is no input file")
+            if part == b"" and (found or not is_pipe):
+                return bytes(found)
+            if part:
+                end = time.monotonic() + SILENT
+                continue
+            if time.monotonic() > (end if part == b"" or found else end - NO_WRITER + SILENT):
+                raise InputError(f"{shown(path)}: is a pipe to which nobody writes")
+            time.sleep(0.02)

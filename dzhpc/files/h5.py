@@ -20,7 +20,7 @@ from h5py import Dataset, File, Group
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
-from dzhpc.config.paths import shown
+from dzhpc.config.paths import at_once, shown
 from dzhpc.errors import DzhpcError, InputError
 
 VERSION = 1
@@ -41,6 +41,7 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
             raise error(f"{shown(path)}: cannot hold the name {failure.object!r}, which is no UTF-8 text; rename it") from None
         file.attrs["complete"] = True
     content = image.getbuffer()[BLOCK:]
+    path = replaceable(path, error)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -59,6 +60,14 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def replaceable(path: Path, error: type[DzhpcError]) -> Path:
+    """The file to put in a path's place: what a link leads to. Raises ``error`` for a device, a pipe or a folder."""
+    there = Path(os.path.realpath(path))
+    if there.exists() and not there.is_file():
+        raise error(f"{shown(path)}: cannot be written (it is no regular file); choose another")
+    return there
 
 
 def plain(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -103,11 +112,6 @@ def is_ours(path: str | Path) -> bool:
     """Whether the file begins like one of ours."""
     with open(path, "rb", opener=at_once) as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def at_once(path: str, flags: int) -> int:
-    """An opener for ``open`` that does not wait for the other end of a named pipe, which then is an empty file."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def describe(path: str | Path) -> str:

@@ -21,6 +21,6 @@ def places(folder: Path, names: Sequence[str], ours: Callable[[Path], bool]) -> 
 def holds(path: Path, mark: str) -> bool:
     """Whether a file is text in which ``mark`` stands."""
     try:
-        return mark in path.read_text(encoding="utf-8", errors="replace")
+        return path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False

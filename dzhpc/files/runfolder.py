@@ -155,6 +155,7 @@ class RunFolder:
 
 def _write(path: Path, text: str) -> None:
     """Write a small file whole or not at all. Raises CheckpointError."""
+    path = h5.replaceable(path, CheckpointError)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -170,7 +171,7 @@ def _write(path: Path, text: str) -> None:
 def _is_resolved(path: Path) -> bool:
     """Whether a file is an input as :meth:`RunFolder.write_input` writes it: complete, and without a word of the user's."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         table = tomllib.loads(text)
     except (OSError, ValueError):
         return False
@@ -179,6 +180,8 @@ def _is_resolved(path: Path) -> bool:
 
 def _is_log(path: Path) -> bool:
     """Whether a file is empty, or begins as the log does."""
+    if not path.is_file():
+        return False
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline(100)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dzhpc.files import h5
+from dzhpc.config.paths import at_once
 
 log = logging.getLogger("dzhpc")
 PLACES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")  # before any other
@@ -18,7 +18,7 @@ COUNTER = "num_batches_tracked"  # BatchNorm's, which older files lack
 
 def read(path: str) -> object:
     """What ``torch.load`` finds, tensors and plain containers only. Raises OSError; ValueError that says what the file is."""
-    with open(path, "rb", opener=h5.at_once) as file:
+    with open(path, "rb", opener=at_once) as file:
         head = file.read(512)
     if kind := _foreign(head):
         raise ValueError(kind)

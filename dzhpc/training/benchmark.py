@@ -19,6 +19,7 @@ from dzhpc.method import scores
 from dzhpc.method.estimators import make_estimator
 from dzhpc.method.seeds import generator
 from dzhpc.models import zoo
+from dzhpc.tasks import fitting
 
 
 def machine() -> dict[str, str]:
@@ -148,10 +149,13 @@ def _device(args: argparse.Namespace) -> torch.device:
 def problem(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The network and a batch of random images and labels."""
     name, _, depth = args.model.partition(":")
-    section = Model(name=name, weights=args.weights, **({"depth": int(depth)} if depth.isdigit() else {}))
+    if depth and not depth.isdecimal():
+        raise InputError(f"--model {args.model}: expected NAME or NAME:DEPTH, for example cnn:3")
+    section = Model(name=name, weights=args.weights, **({"depth": int(depth)} if depth else {}))
     model = zoo.build(section, args.seed).to(device, memory_format=torch.channels_last).train()
     random = generator(args.seed, "bench")
     inputs = torch.randn(args.batch, 3, 32, 32, generator=random).to(device, memory_format=torch.channels_last)
+    fitting.try_out(model, inputs[:2], [len(inputs[:2]), 10], "a logit per class", args.model)
     return model, inputs, torch.randint(0, 10, (args.batch,), generator=random).to(device)
 
 

@@ -55,7 +55,7 @@ class Forecast:
         return self.steps * step.seconds + scores + (self._evaluations + 1) * parts * self._evaluation_s
 
     def plot(self, path: Path) -> None:
-        """Seconds a step against ranks for each number of shards, and what no waiting would give, as a PNG."""
+        """Seconds a step against ranks for each number of shards, and what no waiting would give; the name's ending says how."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4.5), layout="constrained")

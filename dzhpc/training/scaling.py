@@ -24,9 +24,11 @@ LIMIT_S = 3600  # for one training run
 
 def scaling(args: argparse.Namespace) -> tuple[dict[str, list[dict]], str]:
     """Seconds a step, and the share of communication, of short training runs. Raises InputError if a run fails."""
-    counts = [int(n) for n in args.ranks.split(",") if n.isdigit()]
-    if not counts or args.steps < 2:
+    numbers = args.ranks.split(",")
+    counts = [int(n) for n in numbers if n.strip().isdecimal()]
+    if len(counts) < len(numbers) or min(counts) < 1 or args.steps < 2:
         raise InputError("--ranks: expected numbers such as 1,2,4; --steps: at least 2")
+    configuration.load(args.input, args.set)  # what is wrong with it is said at once
     mpirun = next((str(p) for p in [Path(sys.executable).parent / "mpirun"] if p.exists()), None) or shutil.which("mpirun")
     if mpirun is None:
         raise InputError("mpirun was not found beside python or on the PATH")
@@ -70,8 +72,11 @@ def _train(launch: list[str], folder: str, args: argparse.Namespace) -> tuple[np
     """(step_s, comm_s) of the steps after the first."""
     sets = [f"--set={text}" for text in [*args.set, f"stop.steps={args.steps}"]]
     command = [*launch, sys.executable, "-m", "dzhpc.train", args.input, "--run-dir", f"{folder}/run", "--quiet", *sets]
-    with open(f"{folder}/log", "w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False).returncode
+    try:
+        with open(f"{folder}/log", "w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False).returncode
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{' '.join(launch)} took more than {LIMIT_S} s; ask for fewer --steps, or a smaller problem") from None
     if code:
         text = re.sub(r"\x1b\[[0-9;]*m", "", Path(f"{folder}/log").read_text(encoding="utf-8", errors="replace"))
         raise InputError(

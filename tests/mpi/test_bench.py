@@ -1,6 +1,7 @@
 """Engines side by side, and ranks side by side: what the verb prints is what it writes."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -49,7 +50,19 @@ def test_scaling(place):
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(place):
-    cases = {"model": ["gradient", "--model", "resnet21"], "ranks": ["scaling", "digits.toml", "--ranks", "one"]}
-    done = batch(1, place, [Case(name, "bench", args) for name, args in cases.items()])
-    done["model"].error(2, "resnet21")
-    done["ranks"].error(2, "--ranks")
+    os.mkfifo(place / "pipe")
+    scaling = ["scaling", "digits.toml", "--ranks"]
+    cases = {
+        "model": (["gradient", "--model", "resnet21"], "resnet21"),
+        "no number": (["gradient", "--model", "cnn:deep"], "--model cnn:deep: expected NAME or NAME:DEPTH"),
+        "too deep": (["gradient", "--model", "cnn:999", "--batch", 2], "model cnn:999 cannot take inputs [3, 32, 32]"),
+        "weights": (["gradient", "--model", "cnn:1", "--weights", "digits.toml"], "digits.toml: is no file of torch.save"),
+        "json": (["gradient", "--model", "cnn:1", "--json", "pipe"], "pipe: cannot be written"),
+        "ranks": ([*scaling, "one"], "--ranks"),
+        "none": ([*scaling, "1,0"], "--ranks"),
+        "plot": ([*scaling, 1, "--plot", "a.docx"], "--plot a.docx: expected a name that ends in .png, .pdf, .svg"),
+        "input": (["scaling", "nowhere.toml"], "nowhere.toml: cannot be read"),
+    }
+    done = batch(1, place, [Case(name, "bench", args) for name, (args, _) in cases.items()])
+    for name, (_, line) in cases.items():
+        done[name].error(2, line)

@@ -105,3 +105,11 @@ def test_a_record_without_finished_images_gets_an_empty_row(tmp_path):
     assert "| new | 0.25 | 0 | 1,000 |  |  |" in text
     assert not (tmp_path / "certified.png").exists()
     assert report.parser().parse_args(["a.h5"]).runs[0].suffix == ".h5"
+
+
+@pytest.mark.parametrize("change", [*({key: None} for key in ABOUT), {"grid": 0.0}, {"n": 0}, {"sigma": "wide"}])
+def test_a_record_that_does_not_say_what_it_is_about_is_refused(tmp_path, change):
+    about = {key: value for key, value in (ABOUT | change).items() if value is not None}
+    certificates.save(tmp_path / "a.h5", rows([900]), about)
+    with pytest.raises(CheckpointError, match=r"a\.h5: is whole, but not as dzhpc writes it"):
+        certificates.write([tmp_path / "a.h5"], tmp_path)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -430,3 +431,21 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_line(tmp_path, monke
     with pytest.raises(InputError, match=message):
         config.import_object("own_broken:f", "task.function")
     config.look_in()
+
+
+def test_an_input_may_be_a_pipe_and_what_never_begins_or_ends_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NO_WRITER", 0.1)
+    path = tmp_path / "p.toml"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"p\.toml: is a pipe to which nobody writes"):
+        config.load(path)
+    writer = threading.Thread(target=lambda: path.write_text("[zo]\r\nq = 7\r[run]\nname = 'a'\n"))
+    writer.start()
+    monkeypatch.setattr(paths, "NO_WRITER", 5.0)
+    found = config.load(path)
+    writer.join()
+    assert (found.zo.q, found.run.name) == (7, "a")
+    with pytest.raises(InputError, match=r"/dev/zero: more than 16 MiB, so it is no input file"):
+        config.load("/dev/zero")
+    with pytest.raises(InputError, match="an empty name; give the path of a TOML input file"):
+        config.load("")  # $INPUT, unset

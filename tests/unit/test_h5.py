@@ -171,3 +171,16 @@ def test_a_file_is_whole_while_others_take_its_name(tmp_path):
             found = file["x"][()]
         assert (found == found[0]).all()
     writer.join()
+
+
+def test_a_device_is_not_replaced_and_a_link_is_followed(tmp_path):
+    """Root may rename a file over /dev/null."""
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "f.h5").symlink_to("far/real.h5")
+    for refused in ("device", "far"):
+        with pytest.raises(CheckpointError, match=rf"{refused}: cannot be written \(it is no regular file\)"):
+            h5.write(tmp_path / refused, "dzhpc-test", fill, CheckpointError)
+    h5.write(tmp_path / "f.h5", "dzhpc-test", fill, CheckpointError)
+    assert (tmp_path / "f.h5").is_symlink() and read(tmp_path / "far" / "real.h5")["step"] == 12
+    assert (tmp_path / "device").is_fifo()

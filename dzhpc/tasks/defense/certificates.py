@@ -18,6 +18,7 @@ STORED = {
     "idx": np.int64, "label": np.int64, "selected": np.int64, "predict": np.int64, "n_a": np.int64, "n": np.int64,
     "radius": np.float64, "correct": np.bool_, "seconds": np.float64, "done": np.bool_,
 }  # fmt: skip
+READ = {"name": str, "sigma": float, "n": int, "alpha": float, "adaptive": bool, "grid": float}  # of ``about``, by a table
 MARK = "![certified accuracy]("  # by which a table of ours is known
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
@@ -40,6 +41,9 @@ def load(path: str | Path) -> tuple[list[Certificate], dict[str, object]]:
     """(rows, about), as given to :func:`save`. Raises CheckpointError if the file is missing or damaged."""
     with h5.opened(Path(path), KIND, CheckpointError) as file:
         about = h5.attributes(file["about"])
+        about |= {key: kind(about[key]) for key, kind in READ.items()}
+        if min(about["grid"], about["n"]) <= 0:
+            raise ValueError(f"grid = {about['grid']}, n = {about['n']}")
         columns = [file["images"][name][()].tolist() for name in STORED]
         rows = [dict(zip(STORED, row, strict=True)) for row in zip(*columns, strict=True)]
         for row in rows:
@@ -74,7 +78,7 @@ class Record:
 def read(path: str | Path) -> Record:
     """The record in a file. Raises CheckpointError if it is missing or damaged."""
     rows, about = load(path)
-    return Record(str(about["name"]), sorted((row for row in rows if row.done), key=lambda row: row.idx), about)
+    return Record(about["name"], sorted((row for row in rows if row.done), key=lambda row: row.idx), about)
 
 
 def rounded_down(radius: float, digits: int = 6) -> str:
@@ -94,7 +98,7 @@ def tsv(record: Record) -> str:
 
 def radii(records: list[Record]) -> list[float]:
     """0, grid, 2 grid, ..., as far as any image is certified."""
-    grid = min(float(record.about["grid"]) for record in records)
+    grid = min(record.about["grid"] for record in records)
     last = max((row.radius for record in records for row in record.rows if row.correct), default=0.0)
     return [k * grid for k in range(int(last / grid) + 1)]
 
@@ -106,7 +110,7 @@ def table(records: list[Record]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for record in records:
         total = len(record.rows)
-        of = int(record.about["n"])
+        of = record.about["n"]
         used = f"{record.samples:,.0f} of {of:,} ({100 * record.samples / of:.0f} %)" if record.about["adaptive"] else f"{of:,}"
         cells = [drawing.cell(record.name), f"{record.about['sigma']:g}", str(total), used]
         if total:
