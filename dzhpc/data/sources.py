@@ -4,6 +4,7 @@ Root of the files: ``data.root``, else ``$DZHPC_DATA``, else ``data/``. Below it
 layout ``<name>/``. Nothing is downloaded here; ``python -m dzhpc.fetch`` does that.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -59,14 +60,40 @@ def _given(section: configuration.Data) -> Path:
 
 
 def _digits(section: configuration.Data) -> DataSet:
-    """scikit-learn's 1,797 handwritten digits (1 x 8 x 8): a fixed stratified split of 1,437 and 360."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    """scikit-learn's 1,797 handwritten digits (1 x 8 x 8): a fixed stratified split of 1,437 and 360.
 
-    digits = load_digits()
-    images = (digits.images * 15).astype(np.uint8)[:, None]  # 0..16 -> 0..240
-    parts = train_test_split(images, digits.target, test_size=360, stratify=digits.target, random_state=0)
-    return make_data_set((parts[0], parts[2]), (parts[1], parts[3]), classes=[str(k) for k in range(10)])
+    Read from its file, without the library: its import takes a second on every rank.
+    """
+    home = Path(importlib.util.find_spec("sklearn").origin).parent
+    rows = np.loadtxt(home / "datasets" / "data" / "digits.csv.gz", delimiter=",").astype(np.int64)
+    images, labels = (rows[:, :-1].reshape(-1, 1, 8, 8) * 15).astype(np.uint8), rows[:, -1]  # 0..16 -> 0..240
+    train, test = _stratified(labels, 360)
+    return make_data_set((images[train], labels[train]), (images[test], labels[test]), classes=[str(k) for k in range(10)])
+
+
+def _stratified(labels: np.ndarray, test: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train and to test, each class in equal shares: those of scikit-learn's train_test_split, random_state=0."""
+    draw, counts = np.random.RandomState(0), np.bincount(labels)
+
+    def share(counts: np.ndarray, number: int) -> np.ndarray:
+        """So many of each class: rounded down, and the largest remainders up; ties are drawn."""
+        exact = counts / counts.sum() * number
+        found = np.floor(exact)
+        rest, left = exact - found, round(number - found.sum())
+        for value in np.unique(rest)[::-1]:
+            tied = np.flatnonzero(rest == value)
+            up = draw.choice(tied, min(len(tied), left), replace=False) if left else []
+            found[up] += 1
+            left -= len(up)
+        return found.astype(int)
+
+    to_train = share(counts, len(labels) - test)
+    to_test = share(counts - to_train, test)
+    of_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    mixed = [one[draw.permutation(len(one))] for one in of_class]
+    train = np.concatenate([one[:n] for one, n in zip(mixed, to_train, strict=True)])
+    rest = np.concatenate([one[n : n + m] for one, n, m in zip(mixed, to_train, to_test, strict=True)])
+    return draw.permutation(train), draw.permutation(rest)
 
 
 def _cifar10(section: configuration.Data) -> DataSet:

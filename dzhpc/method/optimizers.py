@@ -1,5 +1,6 @@
 """torch.optim and its schedulers, chosen by the input."""
 
+import inspect
 import math
 
 import torch
@@ -8,7 +9,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from dzhpc.config import Optim
 
 
-class GaussNewton(torch.optim.SGD):
+def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """An optimizer without its wrappers, which import torch's compiler (1.5 s a rank) only to tell it to keep off."""
+    methods = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
+    return type(kind.__name__, (kind,), methods)
+
+
+SGD, Adam = _bare(torch.optim.SGD), _bare(torch.optim.Adam)
+
+
+class GaussNewton(SGD):
     """SGD on Gauss-Newton steps: a parameter's ``grad`` is -delta there, its momentum that of the step.
 
     Weight decay is decoupled: theta (1 - lr decay) - lr (momentum + step). curvature: what is averaged over steps, and lambda.
@@ -48,14 +58,9 @@ def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch
     if section.name == "gauss-newton":
         return GaussNewton(section, parameters)
     if section.name == "adam":
-        return torch.optim.Adam(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
-    return torch.optim.SGD(
-        parameters.values(),
-        lr=section.lr,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        nesterov=section.nesterov,
-    )
+        return Adam(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
+    values, decay = parameters.values(), section.weight_decay
+    return SGD(values, lr=section.lr, momentum=section.momentum, weight_decay=decay, nesterov=section.nesterov)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, section: Optim, epochs: float, steps_per_epoch: int, step: int) -> LambdaLR:

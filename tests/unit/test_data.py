@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bits import bits
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from dzhpc import config, data
 from dzhpc.data import packed
@@ -33,6 +35,15 @@ def test_digits_are_split_1437_to_360_in_equal_shares_and_always_alike():
     assert torch.equal(first.test.labels, second.test.labels)
     both = torch.cat([first.train.images, first.test.images]).flatten(1)
     assert len(both.unique(dim=0)) == 1797  # no image is in both
+
+
+def test_digits_are_those_of_scikit_learn_which_is_not_imported_for_them():
+    given = load_digits()
+    images = (15 * given.images).astype(np.uint8)[:, None]
+    expected = train_test_split(images, given.target, test_size=360, stratify=given.target, random_state=0)
+    found = digits()
+    ours = [found.train.images, found.test.images, found.train.labels, found.test.labels]
+    assert all(map(np.array_equal, ours, expected))
 
 
 def test_measured_normalisation_gives_mean_0_and_deviation_1():
