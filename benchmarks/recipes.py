@@ -1,0 +1,193 @@
+"""Recipes for training from scratch, judged by test accuracy at equally many queries, three seeds.
+
+    python benchmarks/recipes.py sgd --steps 360 --seeds 0,1,2            # stand-in: autograd's gradient on the S of CGE
+    python benchmarks/recipes.py gauss-newton --steps 120                 # by CGE, engine delta
+    python benchmarks/recipes.py rate --steps 240 --seeds 0,1             # the best rate against sparsity, stand-in
+
+A simple CNN of depth 2 (3,700 parameters) on CIFAR-10 at 16 x 16 pixels, 10,000 training and all 10,000 test images, 5 % of the
+coordinates drawn anew at each step, cosine rate after a short warm-up. Lines are appended to FILE; what is there already is skipped.
+Every run also gives the accuracy of the mean of its weights over the last third of its steps.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dzhpc import config, data, make_engine
+from dzhpc.method import gauss_newton as method
+from dzhpc.method import scores
+from dzhpc.models.cnn import SimpleCNN
+
+SGD = {"lr": 0.3, "momentum": 0.9, "warmup": 1 / 16, "batch": 128, "keep": 0.05}
+NEWTON = {**SGD, "lr": 0.1, "damping": 0.03}
+RECIPES = {
+    "sgd": {
+        "as it is": {},
+        "rate 0.1": {"lr": 0.1},
+        "rate 1": {"lr": 1.0},
+        "Nesterov": {"nesterov": True},
+        "label smoothing 0.1": {"smoothing": 0.1},
+        "no warm-up": {"warmup": 0.0},
+        "warm-up over a quarter": {"warmup": 0.25},
+        "batch 32, doubled four times": {"growth": 5},
+        "batch 512": {"batch": 512},
+        "adaptive S": {"adaptive": "gradient"},
+        "Muon 0.003": {"muon": 0.003},
+        "Muon 0.01": {"muon": 0.01},
+        "Muon 0.03": {"muon": 0.03},
+    },
+    "gauss-newton": {
+        "as it is": {},
+        "lambda 0.01": {"damping": 0.01},
+        "lambda 0.1": {"damping": 0.1},
+        "lambda 0.1, rate 0.2": {"damping": 0.1, "lr": 0.2},
+        "rate 0.05": {"lr": 0.05},
+        "Nesterov": {"nesterov": True},
+        "label smoothing 0.1": {"smoothing": 0.1},
+        "no warm-up": {"warmup": 0.0},
+        "warm-up over a quarter": {"warmup": 0.25},
+        "batch 32, doubled four times": {"growth": 5},
+        "batch 512": {"batch": 512},
+        "adaptive S by |ghat|^2": {"adaptive": "gradient"},
+        "adaptive S by ghat^2 / H_jj": {"adaptive": "decrease"},
+        "S for 3 steps, H averaged 0.67": {"redraw": 3, "average": 0.67},
+        "Muon on the step 0.01": {"muon": 0.01},
+        "Muon on the step 0.03": {"muon": 0.03},
+    },
+}
+MU = 1e-3
+
+
+class Images:
+    """CIFAR-10 at 16 x 16 pixels, as a network wants it."""
+
+    def __init__(self):
+        found = data.load(config.load(None, ["data.name=cifar10", "data.train_limit=10000"]).data, 0)
+        small = lambda split: F.avg_pool2d(found.normalise(split.images), 2).contiguous(memory_format=torch.channels_last)  # noqa: E731
+        self.inputs, self.labels = small(found.train), found.train.labels
+        self.test, self.truth = small(found.test), found.test.labels
+
+    @torch.no_grad()
+    def judged(self, model: nn.Module) -> tuple[float, float]:
+        """(test accuracy in %, loss)."""
+        model.eval()
+        outputs = torch.cat([model(part) for part in self.test.split(2000)])
+        model.train()
+        return 100 * float((outputs.argmax(1) == self.truth).float().mean()), float(F.cross_entropy(outputs, self.truth))
+
+
+def run(images: Images, kind: str, options: dict, seed: int, steps: int) -> list[tuple[float, float]]:
+    """[(accuracy, loss) of the last weights, of their mean over the last third]."""
+    torch.manual_seed(seed)
+    model, draw = SimpleCNN(depth=2).to(memory_format=torch.channels_last), torch.Generator().manual_seed(seed + 1000)
+    o = {"smoothing": 0.0, "growth": 1, "redraw": 1, "average": 0.0, "adaptive": None, **options}
+    loss = lambda z, y: F.cross_entropy(z.double(), y, label_smoothing=o["smoothing"])  # noqa: E731
+    smoothed = lambda y: F.one_hot(y, 10).double() * (1 - o["smoothing"]) + o["smoothing"] / 10  # noqa: E731
+    engine = make_engine("delta", model, "cross_entropy") if kind == "gauss-newton" else make_engine("full", model, loss)
+    index = engine.index
+    lpr = scores.lpr_from_scores(scores.random_scores(index, seed), index, list(index.names), 1 - o["keep"], "signed", "")
+    optimizers = made(model, o)
+    rates, sizes, mean, state = [g["lr"] for q in optimizers for g in q.param_groups], torch.zeros(index.size).double(), {}, {}
+    for t in range(steps):
+        size = o["batch"] if o["growth"] == 1 else 32 * 2 ** (o["growth"] * t // steps)
+        chosen = torch.randint(0, len(images.labels), (size,), generator=draw)
+        x, y = images.inputs[chosen], images.labels[chosen]
+        engine.bind(x, smoothed(y) if o["smoothing"] and kind == "gauss-newton" else y)
+        if o["adaptive"]:
+            coords = scores.adapted(lpr, index, seed, t, sizes, 0.5)
+        else:
+            coords = scores.draw(lpr if o["keep"] < 1 else None, index, seed, t // o["redraw"])
+        if kind == "gauss-newton":
+            columns = method.columns(engine, coords, MU, "forward").double()
+            now = {"gradient": columns[:, 0], "hessian": columns[:, 2:] @ columns[:, 2:].T}
+            state = method.averaged(state, coords, now, {"gradient": 0.0, "hessian": o["average"]})
+            diagonal, gradient = state["hessian"].diagonal(), now["gradient"]
+            update = -method.System(gradient, diagonal, "absolute", state["hessian"]).solve(o["damping"])
+        else:
+            update = gradient = index.flatten(engine.gradient())[coords]
+            diagonal = torch.ones(len(coords))
+        if o["adaptive"]:
+            given = gradient.double().square() / (diagonal.clamp_min(1e-30) if o["adaptive"] == "decrease" else 1)
+            sizes = scores.running(sizes, coords, given)
+        flat = torch.zeros(index.size)
+        flat[coords] = update.float()
+        warm = o["warmup"] * steps
+        factor = (t + 1) / math.ceil(warm) if t < warm else 0.5 * (1 + math.cos(math.pi * (t - warm) / (steps - warm)))
+        for group, rate in zip((g for q in optimizers for g in q.param_groups), rates, strict=True):
+            group["lr"] = rate * factor
+        for p, g in zip(index.parameters, index.split(flat).values(), strict=True):
+            p.grad = g
+        for q in optimizers:
+            if isinstance(q, torch.optim.Muon):
+                for view in q.param_groups[0]["params"]:
+                    view.grad = view.of.grad.reshape(view.shape)
+                    view.data.copy_(view.of.data.reshape(view.shape))
+            q.step()
+            if isinstance(q, torch.optim.Muon):
+                for view in q.param_groups[0]["params"]:
+                    view.of.data.copy_(view.data.view(view.of.shape))
+        if t >= 2 * steps // 3:
+            for name, p in model.named_parameters():
+                mean[name] = mean.get(name, 0) + p.detach() / (steps - 2 * steps // 3)
+    last = images.judged(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(mean[name])
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.reset_running_stats()
+                m.momentum = None  # a plain mean
+        for part in images.inputs[:4096].split(512):
+            model(part)
+    return [last, images.judged(model)]
+
+
+def made(model: nn.Module, o: dict) -> list[torch.optim.Optimizer]:
+    """torch's optimisers: SGD, or Muon for matrices and kernels beside SGD for the rest."""
+    parameters = list(model.parameters())
+    sgd = lambda some: torch.optim.SGD(some, lr=o["lr"], momentum=o["momentum"], nesterov=o.get("nesterov", False))  # noqa: E731
+    if "muon" not in o:
+        return [sgd(parameters)]
+    views = []
+    for p in parameters:
+        if p.ndim > 1:
+            views.append(nn.Parameter(p.detach().flatten(1).clone()))
+            views[-1].of = p
+    muon = torch.optim.Muon(views, lr=o["muon"], weight_decay=0.0, momentum=0.95)
+    return [muon, sgd([p for p in parameters if p.ndim == 1])]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("kind", choices=["sgd", "gauss-newton", "rate"])
+    p.add_argument("--steps", type=int, default=120)
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--only", default="", help="recipes that begin with this")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE")
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    images, base = Images(), NEWTON if args.kind == "gauss-newton" else SGD
+    recipes = RECIPES.get(args.kind) or {
+        f"{keep:g} of the coordinates, rate {lr:g}": {"keep": keep, "lr": lr}
+        for keep, lr in itertools.product((1.0, 0.2, 0.05, 0.01), (0.03, 0.1, 0.3, 1.0, 3.0))
+    }
+    done = {tuple(line.split("|")[1:4]) for line in args.out.read_text().splitlines()} if args.out.exists() else set()
+    for seed, (name, options) in itertools.product(map(int, args.seeds.split(",")), recipes.items()):
+        key = (f" {args.kind} ", f" {name} ", f" {seed} ")
+        if not name.startswith(args.only) or key in done:
+            continue
+        start = time.process_time()
+        found = run(images, args.kind, {**base, **options}, seed, args.steps)
+        numbers = " | ".join(f"{value:.2f} | {loss:.4f}" for value, loss in found)
+        with args.out.open("a") as file:
+            print(f"|{'|'.join(key)}| {args.steps} | {numbers} | {time.process_time() - start:.0f} |", file=file)
+
+
+if __name__ == "__main__":
+    main()
