@@ -1,10 +1,11 @@
 """Loss and accuracy against queries: the same problem, the same rates to choose from, as run folders that restart.
 
     python benchmarks/queries.py cnn --set model.depth=2 --methods sgd,gauss-newton --seeds 0,1,2 --out FOLDER
+    python benchmarks/queries.py cnn --part 0.3333 ...         # the others get that part of the first method's queries
     python benchmarks/queries.py oscillator --out FOLDER       # beside SciPy's Nelder-Mead and least_squares, and CMA-ES
 
 Each method's learning rate is the best one of RATES with the first seed, by the loss of its last evaluation; all seeds are then
-run with it. All methods get as many queries (``--queries``). Written: ``queries.md``. CMA-ES is that of the package cma.
+run with it. Each schedule ends with the method's queries. Written: ``queries.md``. CMA-ES is that of the package cma.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from dzhpc.files.metrics import load_columns
 
 HERE = Path(__file__).resolve().parent.parent
 CNN = [
-    *("model.name=cnn", "data.batch_size=128", "data.train_limit=10000", "data.augment=false", "zo.mu=1e-3", "zo.compile=off"),
+    *("model.name=cnn", "data.batch_size=128", "data.train_limit=10000", "data.augment=false", "zo.mu=1e-3"),
     *("sparsity.ratio=0.95", "sparsity.prune=all", "sparsity.scores=random", "sparsity.redraw_steps=1"),
-    *("optim.weight_decay=0.0", "optim.warmup_epochs=0.25", "eval.every_epochs=1", "checkpoint.every_minutes=2"),
+    *("optim.weight_decay=0.0", "eval.every_epochs=1", "checkpoint.every_minutes=2"),
 ]
 RATES = {"sgd": (0.1, 0.3, 1.0), "adam": (1e-3, 3e-3, 1e-2), "gauss-newton": (0.03, 0.1, 0.3), "rge": (1e-3, 1e-2, 1e-1)}
+WARM_UP = 0.06  # of a run
 RGE = ["zo.estimator=rge"]
 METHODS = {  # name -> (whose rates, keys)
     "sgd": ("sgd", []),
@@ -46,24 +48,25 @@ def run(args: argparse.Namespace, method: str, rate: float, seed: int) -> tuple[
     name = f"{method}-{rate:g}-{seed}"
     keys = [*CNN, *METHODS[method][1], *args.set, f"optim.lr={rate}", f"run.seed={seed}", f"run.name={name}"]
     steps = steps_of(args, method)
-    per_epoch = 10_000 // 128
-    keys += [f"stop.epochs={steps / per_epoch}", f"run.dir={args.out}"]
+    images = next((int(key.split("=")[1]) for key in reversed(keys) if key.startswith("data.train_limit=")), 0)
+    epochs = steps / (images // 128)
+    keys += [f"stop.epochs={epochs}", f"optim.warmup_epochs={WARM_UP * epochs}", f"run.dir={args.out}"]
     command = [sys.executable, "-m", "dzhpc.train", "--quiet", *(word for key in keys for word in ("--set", key))]
     subprocess.run(command, check=True, cwd=HERE)
     return load_columns(args.out / name / "metrics.h5")
 
 
 def steps_of(args: argparse.Namespace, method: str) -> int:
-    """So many that all methods ask equally often: a step of CGE asks |S| + 1 times, one of q directions q + 1."""
+    """So many that all methods ask as often as they may: a step of CGE asks |S| + 1 times, one of q directions q + 1."""
     q = next((int(key.split("=")[1]) for key in METHODS[method][1] if key.startswith("zo.q=")), args.active)
-    return max(1, args.queries // (q + 1))
+    return max(1, int(args.queries * (1 if method == args.methods[0] else args.part)) // (q + 1))
 
 
 def cnn(args: argparse.Namespace) -> str:
     """The table of the methods: accuracy and loss at the end, and queries to where the first one ends, mean over the seeds."""
     found: dict[str, list] = {}
     lines = [
-        "| method | rate | steps | test accuracy in % | loss | queries to the first's accuracy, of its own |",
+        "| method | rate | steps | test accuracy in % | loss | to the first's accuracy, of its queries, by the evaluations |",
         "|---" * 6 + "|",
     ]
     for method in args.methods:
@@ -140,6 +143,7 @@ def main() -> None:
     p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs")
     p.add_argument("--queries", type=int, default=33_480, help="of each run")
+    p.add_argument("--part", type=float, default=1.0, help="of them for all methods but the first")
     p.add_argument("--active", type=int, default=185, help="|S|: 5 %% of the CNN's parameters")
     args = p.parse_args()
     args.out = args.out.resolve()

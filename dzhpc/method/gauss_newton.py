@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.errors import NumericalError
 from dzhpc.method.seeds import generator
 
 EPS = 0.01  # Marquardt: of the mean curvature, for coordinates that have none
 PARTS = 16  # of the rows M, whose products are summed one after the other: fixed, since it decides bits
 HARDER = 4.0  # times as large is lambda after a step that was rejected
 TRIES = 8  # dampings tried in a step, at most
+SMALLEST = 1e-10  # of the loss: a step that should lower it by less is not tried
 LEAST = 1e-6  # of the mean curvature: where a trust region's damping begins if lambda is less
+LOWEST = 1e-12  # of the mean curvature: lambda that is adapted is no less, so that it is soon large again
 
 
 def columns(engine, coords: np.ndarray, mu: float, difference: str, sketch: "Sketch | None" = None) -> Tensor:
@@ -93,6 +96,11 @@ class System:
             return self.diagonal + EPS * mean
         return torch.ones_like(self.diagonal) * (1 if self.damping == "absolute" else mean)
 
+    @property
+    def scale(self) -> float:
+        """The mean curvature in the metric: what lambda compares with."""
+        return float((self.diagonal / self.metric).mean())
+
     def solve(self, damping: float) -> Tensor:
         """delta [n] float64. Without damping that of least norm, where H is singular."""
         scale = self.metric.rsqrt()
@@ -121,7 +129,7 @@ class System:
         delta = self.solve(damping)
         if trust is None:
             return delta
-        damping = max(damping, LEAST * float((self.diagonal / self.metric).mean()))
+        damping = max(damping, LEAST * self.scale)
         for _ in range(60):
             if self.change(delta) <= 2 * trust:
                 break
@@ -134,7 +142,7 @@ def next_damping(damping: float, change: float, predicted: float) -> float:
     """lambda after a step that changed the loss so, by how far the prediction was right (Marquardt 1963; Fletcher 1971)."""
     if not change < 0:
         return damping * HARDER
-    ratio = change / predicted
+    ratio = change / predicted if predicted < 0 else 0.0
     return damping / 9 if ratio > 0.75 else damping if ratio > 0.25 else damping * 2
 
 
@@ -142,6 +150,8 @@ class _Inverse:
     """(matrix + damping)^-1 as something to multiply vectors with; without damping the pseudo-inverse."""
 
     def __init__(self, matrix: Tensor, damping: float):
+        if not torch.isfinite(matrix).all():
+            raise NumericalError("the Gauss-Newton matrix is not finite: lower zo.mu or optim.lr, or scale the residuals")
         self._factor = None
         if damping > 0:
             damped = matrix.clone()

@@ -42,6 +42,8 @@ class Newton:
         self._config, self._index = task.config, task.engine.index
         self._columns: Columns | None = None
         self._size = 0  # M: the numbers of a column
+        self._loss = math.nan  # at theta
+        self._still = False  # whether it was said that there is nothing to gain
         self.solve_s = 0.0
 
     @property
@@ -60,9 +62,9 @@ class Newton:
                 sketches.append(method.Sketch(rows, size, self._config.run.seed, step) if size < rows else None)
             return method.columns(engine, coords[piece.start : piece.stop], zo.mu, zo.difference, sketches[0]).cpu().numpy()
 
-        loss, self._columns = self._distribution.columns(estimator, step, evaluate, partial)
+        self._loss, self._columns = self._distribution.columns(estimator, step, evaluate, partial)
         self._size = sketched(self._config, len(coords), engine.curvature.size)
-        return loss, torch.from_numpy(self._columns.joined[:, 0].copy()).to(self._index.device)
+        return self._loss, torch.from_numpy(self._columns.joined[:, 0].copy()).to(self._index.device)
 
     def step(self) -> tuple[Tensor, int]:
         """(minus the step on S [n] in the parameters' dtype, how often the loss of a trial was asked for). Raises Interrupted."""
@@ -70,34 +72,43 @@ class Newton:
         system, optim, state = self._system(), self._config.optim, self._optimizer.curvature
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         damping = float(state["damping"])
-        for asked in range(1, method.TRIES + 1):
-            delta, predicted = self._solved(system, damping)
+        for asked in range(method.TRIES):
+            delta, predicted, least = self._solved(system, damping)
             if not optim.adapt:
                 return -delta, 0
+            if not predicted < -method.SMALLEST * abs(self._loss):
+                if not self._still:
+                    log.info("no step is expected to lower the loss of its batch by more than %g of it", method.SMALLEST)
+                self._still = True
+                damping, tried = optim.damping, asked  # what it was led to says nothing of other batches
+                break
             change = self._change(delta)
-            damping = method.next_damping(damping, change, predicted)
-            state["damping"] = torch.tensor(damping, dtype=torch.float64)
+            damping, tried = max(least, method.next_damping(damping, change, predicted)), asked + 1
             if change < 0:
-                return -delta, asked
-            damping = damping or method.LEAST
-        log.info("no step lowers the loss of its batch, down to lambda = %.3g", damping)
+                break
+        else:
+            log.info("no step lowers the loss of its batch, with lambda up to %.3g", damping)
+        state["damping"] = torch.tensor(damping, dtype=torch.float64)
+        if tried and change < 0:
+            return -delta, tried
         self._optimizer.rest()
-        return torch.zeros_like(delta), method.TRIES
+        return torch.zeros_like(delta), tried
 
-    def _solved(self, system: method.System | None, damping: float) -> tuple[Tensor, float]:
-        """(delta [n] in the parameters' dtype, what it should change the loss by) on all ranks, from the root's system."""
+    def _solved(self, system: method.System | None, damping: float) -> tuple[Tensor, float, float]:
+        """(delta [n] in the parameters' dtype, what it should change the loss by, the least lambda), from the root's system."""
         start, before = time.perf_counter(), self._world.comm_s
 
-        def solve() -> tuple[np.ndarray, float]:
+        def solve() -> tuple[np.ndarray, float, float]:
             delta = system.within(damping, self._config.optim.trust)
-            return delta.numpy(), system.predicted(delta, self._optimizer.param_groups[0]["lr"])
+            predicted = system.predicted(delta, self._optimizer.param_groups[0]["lr"])
+            return delta.numpy(), predicted, method.LOWEST * system.scale
 
-        delta, predicted = self._world.on_root(solve)
+        delta, predicted, least = self._world.on_root(solve)
         delta = torch.from_numpy(delta)
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         if not torch.isfinite(delta).all():
             raise NumericalError("the Gauss-Newton step is not finite: raise optim.damping")
-        return delta.to(self._index.device, self._index.dtype), predicted
+        return delta.to(self._index.device, self._index.dtype), predicted, least
 
     def _change(self, delta: Tensor) -> float:
         """How the loss of the batch changes at the theta that a step leads to; the root asks. Raises Interrupted."""

@@ -6,6 +6,7 @@ from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, cont
 
 GN = sets(optim__name="gauss-newton", optim__lr=0.3, optim__momentum=0.5, optim__damping=0.1, optim__weight_decay=1e-3)
 WAVES = ["objective.toml", *sets(task__function="userland:Waves", zo__mu=1e-5, task__retries=0, stop__steps=4), *GN]
+STILL = sets(task__function="userland:Still", optim__adapt=True, optim__lr=1, optim__momentum=0, optim__weight_decay=0)
 STATIC = sets(sparsity__ratio=0.5, sparsity__scores="random", sparsity__pattern="static")
 DIGITS = ["digits.toml", *GN, *sets(stop__steps=4, optim__trust=0.5, optim__damping_kind="relative")]
 CONFIGS = {
@@ -38,6 +39,7 @@ def runs(place):
                 train("scalar", ["objective.toml", *GN], "scalar"),
                 train("rge", [*DIGITS, *sets(zo__estimator="rge")], "rge"),
                 train("large", [*DIGITS, *sets(optim__memory_mb=0.01)], "large"),
+                train("converged", [*WAVES, *STILL, *sets(stop__steps=30, stop__epochs=1000)], "converged"),
                 train("limit", [*WAVES, *sets(optim__adapt=True, task__max_queries=60)], "limit"),
             ]
         results |= {(ranks, name): result for name, result in batch(ranks, place, cases).items()}
@@ -86,3 +88,10 @@ def test_trials_count_and_are_left_room_for(place, runs):
     assert "task.max_queries would be exceeded by the next step" in runs[3, "limit"].succeeded().out
     asked = column(place / "limit", "train/queries")
     assert 26 <= asked[0] <= 33 and asked[-1] <= 60 - 1
+
+
+def test_a_minimum_asks_no_trials_and_lambda_stays_in_reach(place, runs):
+    assert "no step is expected to lower the loss of its batch by more than 1e-10 of it" in runs[3, "converged"].succeeded().out
+    asked = column(place / "converged", "train/queries")
+    assert asked[-1] - asked[-2] == 26  # a base, 24 coordinates, an evaluation
+    assert float(contents(checkpoints(place / "converged")[-1])["optimizer/curvature/damping"]) == 0.1

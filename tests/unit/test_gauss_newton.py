@@ -11,7 +11,7 @@ import dzhpc
 from dzhpc import config
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, NumericalError
 from dzhpc.method import gauss_newton as method
 from dzhpc.method.optimizers import GaussNewton
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss
@@ -220,6 +220,26 @@ def test_what_the_optimiser_would_do_is_what_it_does():
 
 def test_damping_follows_from_how_right_the_prediction_was():
     assert [method.next_damping(9.0, change, -1.0) for change in (-0.9, -0.5, -0.1, 0.0, np.nan)] == [1, 9, 18, 36, 36]
+
+
+def test_a_step_of_which_nothing_was_predicted_tells_nothing_and_an_infinite_matrix_is_said():
+    assert [method.next_damping(9.0, change, 0.0) for change in (-0.9, 0.9)] == [18, 36]
+    one = torch.ones(2, dtype=torch.float64)
+    for damping in (0.0, 0.1):
+        with pytest.raises(NumericalError, match="not finite"):
+            method.System(one, one, "absolute", torch.full((2, 2), torch.inf, dtype=torch.float64)).solve(damping)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "marquardt"])
+def test_coordinates_that_change_nothing_stay_and_equal_ones_share_the_step(kind):
+    a = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 2.0]], dtype=torch.float64)  # the second is dead, the others are one
+    h, g = a @ a.T, a @ torch.tensor([3.0, -1.0], dtype=torch.float64)
+    for system in (method.System(g, h.diagonal(), kind, h), method.System(g, h.diagonal(), kind, rows=a)):
+        for damping in (0.0, 1e-9):
+            delta = system.solve(damping)
+            torch.testing.assert_close(delta, -g / 10, rtol=1e-6, atol=1e-12)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    assert not method.System(nothing, nothing, kind, torch.zeros(3, 3, dtype=torch.float64)).within(0.1, 0.1).any()
 
 
 def test_averages_begin_anew_with_a_new_set():
