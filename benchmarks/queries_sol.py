@@ -4,7 +4,7 @@
 
 For every checkpoint of every run: the mean loss of 24 windows of the training simulations, the same for all runs (drawn with
 seed 0; a run of 39 steps has trained on 117 of 2,952 windows, one of 492 steps on 1,476, so a few may be among the 24), and
-MAE(100) over the valid simulations. Questions are those of the run; of a first-order run (autograd) those that CGE would have asked.
+MAE(100) over the valid simulations. Of a first-order run (autograd), questions are those that CGE would have asked.
 """
 
 import argparse

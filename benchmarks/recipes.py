@@ -5,8 +5,8 @@
     python benchmarks/recipes.py rate --steps 240 --seeds 0,1             # the best rate against sparsity, stand-in
 
 A simple CNN of depth 2 (3,700 parameters) on CIFAR-10 at 16 x 16 pixels, 10,000 training and all 10,000 test images, 5 % of the
-coordinates drawn anew at each step, cosine rate after a short warm-up. Lines are appended to FILE; what is there already is skipped.
-Every run also gives the accuracy of the mean of its weights over the last third of its steps.
+coordinates drawn anew at each step, cosine rate after a short warm-up. Every run also gives that of the mean of its weights
+over the last third of its steps. Lines are appended to FILE; what is there already is skipped.
 """
 
 import argparse
