@@ -94,4 +94,5 @@ def test_a_minimum_asks_no_trials_and_lambda_stays_in_reach(place, runs):
     assert "no step is expected to lower the loss of its batch by more than 1e-10 of it" in runs[3, "converged"].succeeded().out
     asked = column(place / "converged", "train/queries")
     assert asked[-1] - asked[-2] == 26  # a base, 24 coordinates, an evaluation
-    assert float(contents(checkpoints(place / "converged")[-1])["optimizer/curvature/damping"]) == 0.1
+    kept = contents(checkpoints(place / "converged")[-1])["optimizer/curvature/damping"]
+    assert kept.endswith(np.float64(0.1).tobytes())  # that of the input
