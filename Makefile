@@ -1,8 +1,8 @@
-# make run: set up and train on the digits. make test: set up and test. make venv: the set-up that both share.
+# make run: set up and train on the digits. make test: set up and test. make venv: the set-up that both share. make docs: the site.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
 VENV := .venv
 
-.PHONY: run test lint venv clean
+.PHONY: run test lint docs venv clean
 
 run: venv
 	$(VENV)/bin/mpirun -n 2 $(VENV)/bin/python -m dzhpc.train inputs/digits.toml
@@ -17,6 +17,14 @@ lint: venv
 	$(VENV)/bin/ruff check . --fix
 	$(VENV)/bin/ruff format --diff .
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "written: site/index.html"
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 venv: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml scripts/configure_openmpi.sh
@@ -28,4 +36,4 @@ $(VENV)/installed: pyproject.toml scripts/configure_openmpi.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis

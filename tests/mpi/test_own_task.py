@@ -1,7 +1,6 @@
-"""A task of the user's own, README's, through public doors only: ``task.kind = "package.module:Class"``."""
+"""A task of the user's own, that of docs/recipes/extend.md, through public doors only: ``task.kind = "package.module:Class"``."""
 
-import re
-
+import pages
 import pytest
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, sets, tensor
 
@@ -19,7 +18,6 @@ class Unfinished(Task):
 class Other:
     pass
 """
-IMPORTS = "import dzhpc\nimport numpy as np\nimport torch\nfrom dzhpc.tasks import Task\n"
 INPUT = """
 [task]
 kind = "sine:Sine"
@@ -43,8 +41,8 @@ every_epochs = 5
 def done(tmp_path_factory, project):
     """(folder, results on two ranks)."""
     place = tmp_path_factory.mktemp("own-task")
-    recipe = next(b for b in re.findall(r"```python\n(.*?)```", (project / "README.md").read_text(), re.S) if "(Task)" in b)
-    (place / "sine.py").write_text(f"{IMPORTS}\n{recipe}\n{MORE}")
+    recipe = next(block.text for block in pages.blocks(project, "python") if block.title == "sine.py")
+    (place / "sine.py").write_text(f"{recipe}\n{MORE}")
     (place / "input.toml").write_text(INPUT)
 
     def case(name, folder, **keys):

@@ -1,24 +1,13 @@
-"""README's recipes run as they stand there, on two ranks, through public doors alone: an estimator, a layer, a kernel.
+"""An estimator, a layer, a kernel: the recipes of docs/recipes/extend.md run as they stand, on two ranks, by public doors alone.
 
 The recipe for a task has a module of its own, test_own_task.
 """
 
-import re
-
 import numpy as np
+import pages
 import pytest
 from mpi_launch import Case, assert_same, attributes, batch, bits, checkpoints, column, sets, tensor
 
-IMPORTS = """
-import torch
-import torch.nn.functional as F
-from dzhpc.engines.delta.change import Origin
-from dzhpc.engines.delta.origins import ORIGINS
-from dzhpc.engines.delta.rules.rule import Rule
-from dzhpc.engines.delta.rules.table import MODULES
-from dzhpc.engines.kernels.find import PROVIDERS
-from dzhpc.method.estimators import Estimator, rge_slopes, rge_sum
-"""
 NETWORKS = {
     "estimator": "",
     "layer": """
@@ -60,11 +49,10 @@ steps = 2
 def done(tmp_path_factory, project):
     """(folder, results): every recipe on one rank and on two; the layer by engine full, too."""
     place = tmp_path_factory.mktemp("recipes")
-    blocks = re.findall(r"### Add an? (\w+)\n.*?```python\n(.*?)```", (project / "README.md").read_text(), re.S)
-    for name, code in blocks:
-        if name in NETWORKS:
-            (place / f"{name}.py").write_text(f"{IMPORTS}\n{code}\n{NETWORKS[name]}")
-            (place / f"{name}.toml").write_text(INPUT.format(name=name))
+    recipes = {block.title: block.text for block in pages.blocks(project, "python")}
+    for name, network in NETWORKS.items():
+        (place / f"{name}.py").write_text(f"{recipes[f'{name}.py']}\n{network}")
+        (place / f"{name}.toml").write_text(INPUT.format(name=name))
     words = {
         "estimator": sets(zo__estimator="estimator:Antithetic", zo__q=5, zo__engine="reuse", model__name="cnn", model__width=4),
         "layer": sets(zo__mu=1e-4), "kernel": sets(zo__compile="on"),
