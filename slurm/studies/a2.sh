@@ -11,16 +11,17 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local ratios="0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95" seeds="0 1 2" more="" seed ratio scores
-    if [ "$SIZE" = small ]; then ratios="0.5 0.9 0.95" seeds=0 more="stop.epochs=10"; fi
-    for seed in $seeds; do
+    local ratios="0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95" seed ratio scores
+    if [ "$SIZE" != paper ]; then ratios="0.5 0.9 0.95"; fi
+    for seed in $SEEDS; do
         for ratio in $ratios; do
             for scores in random fo-grasp zo-grasp; do
-                echo "inputs/resnet20.toml $scores-$ratio-seed$seed zo.estimator=autograd zo.engine=full sparsity.target=weights sparsity.pattern=static sparsity.scores=$scores sparsity.ratio=$ratio run.seed=$seed $more"
+                echo "inputs/resnet20.toml $scores/$ratio-seed$seed $AUTOGRAD sparsity.target=weights sparsity.pattern=static sparsity.scores=$scores sparsity.ratio=$ratio run.seed=$seed $MORE"
             done
         done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=sparsity.ratio
 study a2 "$@"

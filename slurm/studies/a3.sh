@@ -11,18 +11,20 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local ratios="0.8 0.9 0.99" seeds="0 1 2" more="" seed ratio base
-    if [ "$SIZE" = small ]; then ratios="0.9 0.99" seeds=0 more="stop.epochs=10"; fi
-    for seed in $seeds; do
+    local ratios="0.8 0.9 0.99" every=1 seed ratio base
+    if [ "$SIZE" != paper ]; then ratios="0.9 0.99"; fi
+    if [ "$SIZE" = look ]; then every=10; fi # scores cost more than steps
+    for seed in $SEEDS; do
         for ratio in $ratios; do
-            base="zo.estimator=autograd zo.engine=full sparsity.ratio=$ratio run.seed=$seed $more"
-            echo "inputs/resnet20.toml ours-$ratio-seed$seed $base"
-            echo "inputs/resnet20.toml m1-$ratio-seed$seed $base sparsity.pattern=regrasp sparsity.redraw_steps=1"
-            echo "inputs/resnet20.toml m2-gradients-$ratio-seed$seed $base sparsity.pattern=static"
-            echo "inputs/resnet20.toml m2-weights-$ratio-seed$seed $base sparsity.pattern=static sparsity.target=weights"
+            base="$AUTOGRAD sparsity.ratio=$ratio run.seed=$seed $MORE"
+            echo "inputs/resnet20.toml ours/$ratio-seed$seed $base"
+            echo "inputs/resnet20.toml m1/$ratio-seed$seed $base sparsity.pattern=regrasp sparsity.redraw_steps=$every"
+            echo "inputs/resnet20.toml m2-gradients/$ratio-seed$seed $base sparsity.pattern=static"
+            echo "inputs/resnet20.toml m2-weights/$ratio-seed$seed $base sparsity.pattern=static sparsity.target=weights"
         done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=sparsity.ratio
 study a3 "$@"

@@ -11,15 +11,19 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local sizes="128 256 512 1024 2048 4096 8192" seeds="0 1" more="" seed size
-    if [ "$SIZE" = small ]; then seeds=0 more="stop.epochs=10"; fi
-    for seed in $seeds; do
+    local sizes="128 256 512 1024 2048 4096 8192" seed size
+    case $SIZE in
+        paper) SEEDS="0 1" ;;
+        look) sizes="16 32 64 128 256 512" ;;
+    esac
+    for seed in $SEEDS; do
         for size in $sizes; do
-            echo "inputs/resnet20.toml standin-batch$size-seed$seed zo.estimator=autograd zo.engine=full data.batch_size=$size run.seed=$seed $more"
-            if [ "$SIZE" = paper ]; then echo "inputs/resnet20.toml deepzero-batch$size-seed$seed data.batch_size=$size run.seed=$seed"; fi
+            echo "inputs/resnet20.toml standin/$size-seed$seed $AUTOGRAD run.seed=$seed $MORE data.batch_size=$size"
+            if [ "$SIZE" = paper ]; then echo "inputs/resnet20.toml deepzero/$size-seed$seed data.batch_size=$size run.seed=$seed"; fi
         done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=data.batch_size
 study a5 "$@"

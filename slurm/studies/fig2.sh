@@ -11,18 +11,21 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local depths="1 2 3 4 5" seed depth
-    if [ "$SIZE" = small ]; then depths="1 2"; fi
+    local depths="1 2 3 4 5" more="" seed depth
+    if [ "$SIZE" = small ]; then depths="1 2 3"; fi
+    if [ "$SIZE" = look ]; then depths="1 2" more="data.train_limit=1280 data.batch_size=32 stop.epochs=2 eval.every_epochs=2"; fi
     for seed in 0 1 2; do
         for depth in $depths; do
-            echo "inputs/cnn.toml cge-depth$depth-seed$seed model.depth=$depth run.seed=$seed"
-            echo "inputs/cnn.toml fo-depth$depth-seed$seed zo.estimator=autograd zo.engine=full model.depth=$depth run.seed=$seed"
-            if [ "$SIZE" = small ] && [ "$depth" != 1 ]; then continue; fi
-            echo "inputs/cnn.toml rge-depth$depth-seed$seed zo.estimator=rge zo.engine=full model.depth=$depth run.seed=$seed"
-            echo "inputs/cnn.toml rge-plain-depth$depth-seed$seed zo.estimator=rge zo.engine=full optim.momentum=0.0 model.depth=$depth run.seed=$seed"
+            if [ "$SIZE.$depth" = small.3 ] && [ "$seed" != 0 ]; then continue; fi
+            echo "inputs/cnn.toml cge/depth$depth-seed$seed model.depth=$depth run.seed=$seed $more"
+            echo "inputs/cnn.toml first-order/depth$depth-seed$seed $AUTOGRAD model.depth=$depth run.seed=$seed $more"
+            if [ "$SIZE" != paper ] && [ "$depth" != 1 ]; then continue; fi
+            echo "inputs/cnn.toml rge/depth$depth-seed$seed zo.estimator=rge zo.engine=full model.depth=$depth run.seed=$seed $more"
+            echo "inputs/cnn.toml rge-plain/depth$depth-seed$seed zo.estimator=rge zo.engine=full optim.momentum=0.0 model.depth=$depth run.seed=$seed $more"
         done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=model.depth
 study fig2 "$@"

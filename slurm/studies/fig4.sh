@@ -11,17 +11,19 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local ratios="0.8 0.9 0.95 0.99" seeds="0 1 2" more="" seed ratio
-    if [ "$SIZE" = small ]; then ratios="0.9 0.99" seeds=0 more="stop.epochs=20"; fi
-    for seed in $seeds; do
-        echo "inputs/resnet20.toml dense-seed$seed zo.estimator=autograd zo.engine=full sparsity.ratio=0.0 run.seed=$seed $more"
+    local ratios="0.8 0.9 0.95 0.99" seed ratio
+    if [ "$SIZE" != paper ]; then ratios="0.9 0.99"; fi
+    if [ "$SIZE" = small ]; then MORE="stop.epochs=20"; fi
+    for seed in $SEEDS; do
+        echo "inputs/resnet20.toml dense/0.0-seed$seed $AUTOGRAD sparsity.ratio=0.0 run.seed=$seed $MORE"
         for ratio in $ratios; do
-            echo "inputs/resnet20.toml gradients-$ratio-seed$seed zo.estimator=autograd zo.engine=full sparsity.ratio=$ratio run.seed=$seed $more"
-            echo "inputs/resnet20.toml weights-$ratio-seed$seed zo.estimator=autograd zo.engine=full sparsity.ratio=$ratio sparsity.target=weights sparsity.pattern=static sparsity.scores=fo-grasp run.seed=$seed $more"
-            if [ "$SIZE" = paper ]; then echo "inputs/resnet20.toml deepzero-$ratio-seed$seed sparsity.ratio=$ratio run.seed=$seed"; fi
+            echo "inputs/resnet20.toml standin/$ratio-seed$seed $AUTOGRAD sparsity.ratio=$ratio run.seed=$seed $MORE"
+            echo "inputs/resnet20.toml weights/$ratio-seed$seed $AUTOGRAD sparsity.ratio=$ratio sparsity.target=weights sparsity.pattern=static sparsity.scores=fo-grasp run.seed=$seed $MORE"
+            if [ "$SIZE" = paper ]; then echo "inputs/resnet20.toml deepzero/$ratio-seed$seed sparsity.ratio=$ratio run.seed=$seed"; fi
         done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=sparsity.ratio
 study fig4 "$@"

@@ -11,15 +11,21 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local sizes="100 500 1000 2000 4000 8000 16000 32000" moves=28220 more="stop.epochs=40" size batch both
+    local sizes="100 500 1000 2000 4000 8000 16000 32000" seeds=0 moves=28220 more="stop.epochs=40" size batch both
     if [ "$SIZE" = small ]; then sizes="100 500 1000 2000" moves=4068 more="stop.epochs=10 sparsity.ratio=0.99"; fi
-    for size in $sizes; do
-        batch=$((size < 2048 ? size / 4 : 512)) # forty steps at least
-        both="data.train_limit=$size data.batch_size=$batch data.augment=false"
-        echo "inputs/resnet20.toml deepzero-$size $both $more"
-        echo "inputs/pattern-search.toml pattern-$size $both $more zo.q=$moves sparsity.ratio=0.0"
+    if [ "$SIZE" = look ]; then # the CNN of Fig. 2, all 730 weights of it
+        sizes="100 500 1000 2000" seeds="0 1 2" moves=730 more="stop.epochs=40 model.name=cnn model.depth=1 sparsity.ratio=0.0 eval.every_epochs=40"
+    fi
+    for seed in $seeds; do
+        for size in $sizes; do
+            batch=$((size < 2048 ? size / 4 : 512)) # four steps an epoch at least
+            both="data.train_limit=$size data.batch_size=$batch data.augment=false run.seed=$seed"
+            echo "inputs/resnet20.toml deepzero/$size-seed$seed $both $more"
+            echo "inputs/pattern-search.toml pattern/$size-seed$seed $both $more zo.q=$moves sparsity.ratio=0.0"
+        done
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=data.train_limit
 study fig5 "$@"

@@ -2,7 +2,7 @@
 # Open questions: how sparse, a vision transformer, ResNet-56. First-order runs with sparse gradients are stand-ins for those by CGE.
 # From the root of the clone: sbatch slurm/studies/open.sh, then bash slurm/studies/open.sh report; on two cores: SIZE=small bash slurm/studies/open.sh
 #SBATCH --job-name=open
-#SBATCH --array=0-8%8
+#SBATCH --array=0-35%8
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1           # run.threads of the input
 #SBATCH --time=24:00:00             # of one stretch: a member requeues itself until its run is finished
@@ -11,15 +11,24 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local more="" ratio model
-    if [ "$SIZE" = small ]; then more="stop.epochs=10"; fi
+    local ratio model seed
     for ratio in 0.8 0.9 0.95 0.98 0.99 0.995 0.999; do
-        echo "inputs/resnet20.toml standin-resnet20-$ratio zo.estimator=autograd zo.engine=full sparsity.ratio=$ratio $more"
+        if [ "$SIZE" != look ]; then echo "inputs/resnet20.toml standin-resnet20/$ratio $AUTOGRAD sparsity.ratio=$ratio $MORE"; fi
+        for seed in 0 1 2; do # by queries, at any size
+            echo "inputs/digits.toml deepzero-digits/$ratio-seed$seed sparsity.ratio=$ratio run.seed=$seed eval.every_epochs=10"
+        done
     done
+    for ratio in 0.9 0.99 0.999; do # 8 x 8 pixels: 2 layers of width 48
+        for model in autograd cge; do
+            echo "inputs/digits.toml $model-vit-digits/$ratio zo.estimator=$model model.name=vit-tiny model.depth=2 model.width=48 model.patch=2 model.image_size=8 model.in_channels=1 sparsity.ratio=$ratio optim.name=adam optim.lr=1e-3 optim.weight_decay=0.0 eval.every_epochs=10"
+        done
+    done
+    if [ "$SIZE" = look ]; then return; fi
     for model in resnet56 vit-tiny; do
-        echo "inputs/resnet20.toml standin-$model-0.9 zo.estimator=autograd zo.engine=full model.name=$model $more"
+        echo "inputs/resnet20.toml standin-$model/0.9 $AUTOGRAD model.name=$model $MORE"
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=sparsity.ratio
 study open "$@"

@@ -1,45 +1,84 @@
 # Sourced by the studies beside it. A study is a list of members, which its function `members` prints, a line each:
-#   INPUT NAME KEY=VALUE ...
-# Under Slurm a task of the array is one of them, and requeues itself. Elsewhere they run one after another, each on two ranks
-# (SLURM_NTASKS=N; LAUNCHER=env: one process), then the report is made; the same command goes on where it was stopped.
-#   bash slurm/studies/fig5.sh list          the members              SIZE=small: those of the smaller size, for two cores
-#   bash slurm/studies/fig5.sh report        table and figure of what there is, in runs/studies/fig5-report
+#   INPUT METHOD/NAME KEY=VALUE ...        a training in $DIR/METHOD/NAME
+#   VERB NAME ARGUMENT ...                 python -m dzhpc.VERB ARGUMENT ...
+# Members after an empty line need those before it. Under Slurm a task of the array is one of them, and requeues itself. Elsewhere they
+# run one after another, each on two ranks (SLURM_NTASKS=N; LAUNCHER=env: one process), then the report is made. The same command goes
+# on where it was stopped.
+#   bash slurm/studies/fig5.sh list          the members
+#   bash slurm/studies/fig5.sh report        table and figure of what there is, in $DIR/report
+#   bash slurm/studies/fig5.sh submit        as many array tasks as there are members; each stage waits for the one before
+#   SIZE=small ...                           hours on two cores; SIZE=look: minutes on two cores, far from the paper's numbers
 #   ONLY=pattern bash slurm/studies/fig5.sh  those whose name holds a regular expression
-# Further arguments reach `python -m dzhpc.train`: --set stop.epochs=1.
+# DIR is runs/studies/STUDY/SIZE (RUNS=...: another place for runs/studies). Further arguments reach `python -m dzhpc.train`.
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/launch.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
-SIZE=${SIZE:-paper}
-case $SIZE in paper | small) ;; *) echo "SIZE = $SIZE: expected paper or small" >&2; exit 2 ;; esac
+export SIZE=${SIZE:-paper} RUNS=${RUNS:-runs/studies} ONLY=${ONLY:-.}
+AUTOGRAD="zo.estimator=autograd zo.engine=full"
+# What most studies of ResNet-20 do, by size: seeds, and what differs from the paper.
+case $SIZE in
+    paper) SEEDS="0 1 2" MORE="" ;;
+    small) SEEDS=0 MORE="stop.epochs=10" ;;
+    look)
+        SEEDS=0
+        MORE="data.train_limit=2500 data.batch_size=64 data.augment=false stop.epochs=5 optim.warmup_epochs=1.0 eval.every_epochs=5"
+        MORE="$MORE sparsity.redraw_epochs=1 sparsity.q=32"
+        ;;
+    *) echo "SIZE = $SIZE: expected paper, small or look" >&2; exit 2 ;;
+esac
 
 # study NAME ARGUMENTS...: do what the first argument says, or run.
 study() {
-    local name=$1 lines
+    local lines=() stages=(0) line
+    NAME=$1 DIR=$RUNS/$1/$SIZE
     shift
-    mapfile -t lines < <(members | grep -E "^[^ ]+ [^ ]*(${ONLY:-.})")
+    while IFS= read -r line; do
+        if [ -z "$line" ]; then stages+=("${#lines[@]}"); elif [[ $line =~ ^[^\ ]+\ [^\ ]*($ONLY) ]]; then lines+=("$line"); fi
+    done < <(members)
+    stages+=("${#lines[@]}")
     case ${1:-} in
         list) printf '%s\n' "${lines[@]}" ;;
-        report) report "$name" ;;
+        report) report ;;
+        submit) shift; submit "$@" ;;
         *)
             if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-                if [ -z "${lines[SLURM_ARRAY_TASK_ID]:-}" ]; then echo "member $SLURM_ARRAY_TASK_ID: there are ${#lines[@]}" >&2; exit 4; fi
-                member "$name" "${lines[SLURM_ARRAY_TASK_ID]}" "$@"
+                line=${lines[SLURM_ARRAY_TASK_ID]:-}
+                if [ -z "$line" ]; then echo "member $SLURM_ARRAY_TASK_ID: there are ${#lines[@]}" >&2; exit 4; fi
+                member "$line" "$@"
             fi
-            for line in "${lines[@]}"; do (member "$name" "$line" "$@") || exit; done
-            report "$name"
+            for line in "${lines[@]}"; do (member "$line" "$@") || exit; done
+            report
             ;;
     esac
 }
 
-# member STUDY LINE ARGUMENTS...: one run, in a folder of its own.
+# member LINE ARGUMENTS...: one run, in a folder of its own, or one call of another verb.
 member() {
-    local name=$1 words word keys=()
-    read -ra words <<< "$2"
-    shift 2
+    local words word keys=()
+    read -ra words <<< "$1"
+    shift
+    mkdir -p "$DIR"
+    if [[ ${words[0]} != *.toml ]]; then
+        if [ "${words[0]}" = bench ]; then LAUNCHER=env; fi # it starts its ranks itself
+        launch "${words[0]}" "${words[@]:2}"
+    fi
     for word in "${words[@]:2}"; do keys+=(--set "$word"); done
     INPUT=${words[0]}
-    set -- --set "run.dir=runs/studies/$name" --set "run.name=${words[1]}" "${keys[@]}" "$@"
+    set -- --set "run.dir=$DIR" --set "run.name=${words[1]}" "${keys[@]}" "$@"
     need_input "$@"
     launch train "$INPUT" "$@"
 }
 
-report() { python -m dzhpc.report runs/studies/"$1"/*/ -o "runs/studies/$1-report"; }
+# submit ARGUMENTS...: an array for each stage, which waits until all of the one before have succeeded.
+submit() {
+    local k before="" jobs=""
+    for ((k = 0; k + 1 < ${#stages[@]}; k++)); do
+        if [ "${stages[k]}" = "${stages[k + 1]}" ]; then continue; fi
+        before=$(${SBATCH:-sbatch} --parsable ${before:+"--dependency=afterok:$before"} \
+            --array="${stages[k]}-$((stages[k + 1] - 1))%8" "slurm/studies/$NAME.sh" "$@") || exit
+        jobs="$jobs, $before"
+    done
+    echo "jobs ${jobs#, }"
+}
+
+# The study's key on the horizontal axis is OVER; its numbers in the paper, where there are some, lie beside it.
+report() { python -m dzhpc.report --campaign "$DIR" --over "$OVER" --beside slurm/studies/published.tsv --study "$NAME"; }

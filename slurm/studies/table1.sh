@@ -11,22 +11,26 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local widths="64 512" zo="32 64" seeds="0 1 2" more="" seed width method rate
-    if [ "$SIZE" = small ]; then widths=16 zo="" seeds=0 more="data.train_limit=10000 stop.epochs=20"; fi
-    for seed in $seeds; do
+    local widths="64 512" methods="fa dfa align-ada" more="" seed width method rate deepzero
+    case $SIZE in
+        small) widths=16 methods="$methods autograd" more="data.train_limit=10000 stop.epochs=20" ;;
+        look) widths=16 methods="$methods autograd" more="data.train_limit=2000 stop.epochs=5" ;;
+    esac
+    for seed in $SEEDS; do
         for width in $widths; do
-            for method in fa dfa align-ada; do
+            for method in $methods; do
                 for rate in 5.0 2.0 1.0; do
-                    echo "inputs/table1.toml $method-width$width-lr$rate-seed$seed zo.estimator=$method model.width=$width optim.lr=$rate run.seed=$seed $more"
+                    echo "inputs/table1.toml $method-width$width/lr$rate-seed$seed zo.estimator=$method model.width=$width optim.lr=$rate run.seed=$seed $more"
                 done
             done
         done
-        for width in $zo; do
-            echo "inputs/resnet20.toml deepzero-width$width-seed$seed model.name=cnn8 model.width=$width task.loss=mse run.seed=$seed"
-        done
-        if [ "$SIZE" = small ]; then echo "inputs/table1.toml bp-width16-seed$seed zo.estimator=autograd model.width=16 run.seed=$seed $more"; fi
+        deepzero="inputs/resnet20.toml deepzero-width%s/seed$seed model.name=cnn8 model.width=%s task.loss=mse run.seed=$seed\n"
+        if [ "$SIZE" = paper ]; then printf "$deepzero" 32 32 64 64; continue; fi
+        more="$more data.batch_size=100 data.augment=false optim.warmup_epochs=1.0 sparsity.redraw_epochs=1 sparsity.q=32 eval.every_epochs=5"
+        echo "inputs/resnet20.toml standin-width16/lr0.1-seed$seed $AUTOGRAD model.name=cnn8 model.width=16 task.loss=mse run.seed=$seed $more"
     done
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+OVER=optim.lr
 study table1 "$@"

@@ -1,0 +1,27 @@
+#!/bin/bash
+# Are first-order runs on the same coordinates stand-ins for those by CGE? The first steps of both, with a checkpoint of each.
+# From the root of the clone: sbatch slurm/studies/standin.sh, then bash slurm/studies/standin.sh report; on two cores: SIZE=small bash slurm/studies/standin.sh
+#SBATCH --job-name=standin
+#SBATCH --array=0-3%8
+#SBATCH --ntasks=4
+#SBATCH --cpus-per-task=1           # run.threads of the input
+#SBATCH --time=24:00:00             # of one stretch: a member requeues itself until its run is finished
+#SBATCH --requeue                   # lets it, and lets Slurm after a node failure
+#SBATCH --open-mode=append          # a requeued member must not truncate what it printed before
+#SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
+
+members() {
+    local steps=20 kind resnet cnn8
+    if [ "$SIZE" = look ]; then steps=6; fi
+    resnet="sparsity.ratio=0.99 data.batch_size=64"
+    cnn8="model.name=cnn8 model.width=16 task.loss=mse data.batch_size=100"
+    for kind in cge "autograd zo.engine=full"; do # random ratios: the same S, whatever the engine
+        kind="${kind%% *}%s zo.estimator=$kind data.augment=false sparsity.scores=random sparsity.redraw_epochs=1 stop.steps=$steps checkpoint.every_steps=1 checkpoint.keep=30 optim.warmup_epochs=0.0 data.test_limit=1000 run.seed=0"
+        printf "inputs/resnet20.toml $kind $resnet\n" /resnet20
+        printf "inputs/resnet20.toml $kind $cnn8\n" /cnn8
+    done
+}
+report() { python benchmarks/standin.py "$DIR"; }
+
+source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
+study standin "$@"
