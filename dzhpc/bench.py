@@ -1,4 +1,4 @@
-"""Verb: engines side by side on the same coordinates, and a training step on 1, 2, 4, ... ranks.
+"""Verb: engines side by side on the same coordinates, an estimate in parts, and a training step on 1, 2, 4, ... ranks.
 
 ``python -m dzhpc.bench gradient --model resnet20 --batch 128`` · ``python -m dzhpc.bench scaling inputs/digits.toml --ranks 1,2``
 """
@@ -14,7 +14,7 @@ from dzhpc.errors import InputError
 from dzhpc.job.launch import run_verb
 from dzhpc.job.log import show
 from dzhpc.job.world import World
-from dzhpc.training import benchmark, scaling
+from dzhpc.training import benchmark, scaling, stages
 
 PICTURES = (".png", ".pdf", ".svg")  # what a forecast may be drawn as
 
@@ -24,24 +24,27 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("dzhpc.bench", description="What a gradient costs, and how a step scales over ranks.")
     kinds = p.add_subparsers(dest="kind", required=True)
     g = kinds.add_parser("gradient", help="engines side by side: time, memory, and error against float64")
-    g.add_argument("--model", default="resnet20", help="resnet20, resnet56, resnet18, vit-tiny, or cnn:DEPTH")
-    g.add_argument("--weights", help="start from this file (a checkpoint or a torch state_dict); else random weights")
-    g.add_argument("--batch", type=number(Count), default=128, help="images of 32 x 32 random pixels")
     g.add_argument(
         "--coords", type=number(Count), default=200, help="how many of the coordinates drawn by the LPR over the whole network"
     )
     g.add_argument("--reference", type=number(Count), default=200, help="compare with float64 on so many of them")
     g.add_argument("--ratio", type=number(Ratio), default=0.9, help="sparsity of the LPR (first-order GraSP on this batch)")
     g.add_argument("--directions", type=number(Count), default=16, help="q of the estimates by random directions beside CGE's")
-    g.add_argument("--mu", type=number(Positive), default=5e-3, help="smoothing parameter")
     g.add_argument("--engines", default="full,reuse,delta")
     g.add_argument("--precisions", help="of engine delta (default: fp32,bf16, as far as the hardware has them); others have fp32")
     g.add_argument("--memory-mb", type=number(Positive), help="zo.memory_mb of engine delta")
-    g.add_argument("--threads", type=number(Threads), default=1)
-    g.add_argument("--repeats", type=number(Count), default=5, help="interleaved repetitions")
-    g.add_argument("--seed", type=number(Seed), default=0)
-    g.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    g.add_argument("--json", type=paths.option, help="write the figures here")
+    t = kinds.add_parser("stages", help="an estimate of d queries in parts: directions, perturbation, inference")
+    t.add_argument("--queries", type=number(Count), default=64, help="time so many of the d queries")
+    for k in (g, t):
+        k.add_argument("--model", default="resnet20", help="resnet20, resnet56, resnet18, vit-tiny, or cnn:DEPTH")
+        k.add_argument("--weights", help="start from this file (a checkpoint or a torch state_dict); else random weights")
+        k.add_argument("--batch", type=number(Count), default=128, help="images of 32 x 32 random pixels")
+        k.add_argument("--mu", type=number(Positive), default=5e-3, help="smoothing parameter")
+        k.add_argument("--threads", type=number(Threads), default=1)
+        k.add_argument("--repeats", type=number(Count), default=5, help="interleaved repetitions")
+        k.add_argument("--seed", type=number(Seed), default=0)
+        k.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        k.add_argument("--json", type=paths.option, help="write the figures here")
     s = kinds.add_parser("scaling", help="seconds a training step on several numbers of ranks")
     s.add_argument("input", help="TOML input file")
     s.add_argument("--ranks", default="1,2", help="numbers of ranks")
@@ -61,7 +64,8 @@ def main(world: World, args: argparse.Namespace) -> int:
         raise InputError(f"--plot {paths.shown(args.plot)}: expected a name that ends in {', '.join(PICTURES)}")
     for file in filter(None, (args.json, getattr(args, "plot", None))):
         _write(file, "a")  # before all that is measured
-    measured, text = benchmark.gradient(args) if args.kind == "gradient" else scaling.scaling(args)
+    measure = {"gradient": benchmark.gradient, "stages": stages.stages, "scaling": scaling.scaling}
+    measured, text = measure[args.kind](args)
     show(text)
     if args.json:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -1,6 +1,7 @@
 """Runs side by side, from their metrics: a table of final numbers, and curves of loss and accuracy."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from dzhpc.config.paths import shown
 from dzhpc.errors import InputError
-from dzhpc.files import campaign, drawing, owned, yardstick
+from dzhpc.files import campaign, drawing, owned, study, yardstick
 from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import REPORT
 from dzhpc.job.log import duration
@@ -138,14 +139,25 @@ def write_campaign(folder: Path, out: Path) -> tuple[str, list[Path]]:
     return text, _write(out, f"Campaign {shown(folder)}", text, runs)
 
 
+def write_study(folder: Path, out: Path, over: str, beside: list[study.Published]) -> tuple[str, list[Path]]:
+    """The same by method and by a key of the inputs, see :mod:`dzhpc.files.study`. Raises InputError."""
+    found = study.groups(folder, over)
+    text = study.table(found, beside, over)
+    return text, _write_all(out, f"{shown(folder)} over {over}", text, lambda path: study.plot(found, beside, over, path))
+
+
 def _write(out: Path, title: str, text: str, runs: list[Curves], against: str | None = None) -> list[Path]:
-    draw = (lambda: yardstick.plot(trained, against, picture)) if against else (lambda: plot(trained, picture))
     trained = [run for run in runs if len(run.train["step"])]
+    draw = (lambda path: yardstick.plot(trained, against, path)) if against else (lambda path: plot(trained, path))
+    return _write_all(out, title, text, draw if trained else None)
+
+
+def _write_all(out: Path, title: str, text: str, draw: Callable[[Path], None] | None) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         report, picture = owned.places(out, ("report.md", "curves.png"), lambda path: owned.holds(path, REPORT))
         content = f"# {' '.join(title.split())}\n\n{text}\n\n{REPORT}{picture.name})\n"
         report.write_text(content, encoding="utf-8", errors="backslashreplace")
-        return [report, *([picture] if trained and drawing.drawn(draw) else [])]
+        return [report, *([picture] if draw and drawing.drawn(lambda: draw(picture)) else [])]
     except OSError as error:
         raise InputError(f"{shown(out)}: cannot be written ({error.strerror or error}); choose another folder with -o") from None

@@ -38,7 +38,7 @@ def machine() -> dict[str, str]:
 
 def gradient(args: argparse.Namespace) -> tuple[dict[str, list[dict]], str]:
     """Milliseconds a query, memory, and error of each engine; errors of estimators. Raises InputError for what is not known."""
-    device = _device(args)
+    device = choose(args)
     model, inputs, labels = problem(args, device)
     coords = coordinates(model, inputs, labels, args)
     precisions = args.precisions or ("fp32,bf16" if devices.has_fast_bf16(device) else "fp32")
@@ -47,15 +47,15 @@ def gradient(args: argparse.Namespace) -> tuple[dict[str, list[dict]], str]:
     for kind, precision in kinds:
         limit = args.memory_mb if kind == "delta" else None
         engine = engines[kind, precision] = make_engine(kind, model, "cross_entropy", precision, limit)
-        bases[kind, precision] = _timed(device, lambda e=engine: e.bind(inputs, labels))
-        first = _timed(device, lambda e=engine: e.differences(coords, args.mu))
+        bases[kind, precision] = timed(device, lambda e=engine: e.bind(inputs, labels))
+        first = timed(device, lambda e=engine: e.differences(coords, args.mu))
         say_error(f"{kind} {precision}: first gradient, compilation included, {first:.1f} s")
     seconds: dict = {kind: [] for kind in engines}
     peaks = dict.fromkeys(engines, 0)
     for _ in range(args.repeats):
         for kind, engine in engines.items():
             with devices.PeakMemory(device) as memory:
-                seconds[kind].append(_timed(device, lambda e=engine: e.differences(coords, args.mu)))
+                seconds[kind].append(timed(device, lambda e=engine: e.differences(coords, args.mu)))
             peaks[kind] = max(peaks[kind], memory.bytes)
     some = _part(len(coords), args.reference, args.seed, "reference")
     truth = _truth(model, inputs, labels, coords[some], args.mu)
@@ -138,11 +138,10 @@ def _gradient_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _device(args: argparse.Namespace) -> torch.device:
+def choose(args: argparse.Namespace) -> torch.device:
+    """The device that is asked for. Raises InputError."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
-    if min(args.batch, args.coords, args.reference, args.repeats, args.threads) < 1:
-        raise InputError("--batch, --coords, --reference, --repeats and --threads must be at least 1")
     return devices.choose(0, args.threads) if args.device == "cuda" else devices.cpu(args.threads)
 
 
@@ -181,7 +180,8 @@ def _truth(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, coords:
     return engine.differences(coords, mu).cpu()
 
 
-def _timed(device: torch.device, work) -> float:
+def timed(device: torch.device, work) -> float:
+    """Seconds of a call, on a GPU of what it started there, too."""
     devices.synchronize(device)
     start = time.perf_counter()
     work()

@@ -1,44 +1,164 @@
-"""Studies: every member of both sizes is an input that the program takes, and the array of the job has a task for each."""
+"""Studies: every member of every size is what the program takes; runs become rows of a method, means over seeds, figures."""
 
+import importlib
+import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
+from PIL import Image
 
 from dzhpc import config
+from dzhpc.errors import InputError
+from dzhpc.files import benched, curves, study
+from dzhpc.files.metrics import Metrics
 
-STUDIES = ("fig2", "fig4", "fig5", "table1", "a2", "a3", "a5", "open")
+STUDIES = ("fig2", "fig4", "fig5", "fig6", "table1", "table2", "a1", "a2", "a3", "a5", "a6", "open", "standin")
+STAGES = {"table2": [1, 2, 4, 6], "fig6": [1, 12, 1]}  # members of each, at the paper's size
+SIZES = ("paper", "small", "look")
 
 
-def listed(project, study, size):
-    command = ["bash", f"slurm/studies/{study}.sh", "list"]
-    done = subprocess.run(command, cwd=project, env={**os.environ, "SIZE": size}, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    return [line.split() for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def listed(project):
+    """(study, size) -> words of each member; asked once."""
+    jobs = {}
+    for name in STUDIES:
+        for size in SIZES:
+            command = ["bash", f"slurm/studies/{name}.sh", "list"]
+            jobs[name, size] = subprocess.Popen(
+                command,
+                cwd=project,
+                env={**os.environ, "SIZE": size},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+    found = {}
+    for key, job in jobs.items():
+        out = job.communicate(timeout=60)[0]
+        assert job.returncode == 0, out
+        found[key] = [line.split() for line in out.splitlines()]
+    return found
 
 
 def test_the_studies_are_those_that_are_there(project):
     assert {path.stem for path in (project / "slurm" / "studies").glob("*.sh")} == {"study", *STUDIES}
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_members_are_valid_inputs_with_names_of_their_own(project, study):
-    for size in ("paper", "small"):
-        members = listed(project, study, size)
-        assert len({name for _, name, *_ in members}) == len(members) > 3
-        for source, name, *keys in members:
-            assert config.load(project / source, [*keys, f"run.name={name}"]).run.name == name
+@pytest.mark.parametrize("name", STUDIES)
+def test_members_are_valid_inputs_with_names_of_their_own(project, listed, name):
+    for size in SIZES:
+        members = listed[name, size]
+        assert len({own for _, own, *_ in members}) == len(members) > 1
+        for source, own, *keys in members:
+            if source.endswith(".toml"):
+                assert config.load(project / source, [*keys, f"run.name={own}"]).run.name == own
+            else:  # a verb and its arguments; argparse leaves the process where it does not know one
+                importlib.import_module(f"dzhpc.{source}").parser().parse_args(keys)
         if size == "paper":
-            last = re.search(r"--array=0-(\d+)", (project / "slurm" / "studies" / f"{study}.sh").read_text())[1]
-            assert int(last) == len(members) - 1
+            last = re.search(r"--array=0-(\d+)", (project / "slurm" / "studies" / f"{name}.sh").read_text())
+            assert (int(last[1]) + 1 if last else sum(STAGES[name])) == len(members)
 
 
-def test_pattern_search_asks_as_often_as_the_run_beside_it(project):
-    """28,220 moves and a base, as DeepZero at 90 % has coordinates; an even number as near as can be in the smaller size."""
-    for size, moves in (("paper", "28220"), ("small", "4068")):
-        keys = {name: dict(key.split("=") for key in keys) for _, name, *keys in listed(project, "fig5", size)}
+def test_pattern_search_asks_as_often_as_the_run_beside_it(listed):
+    """28,220 moves and a base, as DeepZero at 90 % has coordinates; an even number as near as can be in the smaller sizes."""
+    for size, moves in (("paper", "28220"), ("small", "4068"), ("look", "730")):
+        keys = {name: dict(key.split("=") for key in keys) for _, name, *keys in listed["fig5", size]}
         for name, own in keys.items():
             beside = keys[name.replace("pattern", "deepzero")]
             assert own["data.batch_size"] == beside["data.batch_size"] and own["stop.epochs"] == beside["stop.epochs"]
             assert own.get("zo.q", moves) == moves
+
+
+def test_published_numbers_belong_to_methods_of_their_study(project, listed):
+    for name in ("fig2", "fig4", "a2", "a5", "table1"):
+        methods = {own.split("/")[0] for _, own, *_ in listed[name, "paper"]}
+        numbers = study.published(project / "slurm" / "studies" / "published.tsv", name)
+        assert numbers and {one.method for one in numbers} <= methods
+
+
+def make(folder, seed, ratio, accuracy, state="finished", steps=20, epochs=2.0):
+    """A run folder; an accuracy of None: never evaluated."""
+    (folder / "launches").mkdir(parents=True)
+    hosts = [{"rank": 0, "uuid": ""}] * 2
+    (folder / "launches" / "001.json").write_text(json.dumps({"state": state, "seconds": 1800, "hosts": hosts}))
+    settings = config.load(None, [f"run.seed={seed}", f"sparsity.ratio={ratio}", f"stop.epochs={epochs}"])
+    (folder / "input.toml").write_text(settings.to_toml())
+    metrics = Metrics(folder / "metrics.h5")
+    for step in range(1, steps + 1):
+        metrics.add_train(step, step / 10, 2 / step, 0.1, 1.0, 100 * step, 36.0, 0.0, 0)
+    if accuracy is not None:
+        metrics.add_eval(steps, steps / 10, 1.0, accuracy)
+    metrics.flush()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.54, 0.58)):
+        make(tmp_path / "fig4" / "dense" / f"seed{seed}", seed, 0.0, accuracy)
+    make(tmp_path / "fig4" / "dense" / "seed3", 3, 0.0, 0.1, "stopped", 10)  # is in no mean beside finished ones
+    make(tmp_path / "fig4" / "deepzero" / "a", 0, 0.9, 0.4)
+    make(tmp_path / "fig4" / "deepzero" / "b", 0, 0.95, 0.3, "stopped", 10)
+    make(tmp_path / "fig4" / "deepzero" / "c", 0, 0.99, None)
+    (tmp_path / "published.tsv").write_text(
+        "# text\nfig4\tdense\t\t92.85\t\nfig4\tdeepzero\t0.99\t73.37\t1.5\na2\tdense\t\t1\t\n"
+    )
+    return tmp_path
+
+
+def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(runs):
+    command = [
+        sys.executable,
+        "-m",
+        "dzhpc.report",
+        "--campaign",
+        "fig4",
+        "--over",
+        "sparsity.ratio",
+        "--beside",
+        "published.tsv",
+    ]
+    done = subprocess.run(command, cwd=runs, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        ["deepzero", "0.9", "", "40", "", "1", "2", "2,000", "1"],
+        ["deepzero", "0.95", "", "30", "", "1", "1 of 2, not finished", "1,000", "1"],
+        ["dense", "0.0", "92.85", "54", "2.31", "3", "2", "2,000", "1"],
+        ["deepzero", "0.99", "73.37", "not run", "", "", "", "", ""],
+    ]
+    with Image.open(runs / "fig4" / "report" / "curves.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").resize((400, 200)).getcolors(10**6)) > 20
+
+
+def test_what_cannot_be_a_study_is_named(runs, tmp_path):
+    for over, message in (("ratio", "expected SECTION.KEY"), ("sparsity.ratio", "no run below has been evaluated")):
+        with pytest.raises(InputError, match=message):
+            curves.write_study(runs / "fig4" / "deepzero" / "c", tmp_path / "out", over, [])
+    (tmp_path / "bad.tsv").write_text("fig4\tdense\n")
+    with pytest.raises(InputError, match=r"bad\.tsv: cannot be read as a table of published numbers"):
+        study.published(tmp_path / "bad.tsv", "fig4")
+
+
+def test_benchmarks_become_a_table_and_a_figure(tmp_path):
+    machine = {"cpu": "a processor", "torch": "2"}
+    parts = {"direction vectors": 1.0, "weight perturbation": 2.0, "model inference": 3.0, "other arithmetic": 0.5}
+    rows = [{"estimate": "rge, q = d", "engine": "full", "parts": parts, "seconds": 6.5}]
+    rows.append({"estimate": "cge", "engine": "delta", "parts": None, "seconds": 0.25})
+    stages = {"options": {"kind": "stages"}, "machine": machine, "parameters": 730, "rows": rows}
+    row = {"step_s": 2.0, "step_min": 1.0, "step_max": 3.0, "communication": 0.1}
+    rows = [{"ranks": 1, "speedup": 1.0} | row, {"ranks": 2, "speedup": 1.6} | row | {"step_s": 1.25}]
+    scaling = {"options": {"kind": "scaling"}, "machine": machine, "rows": rows}
+    for name, content in (("stages", stages), ("scaling", scaling), ("gradient", {"options": {"kind": "gradient"}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    text, files = benched.write([tmp_path / "stages.json"], tmp_path)
+    assert "| 730 | rge, q = d | full | 1 | 2 | 3 | 0.5 | 6.5 |" in text and "| 730 | cge | delta |  |  |  |  | 0.25 |" in text
+    assert [file.name for file in files] == ["bench.md", "bench.png"] and "a processor, 2" in files[0].read_text()
+    text, files = benched.write([tmp_path / "scaling.json"], tmp_path / "out")
+    assert "| scaling | 2 | 1.25 (1 to 3) | 2880 | 1.60 | 10.0 % |" in text and files[1].stat().st_size > 5000
+    with pytest.raises(InputError, match="scaling and stages; report them one by one"):
+        benched.write([tmp_path / "stages.json", tmp_path / "scaling.json"], tmp_path)
+    with pytest.raises(InputError, match=r"gradient.json: expected a file of `bench stages or scaling --json`"):
+        benched.write([tmp_path / "gradient.json"], tmp_path)
