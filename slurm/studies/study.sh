@@ -28,13 +28,15 @@ esac
 
 # study NAME ARGUMENTS...: do what the first argument says, or run.
 study() {
-    local lines=() stages=(0) line
+    local lines=() stages=(0) line name
     NAME=$1 DIR=$RUNS/$1/$SIZE
     shift
     while IFS= read -r line; do
-        if [ -z "$line" ]; then stages+=("${#lines[@]}"); elif [[ $line =~ ^[^\ ]+\ [^\ ]*($ONLY) ]]; then lines+=("$line"); fi
+        name=${line#* }
+        if [ -z "$line" ]; then stages+=("${#lines[@]}"); elif [[ ${name%% *} =~ $ONLY ]]; then lines+=("$line"); fi
     done < <(members)
     stages+=("${#lines[@]}")
+    if [ "${#lines[@]}" = 0 ]; then echo "ONLY = $ONLY: no member has such a name" >&2; exit 2; fi
     case ${1:-} in
         list) printf '%s\n' "${lines[@]}" ;;
         report) report ;;

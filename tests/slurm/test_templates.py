@@ -296,3 +296,29 @@ def test_the_member_of_an_array_that_bears_its_id_comes_back_alone(cluster, plac
     }
     folders = [place / "runs" / "three" / f"depth-1-seed-{seed}" for seed in range(3)]
     assert sorted(len(list((folder / "launches").glob("*.json"))) for folder in folders) == [1, 1, 2]
+
+
+def test_a_study_is_an_array_for_each_stage_that_waits_for_the_one_before(cluster, place):
+    """Two members of a study on the digits, each a task of one array; the stages of another, held, with their dependencies."""
+    env = ["env", "-C", place, "SIZE=look"]
+    words = [*TINY, *sets(stop__steps=2, model__depth=1)]
+    only = "ONLY=^(cge|first-order)/depth1-seed0"
+    said = cluster.command(*env, only, "SBATCH=sbatch --ntasks=2", "bash", "slurm/studies/fig2.sh", "submit", *words)
+    array = said.removeprefix("jobs ")
+    for task in (0, 1):
+        completed(cluster, f"{array}_{task}")
+    study = place / "runs" / "studies" / "fig2" / "look"
+    queries = [column(study / method / "depth1-seed0", "train/queries")[-1] for method in ("cge", "first-order")]
+    assert queries == [2 * (1 + 4 * 9 + 4 + 8 + 40 + 10), 2]
+    said = cluster.command(*env, "bash", "slurm/studies/fig2.sh", "report")
+    assert "| cge | 1 | 41.65 | " in said and "| rge | 1 | 37.53 | not run |" in said
+    assert {path.name for path in (study / "report").iterdir()} == {"report.md", "curves.png"}
+
+    said = cluster.command(*env, "SBATCH=sbatch --hold", "bash", "slurm/studies/table2.sh", "submit")
+    stages = said.removeprefix("jobs ").split(", ")
+    fields = [cluster.show(job) for job in stages]
+    assert [one["ArrayTaskId"] for one in fields] == ["0", "1-2%8", "3-6%8", "7-12%8"]
+    assert "afterok" not in fields[0].get("Dependency", "")
+    for before, one in zip(stages, fields[1:], strict=False):
+        assert re.match(rf"afterok:{before}\D", one["Dependency"])
+    cluster.command("scancel", *stages)
