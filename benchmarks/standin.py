@@ -2,8 +2,8 @@
 
     python benchmarks/standin.py runs/studies/standin/look  # what slurm/studies/standin.sh has run
 
-Writes a table, a figure and a JSON file into DIR/report. For each network: whether both have the same S; the loss of the batch; the
-distance of the two thetas, divided by the way that the first-order one has gone from their common start.
+Writes a table, a figure and a JSON file into DIR/report. For each network: whether both have the same S; the loss of the batch;
+the distance of the two thetas, divided by the way that the first-order one has gone from their common start.
 """
 
 import argparse
