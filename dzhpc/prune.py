@@ -12,7 +12,7 @@ from dzhpc.config import paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.world import World
-from dzhpc.tasks import make_task
+from dzhpc.training.launch import task_of
 from dzhpc.training.scoring import check, score
 
 
@@ -31,8 +31,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
     config = start(world, lambda: check(configuration.load(args.input, args.set), args.out), args.input, stops=False)
     device = devices.choose(world.local_rank, config.run.threads)
-    with world.together():
-        task = make_task(config, device)
+    task = task_of(world, config, device, restarts=False)
     survey(world, device, config.run, task.engine.environment)
     score(world, task, args.out)
     return 0

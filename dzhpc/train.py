@@ -48,8 +48,7 @@ def main(world: World, args: argparse.Namespace) -> int:
     folder = args.run_dir or configuration.path_of(config, "run.dir") / config.run.name
     restart = args.restart if args.restart in ("auto", "never") else str(paths.absolute(args.restart))
     restarts = world.on_root(lambda: launch.restarts(folder, restart))
-    with world.together():
-        task = launch.task_of(config, device, restarts)
+    task = launch.task_of(world, config, device, restarts)
     launch.try_out(world, task, restarts)
     if args.dry_run:
         network = measured_network(world) or INFINIBAND

@@ -42,13 +42,13 @@ class DataSet:
         return {f"{n}/{k}": t for n, s in splits.items() for k, t in (("images", s.images), ("labels", s.labels))}
 
     def normalise(self, images: Tensor) -> Tensor:
-        """float32 inputs [B, C, ...]: (pixels - mean) / std, of uint8 after they were divided by 255.
+        """float32 inputs [B, C, ...], new ones: (pixels - mean) / std, of uint8 after they were divided by 255.
 
         Floating-point images are taken as they are, where mean and std are not given (0 and 1).
         """
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if images.dtype != torch.uint8 and not self.mean.any() and bool((self.std == 1).all()):
-            return pixels
+            return pixels.clone() if pixels is images else pixels  # a network may compute in place
         shape = [-1, *[1] * (images.ndim - 2)]
         return (pixels - self.mean.view(shape)) / self.std.view(shape)
 

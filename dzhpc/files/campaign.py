@@ -48,7 +48,7 @@ def member(path: Path, name: str) -> Member:
         state, reason = "failed", "ended without a word (killed?)"
     elif not launches:
         reason = "never started"
-    hours = [(_gpus(launch), len(launch.get("hosts", [])), launch.get("seconds", 0.0) / 3600) for launch in launches]
+    hours = [(_gpus(launch), _ranks(launch), launch.get("seconds", 0.0) / 3600) for launch in launches]
     last = {"step": 0, "epoch": 0.0, "accuracy": math.nan}
     try:
         train, evaluation = load_columns(path / "metrics.h5")
@@ -83,3 +83,8 @@ def table(runs: list[Member]) -> str:
 def _gpus(launch: dict) -> int:
     """The GPUs of a launch, each counted once."""
     return len({(rank.get("host"), rank["uuid"]) for rank in launch.get("hosts", []) if rank.get("uuid")})
+
+
+def _ranks(launch: dict) -> int:
+    """The ranks of a launch; an entry without a count is one."""
+    return sum(host.get("count", 1) for host in launch.get("hosts", []))

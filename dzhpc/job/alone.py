@@ -21,16 +21,9 @@ class Comm:
         """The ranks of this node."""
         return self
 
-    def Free(self) -> None:
-        """It is not used again."""
-
     def bcast(self, value):
         """The root's value."""
         return value
-
-    def scatter(self, values: list):
-        """This rank's one of the root's values."""
-        return values[0]
 
     def alltoall(self, values: list) -> list:
         """This rank's one of all ranks' values."""
@@ -42,9 +35,16 @@ class Comm:
 
     allgather = gather
 
-    def allreduce(self, value, op):
-        """The values of all ranks, reduced."""
-        return value
+    def Bcast(self, values) -> None:
+        """``values`` hold the root's already."""
+
+    def Scatter(self, sent, received) -> None:
+        """This rank's one of the root's numbers."""
+        received[:] = sent
+
+    def Scatterv(self, sent, received) -> None:
+        """This rank's of the root's numbers; sent: (numbers, (how many for each, where they begin))."""
+        received[:] = sent[0]
 
     def Allreduce(self, send, receive, op) -> None:
         """The same in place: ``receive`` holds the result already."""

@@ -104,10 +104,30 @@ def check_binding(ranks: Sequence[tuple[int, str, str, str]], share: bool) -> No
         log.warning("%s = %s, but CUDA is not available: running on the CPU", asked, os.environ[asked])
 
 
+def grouped(ranks: Sequence[tuple[int, str, str, str]]) -> list[dict[str, object]]:
+    """All ranks' (rank, host, device, uuid), those of one host and device together: ranks ("0-63,128"), count, and where."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for rank, *place in ranks:
+        found.setdefault(tuple(place), []).append(rank)
+    names = ("host", "device", "uuid")
+    return [{"ranks": _runs(own), "count": len(own), **dict(zip(names, place, strict=True))} for place, own in found.items()]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Sorted numbers as ``0-3,7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def table(ranks: Sequence[tuple[int, str, str, str]]) -> list[str]:
-    """Rank, host and device, a line a rank."""
-    width = len(str(len(ranks) - 1))
-    return [f"rank {rank:>{width}}: {host}, {device}" for rank, host, device, _ in ranks]
+    """Ranks, host and device, a line for each device."""
+    lines = [(f"rank{'s' if one['count'] > 1 else ''} {one['ranks']}", one) for one in grouped(ranks)]
+    return [f"{name}: {one['host']}, {one['device']}" for name, one in lines]
 
 
 def peak_bytes(device: torch.device, engine_bytes: int) -> int:

@@ -22,7 +22,7 @@ class World:
 
     A process that no launcher started is the only rank, and MPI is not touched: it may be missing, or refuse to start here.
     alone: be that one also where a launcher has started others. ``side``: a second communicator, for what goes on beside the
-    collectives. Raises LaunchError where MPI cannot be loaded.
+    collectives. ``node``: one of the ranks of this node alone. Raises LaunchError where MPI cannot be loaded.
     """
 
     def __init__(self, alone: bool = False):
@@ -31,10 +31,9 @@ class World:
         self._mpi = single if alone or not process.launched() else _mpi()
         self._comm = self._mpi.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
-        node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        self.local_rank, self.local_size = node.rank, node.size
-        _unname_segments(node)
-        node.Free()
+        self.node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = self.node.rank, self.node.size
+        _unname_segments(self.node)
         self.side = self._comm.Dup()  # a failing rank must not be taken for a partner in another collective
         self.comm_s, self._pid = 0.0, os.getpid()
         self.crash_folder: Path | None = None
@@ -49,6 +48,16 @@ class World:
         """The MPI in use and its version."""
         return self._mpi.Get_library_version().split("\n")[0].split(",")[0]
 
+    @property
+    def everyone(self):
+        """The communicator of all ranks."""
+        return self._comm
+
+    def leaders(self):
+        """A communicator of the first ranks of all nodes, the root being its first; None on other ranks. Collective."""
+        found = self._comm.Split(0 if self.local_rank == 0 else self._mpi.UNDEFINED)
+        return found if found != self._mpi.COMM_NULL else None
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         if os.getpid() != self._pid:
@@ -60,14 +69,29 @@ class World:
             self.comm_s += time.perf_counter() - start
 
     def bcast(self, value):
-        """Root's value on every rank."""
+        """Root's value on every rank. Any object is pickled: for what is not part of a step."""
         with self._timed():
             return self._comm.bcast(value)
 
-    def scatter(self, pieces: list | None):
-        """``pieces[rank]`` of root's list."""
+    def bcast_numbers(self, values: np.ndarray | None) -> np.ndarray:
+        """Root's whole numbers [n], int64, on every rank; others' n does not count."""
         with self._timed():
-            return self._comm.scatter(pieces)
+            size = np.array([0 if values is None else len(values)])
+            self._comm.Bcast(size)
+            out = np.ascontiguousarray(values, np.int64) if self.is_root else np.zeros(size[0], np.int64)
+            self._comm.Bcast(out)
+        return out
+
+    def scatter_numbers(self, pieces: list[np.ndarray] | None) -> np.ndarray:
+        """``pieces[rank]`` of root's list: whole numbers [n], int64, n being each piece's own."""
+        with self._timed():
+            sizes = np.array([len(piece) for piece in pieces] if self.is_root else [], np.int64)
+            size = np.zeros(1, np.int64)
+            self._comm.Scatter(sizes, size)
+            out = np.zeros(size[0], np.int64)
+            sent = [np.concatenate(pieces).astype(np.int64), (sizes, np.cumsum(sizes) - sizes)] if self.is_root else None
+            self._comm.Scatterv(sent, out)
+        return out
 
     def gather(self, value) -> list | None:
         """Root gets every rank's value, in rank order; others None."""
@@ -103,8 +127,10 @@ class World:
 
     def maximum(self, value: int) -> int:
         """The largest value over the ranks."""
+        out = np.array([value])
         with self._timed():
-            return self._comm.allreduce(value, op=self._mpi.MAX)
+            self._comm.Allreduce(self._mpi.IN_PLACE, out, op=self._mpi.MAX)
+        return int(out[0])
 
     def split(self, n: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:
         """``evaluate(range(n))`` [n, ...], its indices dealt out to the ranks and the results joined on all of them."""

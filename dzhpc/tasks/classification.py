@@ -1,6 +1,6 @@
 """Image classification: a network on labelled images, cross entropy or squared error, accuracy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ class Classification(Task):
 
     in_shards = True
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, data_set: data.DataSet):
         self.config = config.model_copy(deep=True)
-        data_set = data.load(config.data, config.run.seed)
         sizes = {"classes": len(data_set.classes), "in_channels": data_set.train.images.shape[1]}
         self._check_sizes(sizes)
         self.model = fitting.build(self.config, device, **sizes)
@@ -44,8 +43,9 @@ class Classification(Task):
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
         self._check_last_part(len(self.data.test) % config.eval.batch_size)
 
-    def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
+    @classmethod
+    def read(cls, config: Config) -> data.DataSet:
+        return data.load(config.data, config.run.seed)
 
     def bind(self, step: int, shard: int = 0) -> float:
         return self._bind(*self.batches.batch(step), shard)

@@ -36,6 +36,7 @@ class Task(ABC):
     """A loss to be minimised by queries. All of it is replicated: every rank holds the same, with the same bits.
 
     A task is made by ``Class(config, device)``; keys of [task] that belong to a class of the user's own are further arguments.
+    So is ``data_set``, where the constructor has such a one: what :meth:`read` gave on the root, its arrays once on each node.
     config: the input, with the fields filled in that the data decide; frozen keys of a restart are compared with it.
     model: holds the parameters; parameters that require no gradient have no coordinates.
     engine: over the same parameters, in the same order.
@@ -57,6 +58,11 @@ class Task(ABC):
     summed: bool = False
     in_shards: bool = False
     shared: SharedGradient | None = None
+
+    @classmethod
+    def read(cls, config: Config) -> object:
+        """What the constructor takes as ``data_set``: read from files on the root alone, and pickled for other ranks."""
+        raise NotImplementedError(f"{cls.__name__} takes a data_set, but does not say how it is read")
 
     @abstractmethod
     def bind(self, step: int, shard: int = 0) -> float:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dzhpc import config as configuration
@@ -51,7 +52,11 @@ def _place(key: str, config: configuration.Config) -> Path | None:
 
 def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """Raise ReplicaError unless all ranks hold the same tensors, bit for bit. Collective."""
-    hashes = world.allgather(tensors_sha256(tensors, content=True))
+    own = tensors_sha256(tensors, content=True)
+    number = np.frombuffer(bytes.fromhex(own), np.uint8).astype(np.int64)
+    if np.array_equal(world.minimum(number), -world.minimum(-number)):
+        return
+    hashes = world.allgather(own)
     different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
     if different:
         raise ReplicaError(

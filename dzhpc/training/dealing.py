@@ -47,6 +47,17 @@ def reporters(shards: list[set[int]], count: int) -> list[list[int]]:
     return reports
 
 
+def encoded(slices: list[range], reports: list[int]) -> np.ndarray:
+    """A rank's slice and reports as whole numbers: how many pieces, where they begin and end, the reports."""
+    return np.array([len(slices), *(end for piece in slices for end in (piece.start, piece.stop)), *reports], np.int64)
+
+
+def decoded(numbers: np.ndarray) -> tuple[list[range], list[int]]:
+    """What :func:`encoded` was given."""
+    count, *rest = numbers.tolist()
+    return [range(*rest[2 * k : 2 * k + 2]) for k in range(count)], rest[2 * count :]
+
+
 def _missing(pieces: list[range], partial: Partial | None) -> list[range]:
     """The pieces of which anything is still to be evaluated; always whole ones, since their cut may decide the bits."""
     if partial is None:

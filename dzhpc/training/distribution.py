@@ -13,7 +13,7 @@ from dzhpc.job.world import World
 from dzhpc.method.estimators import Estimator, Partial
 from dzhpc.training.columns import Columns
 from dzhpc.training.costs import BASE, DIRECTION, Costs
-from dzhpc.training.dealing import deal, filled, pieces, reporters
+from dzhpc.training.dealing import deal, decoded, encoded, filled, pieces, reporters
 from dzhpc.training.shards import Shards
 
 
@@ -56,7 +56,7 @@ class Distribution:
 
         Collective; only root's ``coords`` and ``partial`` count.
         """
-        world, told, slices = self._world, None, None
+        world, told = self._world, None
         seconds = world.minimum(self._costs.seconds)
         if world.is_root:
             units, count = estimator.units(len(coords)), self.shards.count
@@ -66,11 +66,13 @@ class Distribution:
                 chunks, each = self._engine.cut(coords), np.array(cost)[self.index.owner(coords)]
             slices = deal(chunks, each, count, world.size, base if count > 1 else 0.0, partial)
             reports = reporters([{piece.start // units for piece in own} for own in slices], count)
-            told = list(zip(slices, reports, strict=True))
-        self.coords = world.bcast(coords)
-        self.mine, self._reports = world.scatter(told)
+            told = [encoded(own, reported) for own, reported in zip(slices, reports, strict=True)]
+        self.coords = world.bcast_numbers(coords)
+        self.mine, self._reports = decoded(world.scatter_numbers(told))
         if self._counters:
-            self._slices = world.bcast(slices)
+            ends = world.bcast_numbers(np.cumsum([len(one) for one in told]) if told else None)
+            every = world.bcast_numbers(np.concatenate(told) if told else None)
+            self._slices = [decoded(one)[0] for one in np.split(every, ends[:-1])]
 
     def estimate(self, estimator: Estimator, step: int, partial: Partial | None = None) -> tuple[float, Tensor]:
         """(loss at theta, the estimate on S [n] in the order of S): each rank's units, joined exactly, combined on all ranks.

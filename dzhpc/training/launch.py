@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dzhpc import tasks
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
 from dzhpc.engines import selfcheck
@@ -26,11 +27,12 @@ from dzhpc.job import process
 from dzhpc.job.launch import Place, answer_job_script
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import log_to, say_first
+from dzhpc.job.sharing import read_once
 from dzhpc.job.stopping import Reason
 from dzhpc.job.world import World
 from dzhpc.method.estimators import make_estimator
 from dzhpc.method.seeds import derive
-from dzhpc.tasks import Task, make_task
+from dzhpc.tasks import Task
 from dzhpc.tasks.agreement import check_losses, check_made, user_code
 from dzhpc.tasks.sol.unrolled import Unrolled
 from dzhpc.training import gauss_newton
@@ -52,16 +54,18 @@ def restarts(path: Path, restart: str) -> bool:
     return bool(RunFolder(path).checkpoint_files()) if restart == "auto" else restart != "never"
 
 
-def task_of(config: Config, device: torch.device, restarts: bool) -> Task:
-    """The task of an input.
+def task_of(world: World, config: Config, device: torch.device, restarts: bool) -> Task:
+    """The task of an input, whose data the root has read. Collective.
 
     restarts: then model.weights and sparsity.lpr are left alone: the checkpoint has what they held. Raises InputError.
     """
     weights = config.model.weights
-    if restarts:
-        config.model.weights = None
-    task = make_task(config, device)
-    task.config.model.weights = weights
+    data_set = read_once(world, lambda: tasks.read(config))
+    with world.together():
+        if restarts:
+            config.model.weights = None
+        task = tasks.make_task(config, device, data_set)
+        task.config.model.weights = weights
     return task
 
 
@@ -170,7 +174,7 @@ def begin(folder: RunFolder, trainer: Trainer, state: State | None, stale: str, 
         "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "slurm_job_id": process.job_id(),
-        "hosts": [{"rank": r, "host": h, "device": d, "uuid": u} for r, h, d, u in ranks], "state": "running",
+        "hosts": devices.grouped(ranks), "state": "running",
         "versions": versions() | {"python": sys.version.split()[0]},
         "resumed_from_step": state.step if state else None, "run_uuid": trainer.state.run_uuid,
     })  # fmt: skip

@@ -196,11 +196,6 @@ def numerical(ground) -> dict[str, Result]:
         Case("nan-scores", "train", ["digits.toml", "--run-dir", "nan-scores", *sets(zo__mu=1e38)]),
         objective("direction", *sets(task__function="userland:NoDirection", zo__estimator="rge", zo__q=4)),
         *(objective(name.lower(), *sets(task__function=f"userland:{name}")) for name in ("Disagrees", "Noisy", "Infeasible")),
-        Case(
-            "shuffled",
-            "train",
-            ["digits.toml", "--run-dir", "shuffled", *sets(data__name="userland:tiles_of_each_rank", data__batch_size=20)],
-        ),
         Case("drifts", "train", ["own.toml", "--run-dir", "drifts", *drifts]),
         objective("no-start", *sets(task__function="userland:FailsToStart")),
         objective("shape", *sets(task__function="userland:WrongShape")),
@@ -254,12 +249,11 @@ def test_replicas_that_differ(ground, numerical):
 def test_what_user_code_makes_on_one_rank_only_is_named(ground, numerical):
     made = "gives something else on rank 1 than on rank 0; seed what it draws, the same on every rank"
     numerical["disagrees"].error(2, "task.function = userland:Disagrees: initial(): ", made)
-    numerical["shuffled"].error(2, "data.name = userland:tiles_of_each_rank: ", made)
     line = numerical["noisy"].error(
         2, "task.function = userland:Noisy: ", "the same theta and the same batch; a loss must draw no"
     )
     assert re.search(r"Noisy: \S+ and then \S+ for", line)
-    assert not any((ground / name).exists() for name in ("disagrees", "shuffled", "noisy"))
+    assert not any((ground / name).exists() for name in ("disagrees", "noisy"))
 
 
 def test_a_step_of_which_all_is_infeasible_ends_the_run(numerical):

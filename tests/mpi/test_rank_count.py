@@ -1,5 +1,7 @@
 """Bits do not depend on the number of ranks: parameters, buffers, optimiser state, S, ratios and every metrics column."""
 
+import re
+
 import numpy as np
 import pytest
 from mpi_launch import Case, assert_same, attributes, batch, bits, checkpoints, column, mpirun, sets, tensor
@@ -23,6 +25,11 @@ CONFIGS = {
     "shards-full": ("digits.toml", sets(data__shards=2, zo__engine="full", stop__steps=3)),
     "shards-rge": ("digits.toml", sets(data__shards=4, zo__estimator="rge", zo__q=5, sparsity__pattern="regrasp", stop__steps=4)),
     "shards-autograd": ("digits.toml", sets(data__shards=4, zo__estimator="autograd", stop__steps=3)),
+    "data-of-the-root": (
+        "own.toml",
+        sets(model__name="userland:Sees", data__name="userland:noise_of_each_rank", data__train_limit=49_000, zo__engine="full")
+        + sets(sparsity__ratio=0.9, stop__epochs=0.001, stop__steps=2),
+    ),
     "dropout": ("own.toml", sets(model__name="userland:Dropout", zo__engine="full")),
     "objective": ("objective.toml", sets(stop__steps=10)),
     "two-coordinates": ("objective.toml", sets(sparsity__ratio=0.4, sparsity__scores="random", stop__steps=10)),  # on three ranks
@@ -34,7 +41,7 @@ CONFIGS = {
 }  # fmt: skip
 if "bf16" not in processor.instruction_set():  # unit/test_delta_precision.py has the same in types that every processor has
     CONFIGS.pop("delta-bf16")
-FEWER = {"cge-full-engine", "delta", "delta-bf16", "regrasp", "fo-grasp", "dropout", "objective-rge"}
+FEWER = {"cge-full-engine", "data-of-the-root", "delta", "delta-bf16", "regrasp", "fo-grasp", "dropout", "objective-rge"}
 RANKS = {name: (1, 3) if name in FEWER else (1, 2, 3) for name in CONFIGS}  # three is the hardest: slices of unequal size
 
 
@@ -72,6 +79,18 @@ def test_bits_are_equal_for_all_rank_counts(launched, name):
     assert sum(place.startswith("metrics/train/") for place in alone) == 7 + 1  # columns but the two timings; rows
     for ranks in RANKS[name][1:]:
         assert_same(alone, bits(runs / str(ranks) / name, but))
+
+
+def test_a_node_holds_its_data_once(runs):
+    """Written down by the three ranks, each of which would have drawn data of its own."""
+    found = []
+    for rank in range(3):
+        _, *segments = (runs / f"smaps.{rank}").read_text().split("memfd:dzhpc")
+        found.append([int(re.search(rf"{kind}: +(\d+) kB", part)[1]) for part in segments for kind in ("Size", "Rss", "Pss")])
+    assert all(len(one) == 3 for one in found)
+    size, _, _ = found[0]
+    assert size > 2 * 1024 * 0.9
+    assert sum(pss for _, _, pss in found) < 0.5 * sum(rss for _, rss, _ in found)
 
 
 def test_compiled_code_gives_the_same_bits_after_a_restart(launched):
@@ -135,7 +154,7 @@ def test_a_command_line_gives_the_bits_of_the_batch(runs):
     assert_same(bits(runs / "1" / "cge-dynamic"), bits(runs / "typed"))
     lines = result.out.splitlines()
     assert lines[0] == "starting afresh in typed"
-    assert [line.split(":")[0] for line in lines if line.startswith("rank ")] == ["rank 0", "rank 1"]
+    assert [line.split(":")[0] for line in lines if line.startswith("rank")] == ["ranks 0-1"]
     assert sum(line.startswith("step 1/8 epoch 0.1 loss ") and " ETA " in line for line in lines) == 1
     assert sorted(p.name for p in (runs / "typed").iterdir()) == [
         "checkpoints", "input.toml", "launches", "log.txt", "metrics.h5", "report",

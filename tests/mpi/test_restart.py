@@ -195,7 +195,7 @@ def test_the_checkpoint_names_its_configs(first, second):
     assert b"\nsteps = 5\n" in newest["config-history/1"]
     launches = [json.loads(p.read_text()) for p in sorted((first / "rest-sgd" / "launches").glob("*.json"))]
     assert [launch["resumed_from_step"] for launch in launches[:2]] == [None, N]
-    assert [len(launch["hosts"]) for launch in launches[:2]] == [2, 3]
+    assert [sum(host["count"] for host in launch["hosts"]) for launch in launches[:2]] == [2, 3]
     assert launches[0]["run_uuid"] == launches[1]["run_uuid"]
 
 

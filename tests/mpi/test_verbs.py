@@ -228,7 +228,7 @@ def test_dry_run(place, done):
 def test_launch_manifest_and_resolved_input(place, done):
     folder = place / "inside-static"
     manifest = json.loads((folder / "launches" / "001.json").read_text())
-    assert [host["rank"] for host in manifest["hosts"]] == [0, 1]
+    assert [(host["ranks"], host["count"]) for host in manifest["hosts"]] == [("0-1", 2)]
     assert manifest["resumed_from_step"] is None
     assert {"torch", "mpi4py", "h5py", "python"} <= set(manifest["versions"])
     resolved = (folder / "input.toml").read_text()

@@ -33,7 +33,11 @@ def runs(tmp_path):
     two_gpus = {"hosts": [GPU, GPU | {"uuid": "GPU-2"}]}
     make(tmp_path / "a", 20, two_gpus | {"state": "stopped", "seconds": 3600}, two_gpus | {
         "state": "finished", "reason": "all epochs done", "seconds": 1800})  # fmt: skip
-    make(tmp_path / "b" / "deep", 7, {"state": "stopped", "reason": "signal received", "hosts": [GPU, GPU], "seconds": 7200})
+    make(
+        tmp_path / "b" / "deep",
+        7,
+        {"state": "stopped", "reason": "signal received", "hosts": [GPU | {"count": 2}], "seconds": 7200},
+    )
     make(tmp_path / "c", 0, {"state": "failed", "reason": "rank 1: the a|b\nsolver diverged", "hosts": [{"rank": 0, "uuid": ""}]})
     make(tmp_path / "d", 3, {"state": "running", "hosts": []})
     make(tmp_path / "e", 3, {"state": "running", "hosts": []})

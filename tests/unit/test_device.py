@@ -72,7 +72,9 @@ def test_the_table_names_rank_host_and_device():
         "rank 0: node1, cuda:0 H200 GPU-1",
         "rank 1: n2, cpu (1 threads)",
     ]
-    assert device.table(ranks(*[("a", "")] * 11))[9:] == ["rank  9: a, cpu (1 threads)", "rank 10: a, cpu (1 threads)"]
+    places = [("a", "")] * 3 + [("b", "")] * 2 + [("a", "")]
+    assert device.table(ranks(*places)) == ["ranks 0-2,5: a, cpu (1 threads)", "ranks 3-4: b, cpu (1 threads)"]
+    assert [(one["ranks"], one["count"]) for one in device.grouped(ranks(*places))] == [("0-2,5", 4), ("3-4", 2)]
 
 
 PEAKS = """

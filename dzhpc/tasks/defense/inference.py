@@ -11,6 +11,7 @@ from dzhpc.config import Config
 from dzhpc.config.paths import shown
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import InputError
+from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.seeds import generator
 from dzhpc.models import zoo
@@ -60,6 +61,11 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     without_denoiser: images go to the classifier as they are. precision: "bf16": the denoiser computes in bfloat16.
     The data set is whole, whatever data.train_limit and test_limit say. Raises InputError or CheckpointError.
     """
+    return make_defense(*read_defense(source), device, without_denoiser, precision)
+
+
+def read_defense(source: str | Path) -> tuple[Config, State | None, data.DataSet]:
+    """(input, the state of a checkpoint, the data set) of a source, see :func:`load_defense`: all that is read from files."""
     path, state = Path(source), None
     if path.suffix == ".toml":
         config = configuration.load(path)
@@ -70,7 +76,13 @@ def load_defense(source: str | Path, device: torch.device, without_denoiser: boo
     if config.task.kind != "defense":
         raise InputError(f'{shown(path)}: task.kind = "{config.task.kind}", expected "defense"')
     config.data.train_limit = config.data.test_limit = None
-    data_set = data.load(config.data, config.run.seed)
+    return config, state, data.load(config.data, config.run.seed)
+
+
+def make_defense(
+    config: Config, state: State | None, data_set: data.DataSet, device: torch.device, without_denoiser: bool, precision: str
+) -> Defense:
+    """The defence of what :func:`read_defense` gave."""
     pixels, model, layout = as_pixels(data_set).to(device), None, torch.channels_last
     if not without_denoiser:
         model, layout = build_denoiser(config, pixels, device)

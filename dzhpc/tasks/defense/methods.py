@@ -12,12 +12,12 @@ from dzhpc.config.sections import LARGEST
 from dzhpc.errors import InputError, message_of
 from dzhpc.job import device as devices
 from dzhpc.job.launch import add_user_modules, stopped, survey
+from dzhpc.job.sharing import read_once
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
-from dzhpc.tasks.agreement import check_made
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification
-from dzhpc.tasks.defense.inference import load_defense
+from dzhpc.tasks.defense.inference import make_defense, read_defense
 
 log = logging.getLogger("dzhpc")
 
@@ -68,13 +68,13 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
     requests, progressed, reason = None, False, Reason.NONE
     for source in args.sources:
         world.crash_folder = out
+        add_user_modules(source)
+        found = read_once(world, lambda source=source: read_defense(source))
         with world.together():
-            add_user_modules(source)
-            defense = load_defense(source, device, without_denoiser=args.no_denoiser, precision=args.precision)
+            defense = make_defense(*found, device, args.no_denoiser, args.precision)
             if defense.box is None:
                 raise InputError(f"{paths.shown(source)}: names no classifier (task.classifier), so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
-        check_made(world, {f"data.name = {defense.config.data.name}": defense.data.tensors()})
         survey(world, device, defense.config.run)
         requests = requests or Requests(defense.config, out if world.is_root else None)
         name = args.label or label_of(source, args.no_denoiser)

@@ -3,7 +3,7 @@
 (A2): minimise E CE(f(D(x + delta)), f(x)) over D, delta ~ N(0, sigma^2), by queries; f(x) are the classifier's own soft answers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,10 +33,9 @@ class DefenseTask(Task):
 
     in_shards = True
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, data_set: data.DataSet):
         self.config = config.model_copy(deep=True)
         seed, task = config.run.seed, config.task
-        data_set = data.load(config.data, seed)
         self.data = as_pixels(data_set).to(device)
         self.model, self._layout = build_denoiser(self.config, self.data, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
@@ -70,8 +69,9 @@ class DefenseTask(Task):
         bind += batch * (self._code_size() if self.latent else 0)
         return Cost(bind, batch, 2 * tests, self.config.task.box)
 
-    def made(self) -> dict[str, Mapping[str, Tensor]]:
-        return {f"data.name = {self.config.data.name}": self.data.tensors(), **super().made()}
+    @classmethod
+    def read(cls, config: Config) -> data.DataSet:
+        return data.load(config.data, config.run.seed)
 
     def bind(self, step: int, shard: int = 0) -> float:
         return self._bind(*self.batch(step), shard)

@@ -1,7 +1,7 @@
 """Solver in the loop: a network corrects a coarse solver at every step, trained through n unrolled steps by queries."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -38,10 +38,10 @@ class SolTask(Task):
 
     in_shards = summed = True
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, data_set: reference.Reference):
         self.config = config.model_copy(deep=True)
         task, zo, batch = config.task, config.zo, config.data.batch_size
-        self.reference = reference.find(config.data).to(device)
+        self.reference = data_set.to(device)
         self._where = self.reference.where()
         self.simulator = make_simulator(task, self.reference, device, threads=config.run.threads)
         self._check_keys()
@@ -64,9 +64,9 @@ class SolTask(Task):
     def lost(self) -> int:
         return self.engine.lost
 
-    def made(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        train = {"states": self.reference.train.states, "parameters": self.reference.train.parameters}
-        return {f"data.name = {self.config.data.name}": train, **super().made()}
+    @classmethod
+    def read(cls, config: Config) -> reference.Reference:
+        return reference.find(config.data)
 
     def bind(self, step: int, shard: int = 0) -> float:
         self.model.train()
