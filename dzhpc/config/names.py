@@ -1,6 +1,7 @@
 """Python objects that an input file names: ``package.module:Name``."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,7 @@ def import_object(name: str, key: str) -> Any:
         raise
     except BaseException as error:  # a module runs when it is imported, and may raise anything
         raise InputError(f'{key} = "{name}": cannot import {module}: {message_of(error)}') from None
+    logging.getLogger("dzhpc").disabled = False  # logging.config silences whatever logger is there, unless it is told not to
     try:
         return getattr(found, attribute)
     except AttributeError:

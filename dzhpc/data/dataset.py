@@ -112,7 +112,7 @@ def _pixels(name: str, images: Tensor) -> Tensor:
             dtype = str(images.dtype)[6:]
             raise InputError(f"{name} are {dtype} from {low} to {high}; expected uint8 pixels, or floating-point inputs")
         images = images.to(torch.uint8)
-    if images.ndim < 2 or (images.dtype == torch.uint8 and images.ndim != 4):
+    if images.ndim < 2 or 0 in images.shape[1:] or (images.dtype == torch.uint8 and images.ndim != 4):
         raise InputError(f"{name} are {list(images.shape)}; expected [N, C, H, W] (floating-point ones: [N, ...])")
     if _channels_last(images):
         raise InputError(

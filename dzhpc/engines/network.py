@@ -41,6 +41,11 @@ class NetworkEngine(ABC):
         """See :class:`dzhpc.engines.protocol.Engine`."""
         self._base = None
 
+    def rewind(self) -> None:
+        """Buffers and random numbers become what the base pass found."""
+        self._need_base()
+        self._pinned.rewind(self._start)
+
     @torch.no_grad()
     def directional(self, directions: Iterable[Tensor], mu: float) -> Tensor:
         """l(theta + mu u_i) - l(theta) for each direction u_i [d] of ``directions`` ([q, d] or any iterable) -> [q]."""

@@ -32,6 +32,7 @@ PARAMETERS, EACH = 4, 2  # of a parameter so many coordinates, which delta takes
 STEP = 0.01  # mu, of a parameter's root mean square: what is wrong by a constant must show, too
 RELATIVE = 0.02  # of a difference: what two engines may differ by
 ABSOLUTE = 1e-9  # of the loss
+SAME = 1e-4  # of the loss: what two engines may differ by at theta
 NOISE = 5.0  # times by how much mu and -mu do not mirror each other: networks that round some of themselves, or take steps
 
 
@@ -48,16 +49,20 @@ def check(engine: Engine, seed: int) -> str:
     kind = type(engine).__name__.lower()
     with Pinned(engine.model, engine.index.device).unchanged(), _quietly():
         try:
+            engine.rewind()
             found = _ask(engine, seed)
         except InputError:
             raise
         except Exception as error:  # a copy, or a pass in float64, may fail in any way
             return f"engine {kind} was not tried beside full, since no copy of the network runs in float64: {message_of(error)}"
     name = type(engine.model).__name__
+    wrong = f'engine "{kind}" is wrong about {name}; use zo.engine = "full"'
     found.compare(found.again, 0 * found.noise, f"{name} is another network at each query: {OWN_STATE}")
     if found.other is None:
         return f"engine {kind} gives the same again on {len(found.names)} coordinates"
-    found.compare(found.other, NOISE * found.noise, f'engine "{kind}" is wrong about {name}; use zo.engine = "full"')
+    if abs(found.others - found.base) > SAME * abs(found.base):
+        raise InputError(f"{wrong} (the loss at theta: {found.base:.6g} by full, {found.others:.6g})")
+    found.compare(found.other, NOISE * found.noise, wrong)
     return f"engine {kind} agrees with full on {len(found.names)} coordinates to {found.error():.0e}"
 
 
@@ -66,7 +71,8 @@ class _Differences:
     """What was found for a few coordinates [n]: by engine full, by it again, and by the engine in question."""
 
     names: list[str]
-    base: float  # the loss at theta
+    base: float  # the loss at theta, by engine full
+    others: float  # the same by the engine in question
     full: Tensor
     again: Tensor
     noise: Tensor  # how far mu and -mu are from mirroring each other, the most of a parameter's coordinates
@@ -96,11 +102,14 @@ def _ask(engine: Full | Reuse | Delta, seed: int) -> _Differences:
     engines = [kind(_copy(engine.model, chosen), engine.loss) for kind in dict.fromkeys([Full, make])]
     for twin in engines:
         twin.bind(*sample)
+        twin.rewind()
+        twin.bind(*sample)  # what a pass leaves for the next one, without being a buffer, is then there as it will be
     full, other = engines[0], engines[-1]
-    first, again, back = (_differences(full, chosen, factor) for factor in (1.0, 1.0, -1.0))
+    first, again = _differences(full, chosen), _backwards(full, chosen)  # each query then follows upon another one
+    back = _differences(full, chosen, -1.0)
     noise = [(a + b).abs().max().expand(len(a)) for a, b in zip(first, back, strict=True)]
     beside = None if other is full else torch.cat(_differences(other, chosen))
-    return _Differences(names, full.base, torch.cat(first), torch.cat(again), torch.cat(noise), beside)
+    return _Differences(names, full.base, other.base, torch.cat(first), torch.cat(again), torch.cat(noise), beside)
 
 
 def _coordinates(index: ParameterIndex, seed: int) -> dict[str, tuple[np.ndarray, float]]:
@@ -123,6 +132,12 @@ def _copy(model: nn.Module, trained: Container[str]) -> nn.Module:
 
 def _differences(engine: NetworkEngine, chosen: dict[str, tuple[np.ndarray, float]], factor: float = 1.0) -> list[Tensor]:
     return [engine.differences(engine.index.range(key)[elements], factor * mu).cpu() for key, (elements, mu) in chosen.items()]
+
+
+def _backwards(engine: NetworkEngine, chosen: dict[str, tuple[np.ndarray, float]]) -> list[Tensor]:
+    """:func:`_differences`, asked from the last coordinate to the first."""
+    turned = {key: (elements[::-1].copy(), mu) for key, (elements, mu) in reversed(chosen.items())}
+    return [found.flip(0) for found in reversed(_differences(engine, turned))]
 
 
 @contextmanager

@@ -6,18 +6,19 @@ of another (:mod:`dzhpc.engines.outofplace`).
 
 import copy
 import operator
-import os
-import traceback
 from collections.abc import Callable, Container, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from dzhpc.engines.losses import Loss
 from dzhpc.engines.moved import Moved, address_of, closure, differ, name_of, scale_of
 from dzhpc.engines.outofplace import remove_in_place, take_by_position
 from dzhpc.engines.pinned import OWN_STATE, Moment, Pinned
+from dzhpc.engines.tracing import trace
 from dzhpc.errors import InputError
 
 
@@ -31,7 +32,7 @@ class Traced:
 
     def __init__(self, model: nn.Module, parameters: list[Tensor], engine: str = "reuse", whole: Container[type] = ()):
         name = type(model).__name__
-        self.module = _trace(model, name, engine, whole)
+        self.module = trace(model, name, engine, whole)
         remove_in_place(self.module, name, engine)
         take_by_position(self.module)
         self.order = {node: k for k, node in enumerate(self.module.graph.nodes)}
@@ -210,66 +211,29 @@ class Traces:
         for (key, buffer), value in zip(self._model.named_buffers(), moved, strict=True):
             if differ(buffer, value):
                 raise InputError(f'engine "{self._engine}": the trace of {name} leaves another {key}; use engine = "full"')
+        self._compare_elsewhere(traced, inputs, start)
+
+    def _compare_elsewhere(self, traced: Traced, inputs: Tensor, start: Moment) -> None:
+        """The same for other inputs: a trace may hold values of the batch that the network saw last, kept by a hook, say."""
+        other = inputs.clone()
+        other.copy_(inputs.roll(1, 0) if len(inputs) > 1 else inputs / 2)
+        outputs = []
+        for run in (self._model, traced.module):
+            self._pinned.rewind(start)
+            outputs.append([t for t in tree_leaves(run(other.clone())) if isinstance(t, Tensor)])
+        for expected, found in zip(*outputs, strict=False):
+            close = partial(torch.allclose, rtol=1e-4, atol=1e-4 * scale_of(expected), equal_nan=True)
+            if expected.shape != found.shape or not close(found, expected):
+                raise InputError(
+                    f"{type(self._model).__name__} reads what an earlier pass has left (kept by a hook?), which engine "
+                    f'"{self._engine}" cannot repeat; use engine = "full"'
+                )
 
 
 def need_module(model: object, engine: str) -> None:
     """Raise InputError for what torch.fx cannot trace in any case."""
     if not isinstance(model, nn.Module):
         raise InputError(f'engine "{engine}" needs a torch.nn.Module; use engine = "full" for other callables')
-
-
-class _Tracer(fx.Tracer):
-    """Buffers are part of the graph: what the forward pass writes to them must happen in each run, not while tracing.
-
-    Nobody can look into a scripted module.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, whole: Container[type]):
-        super().__init__()
-        self._whole = whole
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, torch.jit.ScriptModule) or type(m) in self._whole
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(model: nn.Module, name: str, engine: str, whole: Container[type]) -> fx.GraphModule:
-    with _as_found(model) as assigned:
-        try:
-            module = fx.GraphModule(model, _Tracer(whole).trace(model))
-        except Exception as error:  # tracing runs the user's forward, which may raise anything
-            text = f"{' '.join(str(error).split())}{_place(error)}"
-            raise InputError(f'engine "{engine}": torch.fx cannot trace {name} ({text}); use engine = "full"') from None
-    if assigned:
-        raise InputError(
-            f'{name} assigns its buffer {assigned[0]} in forward, which engine "{engine}" cannot repeat; use engine = "full"'
-        )
-    return module
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[list[str]]:
-    """Afterwards the attributes of all modules are what they were; the list then names the buffers that were assigned."""
-    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    found, assigned = [(m, dict(vars(m)), dict(m._buffers)) for m in own], []
-    try:
-        yield assigned
-    finally:
-        for module, attributes, buffers in found:
-            assigned += [key for key, b in module._buffers.items() if buffers.get(key, module) is not b]
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-def _place(error: Exception) -> str:
-    """The line of the user's code that raised an error, if it was the user's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
-    at = frames[-1] if frames else None
-    return f": {at.line!r}, {os.path.basename(at.filename)} line {at.lineno}" if at and at.filename != __file__ else ""
 
 
 class _Recorder(fx.Interpreter):

@@ -76,7 +76,8 @@ def say_first(text: str, *args: object) -> None:
 def let_go() -> None:
     """Say the lines that still wait for the one that says how the run began."""
     for handler in list(log.handlers):
-        handler.flush()
+        with contextlib.suppress(OSError, ValueError):  # user code may have closed its file
+            handler.flush()
 
 
 def open_streams() -> None:

@@ -16,7 +16,7 @@ from dzhpc.errors import STOPPED_EARLY
 from dzhpc.job import process
 
 log = logging.getLogger("dzhpc")
-ENDING = (signal.SIGTERM, signal.SIGINT)  # who sends these does not want the job to come back
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # who sends these does not want the job to come back
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, *ENDING)
 LONG_STEP = 10.0  # seconds that a step may go on after it was asked to stop
 
@@ -48,7 +48,7 @@ class Reason(IntEnum):
             Reason.MAX_QUERIES: "task.max_queries would be exceeded by the next step",
             Reason.ACCURACY: "stop.target_accuracy reached", Reason.STOP_FILE: "STOP file found",
             Reason.WALLTIME: "stop.walltime reached", Reason.DEADLINE: "the job's time limit is near",
-            Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM or Ctrl-C)",
+            Reason.SIGNAL: "signal received", Reason.TERMINATED: "signal received (SIGTERM, SIGHUP or Ctrl-C)",
         }.get(self, "running")  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def listen() -> None:
     """Take note of signals from now on: one that comes while libraries load must not kill the job."""
     _look_after_forks()
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _note)
 
 
 @functools.cache
@@ -91,7 +92,7 @@ def _be_nobody() -> None:
 
     The warnings SIGUSR1 and SIGUSR2 still do nothing there: mpirun relays them to all processes of a rank.
     """
-    for number, usual in zip(ENDING, (signal.SIG_DFL, signal.default_int_handler), strict=True):
+    for number, usual in zip(ENDING, (signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL), strict=True):
         if signal.getsignal(number) is _note:
             signal.signal(number, usual)
     _let_in()

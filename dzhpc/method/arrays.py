@@ -25,6 +25,8 @@ def to_tensor(given: object) -> Tensor:
             raise ValueError("complex numbers; expected real ones")
         if given.layout != torch.strided:
             raise ValueError("a sparse tensor; expected a dense one")
+        if given.is_meta:
+            raise ValueError("a tensor on the device meta, which holds no numbers")
         return given.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
         raise ValueError("a masked array with masked entries; fill them")

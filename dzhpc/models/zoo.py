@@ -91,6 +91,8 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
 def _check_tensors(model: torch.nn.Module, name: str) -> None:
     """Raise InputError for parameters that have no shape yet, and for 16-bit numbers: theta + mu would be theta."""
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(f"model {name}: {key} lies on the device meta, so it has no numbers; build the model on the CPU")
         if torch.nn.parameter.is_lazy(tensor):
             raise InputError(f"model {name}: {key} has no shape yet (a lazy layer); give the layer its sizes")
         if tensor.is_floating_point() and tensor.itemsize < 4:

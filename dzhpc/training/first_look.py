@@ -40,6 +40,9 @@ def look(
     advice: list[str] = []
     g = estimate.detach().double().cpu().numpy()
     try:
+        if config.zo.estimator in ("cge", "rge") and len(g) and not g.any():
+            said.append("no perturbation changed the loss")
+            advice.append(f"raise zo.mu (now {estimator.zo.mu:g}), or see that the loss depends on theta")
         if estimator.by_coordinate and g.any():
             subtracts = not isinstance(engine, Delta) and config.optim.name != "gauss-newton"
             units = signal(g, estimator.zo.mu, loss, engine.index.dtype) if subtracts else np.inf
@@ -65,11 +68,13 @@ def signal(g: np.ndarray, mu: float, loss: float, dtype: torch.dtype) -> float:
     A unit is one of ``dtype``; or of float32, where all differences are multiples of one and the loss is a float32 number.
     """
     differences = np.abs(g[g != 0]) * mu
-    unit = np.spacing(np.abs(np.float64(loss)) if dtype == torch.float64 else np.abs(np.float32(loss)))
-    single = float(np.spacing(np.abs(np.float32(loss))))
-    multiples = differences / single
-    whole = (np.abs(multiples - multiples.round()) < 1e-3) & (multiples > 0.5)
-    if float(np.float32(loss)) == loss and len(g) > 2 and whole.all():
+    with np.errstate(all="ignore"):  # beyond float32
+        rounded = np.float32(loss)
+        single = float(np.spacing(np.abs(rounded)))
+        unit = np.spacing(np.abs(np.float64(loss))) if dtype == torch.float64 else single
+        multiples = differences / single
+        whole = (np.abs(multiples - multiples.round()) < 1e-3) & (multiples > 0.5)
+    if float(rounded) == loss and len(g) > 2 and whole.all():
         unit = single
     return float(np.median(differences) / max(float(unit), 1e-300))
 

@@ -10,7 +10,10 @@ import multiprocessing, os, signal, time
 from dzhpc.job.stopping import listen
 def work(k):
     return k * k
-listen(), listen()
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
+listen(), os.kill(os.getpid(), signal.SIGHUP)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+listen()
 fork = multiprocessing.get_context("fork")
 for _ in range(30):  # at once, before the child has run a line
     child = fork.Process(target=time.sleep, args=(1000,))
@@ -23,9 +26,9 @@ child = fork.Process(target=time.sleep, args=(0.5,))  # mpirun relays its warnin
 child.start(), time.sleep(0.1), os.kill(child.pid, signal.SIGUSR1), child.join(20)
 assert child.exitcode == 0, child.exitcode
 assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
-os.kill(os.getpid(), signal.SIGTERM)  # the rank itself takes note and lives
+os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGHUP)  # the rank itself takes note and lives
 from dzhpc.job import stopping
-assert len(stopping.received_signals) == 1
+assert [number for number, _ in stopping.received_signals] == [signal.SIGTERM, signal.SIGHUP]
 print("all ended")
 """
 COMES_BACK = """

@@ -1,6 +1,7 @@
 """Input files: precedence, strictness, and errors that name file, key, found and expected."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -449,3 +450,10 @@ def test_an_input_may_be_a_pipe_and_what_never_begins_or_ends_is_refused(tmp_pat
         config.load("/dev/zero")
     with pytest.raises(InputError, match="an empty name; give the path of a TOML input file"):
         config.load("")  # $INPUT, unset
+
+
+def test_a_module_that_sets_up_logging_does_not_silence_ours(tmp_path, monkeypatch):
+    (tmp_path / "noisy.py").write_text("import logging.config\nlogging.config.dictConfig({'version': 1})\nF = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert config.import_object("noisy:F", "task.function") == 3
+    assert not logging.getLogger("dzhpc").disabled

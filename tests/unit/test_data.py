@@ -173,6 +173,8 @@ def test_a_balanced_batch_is_balanced_even_where_a_class_is_rare():
         ((np.zeros((2, 16, 16, 3)), [0, 1]), r"\[2, 16, 16, 3\], which looks like \[N, H, W, C\]; transpose\(0, 3, 1, 2\) gives"),
         ((np.zeros((2, 12, 16, 3), np.uint8), [0, 1]), r"looks like \[N, H, W, C\]"),
         ((["a", "b"], [0, 1]), "the training images are list of text"),
+        ((np.zeros((2, 0, 8, 8), np.uint8), [0, 1]), r"the training images are \[2, 0, 8, 8\]; expected"),
+        ((torch.zeros(2, 1, 2, 2, device="meta"), [0, 1]), "the training images are a tensor on the device meta"),
     ],
 )
 def test_images_and_labels_that_do_not_fit_each_other_are_refused(train, message):

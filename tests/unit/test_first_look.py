@@ -37,14 +37,20 @@ def test_nothing_is_advised_where_all_is_well():
         (lambda thetas, step: bowl(thetas, step).astype(np.float32), 1e-6, {}, "units in the last place"),
         (lambda thetas, step: np.cosh(9 * thetas).sum(1), 0.2, {}, "lower zo.mu to "),
         (bowl, 1e-4, {"lr": 3.0}, r"lower optim.lr below 1: 2 \(1 \+ momentum\) / second derivative"),
+        (lambda thetas, step: np.ones(len(thetas)), 1e-4, {}, "raise zo.mu (now 0.0001), or see that the loss depends on theta"),
         (lambda thetas, step: bowl(thetas, step) + np.random.default_rng().normal(size=len(thetas)), 1e-3, {}, "is noisy"),
     ],
-    ids=["rounding", "single", "curved", "lr", "noisy"],
+    ids=["rounding", "single", "curved", "lr", "flat", "noisy"],
 )
 def test_what_is_off_is_named(function, mu, options, advice):
     with pytest.MonkeyPatch.context():
         line = said(function, mu, **options)
     assert advice.replace("\\", "") in line, line
+
+
+def test_a_loss_beyond_float32_is_looked_at_without_a_word_of_numpys():
+    with np.errstate(all="raise"):
+        assert said(lambda thetas, step: 1e300 * bowl(thetas, step), 1e-4).startswith("first estimate: differences of ")
 
 
 def test_the_advice_for_rounding_cures_it():

@@ -93,3 +93,56 @@ def test_an_overwriting_operation_without_another_form_is_refused_by_its_name(wr
         Traced(model, list(model.parameters()))
     with pytest.raises(InputError, match='engine "delta" cannot undo'):
         dzhpc.make_engine("delta", model, "mse").bind(*vectors())
+
+
+class Kept(nn.Module):
+    """Reads its hidden features from where a hook has put them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.features = nn.Linear(4, 8), nn.Linear(8, 3), {}
+        self.a.register_forward_hook(lambda module, inputs, output: self.features.update(last=output))
+
+    def forward(self, x):
+        self.a(x)
+        return self.b(torch.tanh(self.features["last"]))
+
+
+@pytest.mark.parametrize("kind", ["reuse", "delta"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_features_that_a_hook_has_kept_are_no_constants_of_a_trace(kind, size):
+    """The network has just seen this very batch, so that a trace that holds its features gives the right loss."""
+    model, (x, y) = Kept().double(), (torch.randn(size, 4, dtype=torch.float64), torch.randn(size, 3, dtype=torch.float64))
+    model(x)
+    with pytest.raises(InputError, match=rf'Kept reads what an earlier pass has left .* engine "{kind}" cannot repeat'):
+        dzhpc.make_engine(kind, model, "mse").bind(x, y)
+    full = dzhpc.make_engine("full", model, "mse")
+    full.bind(x, y)
+    assert full.differences([0, 5], 0.1).all()
+
+
+class Optional(nn.Module):
+    """Other arguments than the batch, as networks of libraries have."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x, labels=None, return_dict=False, *rest, **options):
+        logits = self.layers(x, *rest)
+        if labels is not None or return_dict or options.get("output_attentions"):
+            return {"logits": logits}
+        return logits
+
+
+def test_other_arguments_have_their_defaults_and_wrappers_are_looked_through():
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    for wrap in (lambda model: model, nn.DataParallel):
+        model, found = wrap(Optional().double()), {}
+        kind = type(model)
+        for name in ("full", "reuse", "delta"):
+            engine = dzhpc.make_engine(name, model, "mse")
+            engine.bind(x, y)
+            found[name] = engine.differences([0, 33, 66], 0.01)
+        assert torch.allclose(found["delta"], found["full"], rtol=1e-9, atol=1e-14) and type(model) is kind
+        assert torch.equal(found["reuse"], found["full"]) and found["full"].all()

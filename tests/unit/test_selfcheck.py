@@ -178,7 +178,14 @@ def count(s, x):
     return x / s.calls
 
 
+def carry(s, x):
+    """What one query leaves moves the next one: two times the same order would not show it."""
+    last, s.last = getattr(s, "last", 0.0), 3 * x.detach().mean()
+    return x + last
+
+
 RESTLESS = {
+    "the last features": carry,
     "a generator": lambda s, x: x * (1 + s.rng.random()),
     "layer drop": lambda s, x: x if s.rng.random() < 0.3 else 2 * x,
     "a counter": count,
@@ -211,3 +218,15 @@ def test_what_does_not_run_in_float64_is_left_alone_and_the_line_says_so():
 def test_numbers_that_are_not_finite_are_left_to_the_trainer():
     line = selfcheck.check(bound("delta", Middle(lambda s, x: x / 0), images(16, 12)), 0)
     assert "agrees" in line
+
+
+def test_the_check_begins_where_the_base_pass_began():
+    """A buffer that the first pass makes: delta would go on with that of the base pass, engine full makes it anew each time."""
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 4))
+    model[1][0].register_forward_pre_hook(
+        lambda m, i: m.register_buffer("scale", i[0].detach().square().mean().sqrt()) if not hasattr(m, "scale") else None
+    )
+    model[1][0].register_forward_hook(lambda m, i, out: out / m.scale)
+    with pytest.raises(InputError, match='engine "delta" is wrong about Sequential'):
+        selfcheck.check(bound("delta", model, (torch.rand(9, 4), torch.rand(9, 4)), "mse", queries=0), 0)

@@ -280,3 +280,19 @@ def test_a_parameter_that_is_overwritten_in_forward_is_refused():
     for kind in ("full", "reuse", "delta"):
         with pytest.raises(InputError, match=r"Net overwrites its parameter table.weight in forward"):
             dzhpc.make_engine(kind, model, "cross_entropy").bind(x, y)
+
+
+def test_a_trace_leaves_nothing_in_what_a_network_collects():
+    """Its last features, say, in a dict: those of a trace are no numbers, and the network itself would read them."""
+
+    def remembered(self, x):
+        x = self.inner(x)
+        self.last.setdefault("mean", x.detach().mean())
+        self.seen.append(x.shape)
+        return x + self.last["mean"]
+
+    model, (x, y) = net(remembered, lambda self: vars(self).update(last={}, seen=[])), batch()
+    Traced(model, list(model.parameters()))
+    assert (model.last, model.seen) == ({}, [])
+    assert torch.isfinite(dzhpc.make_engine("full", model, "cross_entropy").bind(x, y) * torch.ones(1))
+    assert isinstance(model.last["mean"], torch.Tensor) and model.seen == [(3, 4, 6, 6)]
