@@ -70,12 +70,14 @@ def on_page_markdown(text: str, page, config, files) -> str:
 
 
 def on_page_content(text: str, page, config, files) -> str:
-    """Equations to MathML, which browsers draw by themselves; the roles that docstrings have to nothing."""
+    """Equations to MathML, which browsers draw by themselves; docstrings without roles, and with their lines."""
 
     def drawn(match: re.Match) -> str:
         tex, block = html.unescape(match[2]).strip(), match[1] == "div"
         return f"<{match[1]} class='equation'>{convert(tex[2:-2], display='block' if block else 'inline')}</{match[1]}>"
 
+    if page.file.src_uri == "reference/python.md":  # a line for each argument, as in the source
+        text = re.sub(r"\n(?=\w+(?:, \w+)*(?: \[[^\]\n]*\])?: )", "<br>", text)
     text = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', drawn, text, flags=re.S)
     return re.sub(r":(?:class|func|mod|meth):(?=<code>)", "", text)
 
@@ -87,12 +89,16 @@ def keys() -> str:
         "An input is a TOML file. Any key can be set on the command line: `--set zo.mu=1e-3`. Order: defaults, file, `--set`.",
         "`python -m dzhpc.info keys` prints this page. A key that is not here is refused, and the message names the nearest one.",
     ]
+    seen: set[str] = set()
     for heading, section, fields in configuration.tables():
         lines += ["", f"## {heading}", fields.__doc__, "", "| key | default | meaning |", "|---|---|---|"]
         for name, field in fields.model_fields.items():
             default = "unset" if field.default is None else f"`{field.default!r}`"
             meaning = (field.description or "").replace("|", r"\|")
-            lines.append(f"| `{section}.{name}` | {default} | {meaning} |")
+            key = f"{section}.{name}"
+            anchor = "" if key in seen else f"{{#{key}}}"  # keys of several kinds of task come several times
+            seen.add(key)
+            lines.append(f"| `{key}`{anchor} | {default} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -119,14 +125,15 @@ def help_of(verb: str) -> str:
 
 
 def inputs() -> str:
-    """The comment with which every input opens."""
-    lines = [
-        "# Inputs",
-        "The inputs that come with dzhpc. Each opens with its purpose, source, run line, expected result and cost.",
-    ]
+    """The inputs as a table, and the comment with which each opens."""
     found = [*sorted((ROOT / "inputs").glob("*.toml")), *sorted((ROOT / "examples").glob("**/*.toml"))]
+    lines = ["# Inputs", "What comes with dzhpc. Each opens with its purpose, source, run line, expected result and cost.", ""]
+    lines += ["| input | purpose |", "|---|---|"]
+    texts = []
     for path in found:
         name = path.relative_to(ROOT).as_posix()
         head = [line.removeprefix("#")[1:] for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
-        lines += ["", f"## {name}", "", "```text", *head, "```", "", f"[The whole file](../../{name})"]
-    return "\n".join(lines)
+        lines.append(f"| [{name}](#{name.replace('/', '-').replace('.', '-')}) | {head[0].removeprefix('Purpose').strip()} |")
+        texts += ["", f"## {name} {{#{name.replace('/', '-').replace('.', '-')}}}", "", "```text", *head, "```", ""]
+        texts.append(f"[The whole file](../../{name})")
+    return "\n".join([*lines, *texts])
