@@ -49,15 +49,19 @@ def certified(axes, runs: Path) -> None:
     axes.legend(fontsize=8)
 
 
-def loss(axes, run) -> None:
-    """Losses of the training, and their running mean."""
-    axes.plot(run.train["queries"] / 1000, run.train["loss"], color="C0", lw=0.7, alpha=0.5)
-    mean = np.convolve(run.train["loss"], np.ones(5) / 5, "valid")
-    axes.plot(run.train["queries"][4:] / 1000, mean, color="C0", lw=1.5, label="mean of five steps")
-    axes.set(xlabel="thousand queries", ylabel="loss over 8 steps")
-    axes.set_ylim(0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def wakes(figure, slot, runs: Path) -> None:
+    """The last column of the evaluation's figure: vorticity of the fine solver, the coarse one, the corrected one."""
+    picture = Image.open(runs / "sol-small/evaluation/states.png").convert("RGB")
+    wide, high = picture.size
+    grid = slot.subgridspec(3, 1, hspace=0.06)
+    for k, name in enumerate(("fine solver", "coarse solver", "coarse solver, corrected")):
+        axes = figure.add_subplot(grid[k])
+        top = high * (0.0806 + 0.3017 * k)
+        axes.imshow(picture.crop((int(wide * 0.7765), int(top), int(wide * 0.945), int(top + 0.2455 * high))))
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.98, 0.05, name, transform=axes.transAxes, ha="right", fontsize=8)
+        if k == 0:
+            axes.set_title("a wake after 500 steps", fontsize=10)
 
 
 def cosine() -> None:
@@ -81,7 +85,7 @@ def cosine() -> None:
 
 
 def main(runs: Path) -> None:
-    plt.rcParams.update({"font.size": 9})
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10})
     cosine()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     accuracy(axes[0], runs, "epoch")
@@ -91,12 +95,11 @@ def main(runs: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     certified(axes, runs)
     save(figure, "defense")
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    accuracy(axes[0], runs, "epoch")
-    certified(axes[1], runs)
-    loss(axes[2], read(runs / "sol-small"))
-    for axis, title in zip(axes, ("digits, trained by queries", "defence of a black box", "corrected fluid solver"), strict=True):
-        axis.set_title(title, fontsize=10)
+    figure = plt.figure(figsize=(11, 3.3), layout="constrained")
+    grid = figure.add_gridspec(1, 3)
+    accuracy(figure.add_subplot(grid[0], title="digits, trained from scratch"), runs, "epoch")
+    certified(figure.add_subplot(grid[1], title="defence of a black box"), runs)
+    wakes(figure, grid[2], runs)
     save(figure, "overview")
     for name in ("errors", "states"):
         picture = Image.open(runs / f"sol-small/evaluation/{name}.png").convert("RGB")
