@@ -42,7 +42,7 @@ def certified(axes, runs: Path) -> None:
     """Certified accuracy against the radius."""
     for name, label in DEFENSE.items():
         record = certificates(runs / f"{name}.h5")
-        radii = np.linspace(0, 1.4, 141)
+        radii = np.linspace(0, 0.8, 161)
         axes.plot(radii, [100 * record.certified(r) / len(record.rows) for r in radii], label=label, lw=1.5)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy in %", ylim=(0, 100))
     axes.grid(alpha=0.3)
