@@ -1,11 +1,12 @@
 """Studies: every member of every size is what the program takes; runs become rows of a method, means over seeds, figures."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from PIL import Image
@@ -162,3 +163,42 @@ def test_benchmarks_become_a_table_and_a_figure(tmp_path):
         benched.write([tmp_path / "stages.json", tmp_path / "scaling.json"], tmp_path)
     with pytest.raises(InputError, match=r"gradient.json: expected a file of `bench stages or scaling --json`"):
         benched.write([tmp_path / "gradient.json"], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def paper(project):
+    """benchmarks/paper.py."""
+    spec = importlib.util.spec_from_file_location("paper", project / "benchmarks" / "paper.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_papers_numbers_is_what_its_script_writes(project, paper):
+    about = tomllib.loads((project / "benchmarks" / "paper.toml").read_text(encoding="utf-8"))
+    kept = json.loads(paper.KEPT.read_text(encoding="utf-8"))
+    assert (project / "benchmarks" / "results" / "paper.md").read_text(encoding="utf-8") == paper.page(about, kept)
+    assert set(about["study"]) == {*STUDIES, "fig1"}
+    numbers = [line.split("\t")[0] for line in paper.PUBLISHED.read_text().splitlines() if not line.startswith("#")]
+    assert set(numbers) <= set(about["study"])
+
+
+def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper):
+    """A number that was not run at the paper's size says so, whatever was run at another."""
+    (runs / "fig4").rename(runs / "look")
+    (runs / "fig4").mkdir()
+    (runs / "look").rename(runs / "fig4" / "look")
+    entry, kept = {"title": "Fig. 4", "over": "sparsity.ratio"}, {}
+    paper.RESULTS = runs
+    paper.take_in(runs, {"study": {"fig4": entry, "a2": entry}}, kept)
+    numbers = study.published(runs / "published.tsv", "fig4")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in paper.table(entry, numbers, kept["fig4"]).splitlines()[2:]
+    ]
+    assert rows == [
+        ["dense", "0.0", "92.85", "54", "2.3", "3", "look", "2", "2,000", "1"],
+        ["dense", "", "92.85", "not run", "", "", "paper", "", "", ""],
+        ["deepzero", "0.99", "73.37", "not run", "", "", "paper", "", "", ""],
+        ["deepzero", "0.9", "", "40", "", "1", "look", "2", "2,000", "1"],
+        ["deepzero", "0.95", "", "30", "", "1", "look", "1 of 2, not finished", "1,000", "1"],
+    ]
