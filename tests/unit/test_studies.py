@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
 
 import pytest
@@ -110,27 +109,16 @@ def runs(tmp_path):
 
 
 def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(runs):
-    command = [
-        sys.executable,
-        "-m",
-        "dzhpc.report",
-        "--campaign",
-        "fig4",
-        "--over",
-        "sparsity.ratio",
-        "--beside",
-        "published.tsv",
-    ]
-    done = subprocess.run(command, cwd=runs, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    numbers = study.published(runs / "published.tsv", "fig4")
+    text, files = curves.write_study(runs / "fig4", runs / "fig4" / "report", "sparsity.ratio", numbers)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert rows == [
         ["deepzero", "0.9", "", "40", "", "1", "2", "2,000", "1"],
         ["deepzero", "0.95", "", "30", "", "1", "1 of 2, not finished", "1,000", "1"],
         ["dense", "0.0", "92.85", "54", "2.31", "3", "2", "2,000", "1"],
         ["deepzero", "0.99", "73.37", "not run", "", "", "", "", ""],
     ]
-    with Image.open(runs / "fig4" / "report" / "curves.png") as picture:
+    with Image.open(files[1]) as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").resize((400, 200)).getcolors(10**6)) > 20
 
 
@@ -183,13 +171,13 @@ def test_the_page_of_the_papers_numbers_is_what_its_script_writes(project, paper
     assert set(numbers) <= set(about["study"])
 
 
-def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper):
+def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper, monkeypatch):
     """A number that was not run at the paper's size says so, whatever was run at another."""
     (runs / "fig4").rename(runs / "look")
     (runs / "fig4").mkdir()
     (runs / "look").rename(runs / "fig4" / "look")
     entry, kept = {"title": "Fig. 4", "over": "sparsity.ratio"}, {}
-    paper.RESULTS = runs
+    monkeypatch.setattr(paper, "RESULTS", runs)
     paper.take_in(runs, {"study": {"fig4": entry, "a2": entry}}, kept)
     numbers = study.published(runs / "published.tsv", "fig4")
     rows = [
