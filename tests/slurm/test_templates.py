@@ -303,7 +303,7 @@ def test_a_study_is_an_array_for_each_stage_that_waits_for_the_one_before(cluste
     env = ["env", "-C", place, "SIZE=look"]
     words = [*TINY, *sets(stop__steps=2, model__depth=1)]
     only = "ONLY=^(cge|first-order)/depth1-seed0"
-    said = cluster.command(*env, only, "SBATCH=sbatch --ntasks=2", "bash", "slurm/studies/fig2.sh", "submit", *words)
+    said = cluster.command(*env, only, "SBATCH=sbatch --ntasks=1", "bash", "slurm/studies/fig2.sh", "submit", *words)
     array = said.removeprefix("jobs ")
     for task in (0, 1):
         completed(cluster, f"{array}_{task}")
