@@ -19,5 +19,5 @@ members() {
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
-report() { python -m dzhpc.report "$DIR"/depth*.json -o "$DIR/report"; }
+report() { if some "$DIR"/depth*.json; then python -m dzhpc.report "$DIR"/depth*.json -o "$DIR/report"; fi; }
 study a1 "$@"

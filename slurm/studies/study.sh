@@ -82,5 +82,10 @@ submit() {
     echo "jobs ${jobs#, }"
 }
 
+# some FILES...: whether there is one, which a report needs.
+some() {
+    if [ ! -s "$1" ]; then echo "$NAME: nothing to report yet"; return 1; fi
+}
+
 # The study's key on the horizontal axis is OVER; its numbers in the paper, where there are some, lie beside it.
 report() { python -m dzhpc.report --campaign "$DIR" --over "$OVER" --beside slurm/studies/published.tsv --study "$NAME"; }

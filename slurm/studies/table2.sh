@@ -42,5 +42,5 @@ members() {
 }
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/studies/study.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
-report() { python -m dzhpc.report "$DIR"/certify/*.h5 -o "$DIR/report"; }
+report() { if some "$DIR"/certify/*.h5; then python -m dzhpc.report "$DIR"/certify/*.h5 -o "$DIR/report"; fi; }
 study table2 "$@"
