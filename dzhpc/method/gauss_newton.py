@@ -151,7 +151,7 @@ class _Inverse:
 
     def __init__(self, matrix: Tensor, damping: float):
         if not torch.isfinite(matrix).all():
-            raise NumericalError("the Gauss-Newton matrix is not finite: lower zo.mu or optim.lr, or scale the residuals")
+            raise NumericalError("the Gauss-Newton matrix is not finite: raise optim.damping, or lower optim.lr or zo.mu")
         self._factor = None
         if damping > 0:
             damped = matrix.clone()

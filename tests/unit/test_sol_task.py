@@ -202,6 +202,21 @@ def test_the_engines_agree(small, unroll):
     assert delta.queries == full.queries == 1 + len(coords)
 
 
+def test_responses_are_columns_of_the_states_and_differences_their_reduction(small):
+    full, delta = in_the_loop(small, 3)
+    coords = np.arange(0, full.index.size, 5)
+    exact, errors = delta.index.flatten(delta.gradient())[torch.from_numpy(coords)], []
+    for mu in (1e-3, 1e-4):
+        moved = delta.responses(coords, mu)
+        assert moved.shape == (len(coords), 3, 3, *small.shape)
+        torch.testing.assert_close(moved, full.responses(coords, mu), rtol=1e-6, atol=1e-11)
+        slopes, roots = delta.curvature.slopes(moved), delta.curvature.roots(moved)
+        torch.testing.assert_close(slopes + roots.square().sum(1) / 2, delta.differences(coords, mu))  # quadratic in the states
+        errors.append(float((slopes / mu - exact).norm() / exact.norm()))
+    assert errors[1] < 5e-3 and errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    assert full.queries == 1 + 2 * len(coords) and delta.queries == 1 + 4 * len(coords)
+
+
 def test_single_precision_loses_no_digits(usual):
     values = []
     for dtype in (torch.float64, torch.float32):
@@ -320,6 +335,9 @@ def test_a_diverging_query_is_left_out_and_named_and_spoils_no_other(cliff, kind
     assert [record.getMessage() for record in caplog.records] == [said]
     steep.bind(windows)
     assert caplog.records[-1].getMessage() == f"{sum(falls)} perturbed queries in all diverged in the step before"
+    moved, left = steep.responses(coords, mu), smooth.responses(coords, mu)
+    assert not moved[falls].any() and left[falls].flatten(1).any(1).all()
+    torch.testing.assert_close(moved[~np.array(falls)], left[~np.array(falls)], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
@@ -330,6 +348,7 @@ def test_where_all_queries_diverge_the_estimate_is_no_number(cliff, kind):
     assert engine.differences(biases[:1], 0.01).all()  # of the other channel
     assert not engine.differences([biases[1]] * 7, 0.01).any()  # left out
     assert engine.differences([biases[1]] * 8, 0.01).isnan().all()
+    assert engine.responses([biases[1]] * 8, 0.01).isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
