@@ -23,7 +23,7 @@ from dzhpc.method import gauss_newton as method
 from dzhpc.method.estimators import Estimator, Partial
 from dzhpc.method.optimizers import GaussNewton
 from dzhpc.tasks import Task
-from dzhpc.training.columns import Columns
+from dzhpc.training.columns import Columns, slices
 from dzhpc.training.distribution import Distribution, Interrupted
 
 log = logging.getLogger("dzhpc")
@@ -145,13 +145,15 @@ class Newton:
 
     def _hessian(self, columns: Columns) -> Tensor | None:
         """A A^T [n, n] float64 on the root."""
-        world, pieces, total = self._world, method.parts(self._size), None
+        world, pieces, n = self._world, method.parts(self._size), len(columns.joined)
+        total = torch.zeros(n, n, dtype=torch.float64) if world.is_root else None
         for first in range(0, len(pieces), world.size):
             block = columns.part(world, pieces[first : first + world.size])
             product = None if block is None else method.gram(block)
-            for found in world.gather(product) or ():
-                if found is not None:
-                    total = found if total is None else total.add_(found)
+            for rows in slices(n, 8 * n * world.size):
+                for found in world.gather(None if product is None else product[rows]) or ():
+                    if found is not None:
+                        total[rows] += found
         return total
 
 

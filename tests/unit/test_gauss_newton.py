@@ -12,10 +12,12 @@ from dzhpc import config
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
 from dzhpc.errors import InputError, NumericalError
+from dzhpc.job.world import World
 from dzhpc.method import gauss_newton as method
 from dzhpc.method.optimizers import GaussNewton
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss
 from dzhpc.tasks.objective import Blocks, ObjectiveEngine
+from dzhpc.training import columns
 
 MU = 1e-5
 
@@ -240,6 +242,17 @@ def test_coordinates_that_change_nothing_stay_and_equal_ones_share_the_step(kind
             torch.testing.assert_close(delta, -g / 10, rtol=1e-6, atol=1e-12)
     nothing = torch.zeros(3, dtype=torch.float64)
     assert not method.System(nothing, nothing, kind, torch.zeros(3, 3, dtype=torch.float64)).within(0.1, 0.1).any()
+
+
+def test_columns_reach_the_root_in_pieces_of_a_bounded_size(monkeypatch):
+    assert columns.slices(10, 2**26) == [slice(0, 4), slice(4, 8), slice(8, 10)] and columns.slices(2, 2**40)[1] == slice(1, 2)
+    monkeypatch.setattr(columns, "AT_ONCE", 64)
+    values, places = np.random.default_rng(0).standard_normal((5, 2 + 9)), np.array([4, 0, 3, 1, 2])
+    found = columns.Columns([(places[:2], values[:2]), (places[2:], values[2:])], np.zeros((5, 2)))
+    expected = torch.from_numpy(values[np.argsort(places), 2:])
+    assert torch.equal(found.whole(World(alone=True)), expected)
+    assert torch.equal(found.part(World(alone=True), [slice(3, 7)]), expected[:, 3:7])
+    assert columns.Columns([], np.zeros((5, 2))).whole(World(alone=True)).shape == (5, 0)
 
 
 def test_averages_begin_anew_with_a_new_set():
