@@ -11,10 +11,10 @@ from torch import nn
 
 import dzhpc
 from dzhpc.engines.delta.differences import LARGE
-from dzhpc.engines.kernels import build, compiled, halves, library
+from dzhpc.engines.kernels import build, compiled, library
 from dzhpc.engines.kernels.convolutions import Direct, Winograd
 from dzhpc.engines.windows import Window
-from dzhpc.job import device, processor
+from dzhpc.job import processor
 
 pytestmark = pytest.mark.compiles
 COMPILER = next(filter(shutil.which, compiled.COMPILERS), None)
@@ -222,8 +222,7 @@ def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, toler
     truth.bind(inputs.double(), labels)
     expected = truth.differences(coords, 5e-3)
     assert float((found.double() - expected).norm() / expected.norm()) < tolerance
-    halves = precision == "bf16" and device.has_fast_bf16(torch.device("cpu"))  # these have products of their own
-    assert bool(served) == (way == "compiled" and not halves)
+    assert bool(served) == (way == "compiled")
     words = "kernel changes is not used: fatal error: no such processor"
     assert sum(words in line for line in caplog.messages) == (way == "compiler fails")
 
@@ -264,8 +263,41 @@ def test_bits_do_not_depend_on_threads(kernels):
 
 
 @needs_it
-@pytest.mark.parametrize("kernel", [library.Library, halves.Halves])
-def test_a_compiler_that_fails_or_hangs_is_an_error_with_its_words(tmp_path, monkeypatch, kernel):
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_convolution_with_the_pass_behind_it_has_the_bits_of_both(kernels, dtype):
+    window, border, coords, batch = Window((3, 3), (1, 1), (1, 1)), (1, 1, 1, 1), 3, 19
+    images, weight = scaled(coords, batch, 5, 9, 6).to(dtype), torch.randn(10, 5, 3, 3)
+    base = lambda: torch.randn(batch, 10, 9, 6).to(dtype)  # noqa: E731
+    centred, value, single = base(), base(), torch.randn(coords, batch, 9, 6)
+    for how, residual, pool, mean, normalised in (
+        ("winograd", None, 1, False, True),
+        ("direct", scaled(coords, batch, 10, 9, 6).to(dtype), 1, True, True),
+        ("winograd", (single, torch.tensor([3, 9, 0])), 2, False, True),
+        ("direct", None, 1, False, False),
+    ):
+        weights = getattr(library, f"{how}_weights")(weight)
+        out, means = kernels.convolve(images, weights, 10, window, border, centred, how)
+        norms = [library.Norm(centred, torch.ones(10), torch.ones(10), m) if normalised else None for m in (means, None)]
+        rest = residual, pool == 1, pool, mean, value
+        layer = library.Layer(images, weights, 10, window, border, how)
+        after = kernels.carry(out, out.shape[1:], dtype, norms[0], *rest)
+        assert torch.equal(kernels.carry(layer, out.shape[1:], dtype, norms[1], *rest), after)
+
+
+@needs_it
+def test_a_chunk_of_one_comes_first():
+    """Programs between a convolution of our own and an operation that the library does not know hold for any number behind it."""
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 9, 3)
+    model = nn.Sequential(*convolutions, nn.BatchNorm2d(9), nn.GELU(), nn.Flatten(), nn.Linear(9 * 64, 4))
+    engine = dzhpc.make_engine("delta", model, "cross_entropy")
+    engine.bind(torch.randn(17, 3, 12, 12), torch.arange(17) % 4)
+    first, several = engine.differences([7], MU), engine.differences([7, 30, 31], MU)
+    assert first[0] == several[0] != 0
+
+
+@needs_it
+def test_a_compiler_that_fails_or_hangs_is_an_error_with_its_words(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     failing = "echo 'In file included from a.h' >&2; echo 'error: no such flag' >&2; exit 1"
     for text, words in ((failing, "no such flag"), ("sleep 60", "did not end")):
@@ -274,7 +306,7 @@ def test_a_compiler_that_fails_or_hangs_is_an_error_with_its_words(tmp_path, mon
         compiler.chmod(0o755)
         monkeypatch.setattr(build, "PATIENCE", 5 if "exit" in text else 0.5)
         with pytest.raises(OSError, match=words):
-            kernel(str(compiler))
+            library.Library(str(compiler))
     assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left
 
 

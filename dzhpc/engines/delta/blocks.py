@@ -1,7 +1,7 @@
 """Runs that our own library carries a chunk through: [BatchNorm] [+ residual] [ReLU] [max pool] [mean over pixels] of images.
 
-Everything else is left to :class:`dzhpc.engines.delta.fused.Fused`. A convolution of one-channel changes before such a run is
-part of it: what it makes never lies in memory.
+Everything else is left to :class:`dzhpc.engines.delta.fused.Fused`. A convolution before such a run is part of it:
+what it makes of one channel never lies in memory, what it makes of all of them stays in a cache.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from dzhpc.engines.delta.layout import Layout
 from dzhpc.engines.delta.operations import Operations
 from dzhpc.engines.delta.rules import elementwise, pooling, products, structure
 from dzhpc.engines.delta.rules.convolution import by_product
-from dzhpc.engines.kernels.library import BATCH, DEEPEST, Library, Norm, Planes
+from dzhpc.engines.kernels.convolutions import Own
+from dzhpc.engines.kernels.library import BATCH, DEEPEST, Layer, Library, Norm, Planes
 from dzhpc.engines.windows import borders, padded, window_of
 
 
@@ -63,21 +64,35 @@ class Blocks:
         source = self._source(changes[moving[0]]) if len(moving) == 1 else None
         residual = changes[beside[0]] if len(beside) == 1 else None
         if source is None or len(beside) > 1 or not self._fits(source, residual):
+            for a in moving:
+                if isinstance(changes[a], Origin) and isinstance(changes[a].source, Layer):
+                    changes[a] = changes[a].now()
             return False
         changes[nodes[-1]] = self._carry(library, block, nodes, changes[moving[0]], source, residual)
         return True
 
     def convolved(self, node: fx.Node, change: Change | Origin | list[Change] | None) -> Origin | None:
-        """What a convolution makes of a one-channel change, left to the block behind it; None where it cannot be."""
-        conv, user = self._operations.module(node), next(iter(node.users), None)
+        """What a convolution makes of a change, left to the block behind it; None where it cannot be."""
+        conv, user, operations = self._operations.module(node), next(iter(node.users), None), self._operations
         behind = [block for nodes, block in self._known.items() if user is nodes[0]]
         alone = len(node.users) == 1 and behind and all(block is not None and block.first is not block.add for block in behind)
-        if not self._operations.has_library(self._operations.network.value(node)) or not (
-            alone and isinstance(conv, nn.Conv2d) and isinstance(change, Change)
-        ):
+        served = alone and isinstance(conv, nn.Conv2d) and isinstance(change, Change) and change.axis == 1
+        if not served or not operations.has_library(operations.network.value(node)):
             return None
+        return self._dense(node, conv, change) if change.channel is None else self._one_channel(conv, change)
+
+    def _dense(self, node: fx.Node, conv: nn.Conv2d, change: Change) -> Origin | None:
+        kernel = self._operations.kernels.find("conv2d", conv, change.data)
+        if not isinstance(kernel, Own):
+            return None
+        make = lambda: kernel.weights(conv, change.data.dtype)  # noqa: E731
+        weights = self._operations.once(node, (kernel.name, change.data.dtype), make)
+        layer = Layer(change.data, weights, conv.out_channels, window_of(conv), borders(conv), kernel.name)
+        return Origin(lambda data: kernel.convolve(conv, data, weights, None)[0], [change.data], None, name="layer", source=layer)
+
+    def _one_channel(self, conv: nn.Conv2d, change: Change) -> Origin | None:
         plain = conv.groups == 1 and conv.padding_mode == "zeros" and min(borders(conv)) >= 0
-        if change.channel is None or change.axis != 1 or change.data.ndim != 4 or not plain or change.data.shape[1] < BATCH:
+        if change.data.ndim != 4 or not plain or change.data.shape[1] < BATCH:
             return None
         columns = conv.weight.flatten(2)[:, change.channel].permute(1, 2, 0)  # [P, kh kw, O]
         planes = Planes.of(change.data, change.channel)
@@ -87,7 +102,7 @@ class Blocks:
         def make(data: Tensor, columns: Tensor) -> Tensor:
             return by_product(padded(data, border, "zeros"), columns, window)
 
-        return Origin(make, [change.data, columns.contiguous()], None, name="convolved", planes=planes)
+        return Origin(make, [change.data, columns.contiguous()], None, name="convolved", source=planes)
 
     def _look_at(self, nodes: tuple[fx.Node, ...]) -> Block | None:
         operations, found = self._operations, {"first": nodes[0]}
@@ -121,17 +136,17 @@ class Blocks:
         ]
         return len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2] and not node.kwargs and len(node.args) == 2
 
-    def _source(self, change: Change | Origin | list[Change]) -> Tensor | Planes | None:
+    def _source(self, change: Change | Origin | list[Change]) -> Tensor | Planes | Layer | None:
         """The change as the library reads it."""
         if isinstance(change, Origin):
-            return change.planes
+            return change.source
         if isinstance(change, list) or change.data.ndim != (5 if change.channel is None else 4) or change.axis != 1:
             return None
         if change.channel is None:
             return change.data if change.data.dtype == self._operations.travel else None
         return Planes.of(change.data, change.channel)
 
-    def _fits(self, source: Tensor | Planes, residual: Change | Origin | list[Change] | None) -> bool:
+    def _fits(self, source: Tensor | Planes | Layer, residual: Change | Origin | list[Change] | None) -> bool:
         """Whether the library knows a sum of these: dense with anything made, one channel with nothing."""
         if residual is None:
             return True
@@ -143,7 +158,8 @@ class Blocks:
         return residual.data.ndim == 4
 
     def _carry(
-        self, library: Library, block: Block, nodes: tuple[fx.Node, ...], change: Change | Origin, source: Tensor | Planes,
+        self, library: Library, block: Block, nodes: tuple[fx.Node, ...], change: Change | Origin,
+        source: Tensor | Planes | Layer,
         residual: Change | None,
     ) -> Change:  # fmt: skip
         operations = self._operations

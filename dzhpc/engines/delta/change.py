@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dzhpc.engines.kernels.find import Kernels
-from dzhpc.engines.kernels.library import Planes
+from dzhpc.engines.kernels.library import Layer, Planes
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Origin:
     channel: Tensor | None
     axis: int = 1
     name: str = ""  # of the parameter in its module
-    planes: Planes | None = None  # how our own library makes it, if it can
+    source: Planes | Layer | None = None  # how our own library makes it, if it can
 
     def now(self) -> Change:
         """The change itself."""

@@ -110,7 +110,8 @@ class Fused:
         def sums(*tensors: Tensor) -> list[Tensor]:
             changes, known, caches = unpacked(tensors)
             incoming = operations.incoming(first, changes)
-            return list(operations.rule(first).sums(operations.in_trace(first, incoming, known, caches[first])))
+            made = operations.rule(first).sums(operations.in_trace(first, incoming, known, caches[first]))
+            return [t.contiguous() for t in made]  # a view of means would have strides that one coordinate does not tell
 
         def rest(*tensors: Tensor) -> list[Tensor]:
             changes, known, caches = unpacked(tensors)

@@ -12,7 +12,6 @@ from dzhpc.engines.delta.rules.rule import Rule
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.kernels.library import BATCH
 from dzhpc.engines.traced import Traced
-from dzhpc.job.device import has_fast_bf16
 
 #: operation -> the change of its output, for a chunk of P coordinates; a list where the output is one
 Changes = dict[fx.Node, Change | list[Change]]
@@ -83,8 +82,6 @@ class Operations:
 
     def has_library(self, value: object) -> bool:
         """Whether our own library serves changes of this base value: those of a batch that fills vectors."""
-        if self.travel == torch.bfloat16 and has_fast_bf16(torch.device("cpu")):  # its products are faster than our floats
-            return False
         full = isinstance(value, Tensor) and value.ndim in (2, 4) and len(value) >= BATCH
         return full and value.dtype == torch.float32 and self.kernels.library is not None
 

@@ -35,7 +35,7 @@ def of_module(op: Operation, name: str, local: np.ndarray, mu: float) -> Origin 
         return None
     place = np.unravel_index(local, op.module.get_parameter(name).shape)
     found = rule(op, list(on_device(np.stack(place), op.value.device)), op.value.new_full((), mu))
-    return found and replace(found, name=name, planes=found.planes and replace(found.planes, factor=mu))
+    return found and replace(found, name=name, source=found.source and replace(found.source, factor=mu))
 
 
 def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Origin:
@@ -64,7 +64,7 @@ def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin | Non
         make,
         [images, in_channel, kh, kw, mu],
         out_channel,
-        planes=_planes(seen(images, window), [in_channel, kh, kw], out_channel),
+        source=_planes(seen(images, window), [in_channel, kh, kw], out_channel),
     )
 
 
@@ -85,7 +85,7 @@ def _bias(axis: int) -> Callable:
         planes = None
         if k == 1 and op.value.ndim == 4:
             planes = _planes(op.value.new_ones(shape[0]).view(1, -1, 1, 1).expand(1, *shape), [0 * place[0]], place[0])
-        return Origin(lambda mu, c: mu.expand(c.shape[0], *shape), [mu, place[0]], place[0], k, planes=planes)
+        return Origin(lambda mu, c: mu.expand(c.shape[0], *shape), [mu, place[0]], place[0], k, source=planes)
 
     return rule
 
@@ -100,7 +100,7 @@ def _scale(axis: int) -> Callable:
         k = axis % op.value.ndim
         normalised = op.cached("normalised", lambda: _apart(_without_affine(op.module, op.x), k))
         planes = _planes(normalised, place, place[0]) if k == 1 and op.x.ndim == 4 else None
-        return Origin(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k, planes=planes)
+        return Origin(lambda normalised, c, mu: normalised[c] * mu, [normalised, place[0], mu], place[0], k, source=planes)
 
     return rule
 

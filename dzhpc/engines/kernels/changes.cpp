@@ -39,7 +39,7 @@ using Half = uint16_t;  // bfloat16
 constexpr long SLICE = 128;  // of the batch: what is worked on at once
 constexpr long RUN = 1024;   // values in a tile of one channel
 
-inline V all(float x) { return V{} + x; }
+inline V all(float x) { return x - V{}; }  // x + 0 would be an operation: -0 + 0 is 0
 inline V largest(V changing, V fixed) { return fixed > changing ? fixed : changing; }  // NaN of the first stays
 inline V smallest(V a, V b) { return a < b ? a : b; }
 
@@ -130,6 +130,12 @@ struct Sums {
     V plain = {}, crossed = {};
 };
 
+// Memory on its way to the second cache. GCC takes a call of what only asks for memory for one without effect.
+template <class T>
+__attribute__((always_inline)) inline void await(const T* from, long values) {
+    for (long k = 0; from && k < values; k += 64 / sizeof(T)) __builtin_prefetch(from + k, 0, 2);
+}
+
 template <class D, class X>
 inline void add_up(const D* d, const X* centred, long count, V factor, Sums& sums) {
     V plain[4] = {}, crossed[4] = {};
@@ -164,61 +170,49 @@ struct Convolution {
 
 inline long slices_of(long batch, long slice) { return (batch + slice - 1) / slice; }
 
-// sum[o][v] += kernel[c][o] * column[c][v] for all c: BLOCKS times BLOCK outputs, COUNT vectors that lie one behind the other.
-constexpr int BLOCK = 4;
-template <int BLOCKS, int COUNT>
-inline void multiply(const float* kernels, const float* columns, long step, long channels, float* out) {
-    V sum[BLOCKS][BLOCK][COUNT] = {};
-    const float* kernel[2] = {kernels, kernels + channels * BLOCK};
-    for (long c = 0; c < channels; ++c, columns += step) {
+constexpr int PANEL = 8, WIDE = 32;  // outputs, samples of which a product is made at once
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int OUTS = 8;  // outputs times two vectors are sums in registers
+#else
+constexpr int OUTS = 4;
+#endif
+
+// out[o][v] = sum over c of kernel[c][o] * column[c][v], for OUT outputs and COUNT vectors that lie one behind the other.
+template <int OUT, int COUNT>
+inline void multiply(const float* kernel, const float* columns, long depth, float* out) {
+    V sum[OUT][COUNT] = {};
+    for (long c = 0; c < depth; ++c, columns += WIDE, kernel += PANEL) {
         V column[COUNT];
-#pragma GCC unroll 8
+#pragma GCC unroll 2
         for (int v = 0; v < COUNT; ++v) column[v] = load(columns + v * LANES);
-#pragma GCC unroll 2
-        for (int n = 0; n < BLOCKS; ++n)
-#pragma GCC unroll 4
-            for (int o = 0; o < BLOCK; ++o) {
-                const V w = all(kernel[n][c * BLOCK + o]);
 #pragma GCC unroll 8
-                for (int v = 0; v < COUNT; ++v) sum[n][o][v] += w * column[v];
-            }
+        for (int o = 0; o < OUT; ++o) {
+            const V w = all(kernel[o]);
+#pragma GCC unroll 2
+            for (int v = 0; v < COUNT; ++v) sum[o][v] += w * column[v];
+        }
     }
-#pragma GCC unroll 2
-    for (int n = 0; n < BLOCKS; ++n)
-#pragma GCC unroll 4
-        for (int o = 0; o < BLOCK; ++o)
 #pragma GCC unroll 8
-            for (int v = 0; v < COUNT; ++v) store(out + (n * BLOCK + o) * step + v * LANES, sum[n][o][v]);
+    for (int o = 0; o < OUT; ++o)
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT; ++v) store(out + o * WIDE + v * LANES, sum[o][v]);
 }
 
-// [outputs, channels] times [channels, count] -> [outputs, count], with as many sums at once as there are registers for.
-inline void product(const float* kernels, const float* columns, long outputs, long channels, long count, float* out) {
-    constexpr long MANY = LANES == 16 ? 4 : 2;
+template <int COUNT>
+inline void multiply(const float* kernel, const float* columns, long depth, long outputs, float* out) {
+    if (OUTS == PANEL && outputs > 4) return multiply<OUTS, COUNT>(kernel, columns, depth, out);
+    for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4) multiply<4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
+}
+
+// The first panel of `outputs` [depth, PANEL] times columns [depth, WIDE], of which `lanes` count -> [PANEL, WIDE].
+inline void product(const float* kernel, const float* columns, long depth, long outputs, long lanes, float* out) {
     long b = 0;
-    for (; b + MANY * LANES <= count; b += MANY * LANES)
-        for (long o = 0; o < outputs; o += BLOCK)
-            multiply<1, MANY>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
-    for (; b < count; b += LANES) {
-        long o = 0;
-        const bool pair = LANES == 16 && b + 2 * LANES <= count;
-        for (; o + 2 * BLOCK <= outputs; o += 2 * BLOCK)
-            if (pair)
-                multiply<2, 2>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
-            else
-                multiply<2, 1>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
-        for (; o < outputs; o += BLOCK)
-            if (pair)
-                multiply<1, 2>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
-            else
-                multiply<1, 1>(kernels + o * channels, columns + b, count, channels, out + o * count + b);
-        if (pair) b += LANES;
-    }
+    for (; b + LANES < lanes; b += 2 * LANES) multiply<2>(kernel, columns + b, depth, outputs, out + b);
+    if (b < lanes) multiply<1>(kernel, columns + b, depth, outputs, out + b);
 }
 
 // Transformed tiles lie so far apart that they do not fall into the same places of a cache.
 inline long apart(long values) { return values + 64; }
-
-constexpr int TOGETHER = LANES == 16 ? 4 : 2;  // vectors whose sums fill the registers
 
 // B' d of Winograd's F(4 x 4, 3 x 3), for one row or column of six.
 inline void transform(const V d[6], V out[6]) {
@@ -240,29 +234,33 @@ inline void transform_back(const V m[6], V out[4]) {
     out[3] = b + e * 8 + m[5];
 }
 
-// One tile, 4 x 4 outputs at (y, x), of one coordinate and `lanes` samples.
+inline long filled(long lanes) { return (lanes + LANES - 1) / LANES * LANES; }
+
+// B' d B of one tile, whose first output is at (y, x), of all channels -> [lanes / WIDE, 36, C, WIDE].
 template <class T>
-void winograd_tile(const Convolution& s, long p, long y, long x, long first, long lanes, float* columns, float* products,
-                   Sums* sums) {
-    const long filled = (lanes + LANES - 1) / LANES * LANES, outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+void transform_tile(const Convolution& s, const T* image, long y, long x, long lanes, float* columns) {
     const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
-    const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
+    const long step = apart(s.channels * WIDE), above = y - s.top, before = x - s.left;
+    long places[6][6];
+    bool inside[6][6];
+    for (int i = 0; i < 6; ++i)
+        for (int j = 0; j < 6; ++j) {
+            inside[i][j] = above + i >= 0 && above + i < s.height && before + j >= 0 && before + j < s.width;
+            places[i][j] = inside[i][j] ? (above + i) * row + (before + j) * pixel : 0;
+        }
     for (long c = 0; c < s.channels; ++c, image += plane)
         for (long b = 0; b < lanes; b += LANES) {
             V w[6][6], d[6];
+#pragma GCC unroll 6
             for (int j = 0; j < 6; ++j) {
-                const long at = x + j - s.left;
                 for (int i = 0; i < 6; ++i) {
-                    const long h = y + i - s.top;
-                    const bool inside = at >= 0 && at < s.width && h >= 0 && h < s.height;
-                    const T* from = image + h * row + at * pixel + b;
-                    d[i] = inside ? load(from, lanes - b) : V{};
-                    __builtin_prefetch(from + plane);  // of the next channel
+                    const T* from = image + places[i][j] + b;
+                    d[i] = inside[i][j] ? load(from, lanes - b) : V{};
+                    if (j > 1) __builtin_prefetch(from + plane);  // of the next channel; columns 0 and 1 were the last tile's
                 }
                 transform(d, w[j]);  // w[j][i]: column j
             }
-            float* to = columns + c * filled + b;
-            const long step = apart(s.channels * filled);
+            float* to = columns + b / WIDE * 36 * step + c * WIDE + b % WIDE;
 #pragma GCC unroll 6
             for (int i = 0; i < 6; ++i) {
                 const V line[6] = {w[0][i], w[1][i], w[2][i], w[3][i], w[4][i], w[5][i]};
@@ -272,133 +270,165 @@ void winograd_tile(const Convolution& s, long p, long y, long x, long first, lon
                 for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * step, out[j]);
             }
         }
-    for (int k = 0; k < 36; ++k)
-        product(s.kernels + k * outputs * s.channels, columns + k * apart(s.channels * filled), outputs, s.channels, filled,
-                products + k * apart(outputs * filled));
-    const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x);
-    for (long o = 0; o < s.outputs; ++o)
+}
+
+// Values of one output that leave together: up to SIDE x SIDE pixels, one vector each; with `centred` their sums are added up.
+template <int SIDE, class T>
+inline void leave(const Convolution& s, T* out, const T* centred, long high, long wide, long count, const V values[SIDE][SIDE],
+                  Sums& sums) {
+    const long row = s.columns * s.batch;
+    V plain = {}, crossed = {};
+#pragma GCC unroll 4
+    for (long i = 0; i < SIDE; ++i) {
+        if (i >= high) break;
+#pragma GCC unroll 4
+        for (long j = 0; j < SIDE; ++j) {
+            if (j >= wide) break;
+            store(out + i * row + j * s.batch, values[i][j], count);
+            if (!s.centred) continue;
+            const V c = load(centred + i * row + j * s.batch, count);
+            plain += values[i][j];
+            crossed += values[i][j] * (c + c + values[i][j]);
+        }
+    }
+    sums.plain += plain;
+    sums.crossed += crossed;
+}
+
+// Where `pixels` neighbouring values of one output leave: asked for while their products are made, since memory is not read on
+// for long enough in a tile to be foreseen.
+template <class T>
+__attribute__((always_inline)) inline void await(const Convolution& s, const T* out, const T* centred, long pixels, long lanes) {
+    for (long j = 0; j < pixels; ++j) {
+        await(out + j * s.batch, lanes);
+        if (s.centred) await(centred + j * s.batch, lanes);
+    }
+}
+
+constexpr long FREQUENCY = PANEL * WIDE + 16;  // floats from one of the 36 products to the next
+
+// The outputs of a panel that begins with o, at (y, x), of `lanes` (WIDE at most) samples that begin with `first`.
+template <class T>
+void transform_panel(const Convolution& s, const float* products, long p, long o, long y, long x, long first, long lanes, Sums* sums) {
+    const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x), count = std::min<long>(PANEL, s.outputs - o);
+    const long plane = s.rows * s.columns * s.batch, at = o * plane + (y * s.columns + x) * s.batch + first;
+    T* out = static_cast<T*>(s.outs) + p * s.outputs * plane + at;
+    const T* centred = static_cast<const T*>(s.centred) + at;
+    for (long k = 0; k < count; ++k, out += plane, centred += plane, products += WIDE)
         for (long b = 0; b < lanes; b += LANES) {
-            V r[4][6];
+            V r[4][6], values[4][4];
 #pragma GCC unroll 6
             for (int j = 0; j < 6; ++j) {
-                V m[6], out[4];
-                for (int i = 0; i < 6; ++i) m[i] = load(products + (i * 6 + j) * apart(outputs * filled) + o * filled + b);
-                transform_back(m, out);
-                for (int i = 0; i < 4; ++i) r[i][j] = out[i];
+                V m[6], back[4];
+#pragma GCC unroll 6
+                for (int i = 0; i < 6; ++i) m[i] = load(products + (i * 6 + j) * FREQUENCY + b);
+                transform_back(m, back);
+                for (int i = 0; i < 4; ++i) r[i][j] = back[i];
             }
-            for (long i = 0; i < high; ++i) {
-                V out[4];
-                transform_back(r[i], out);
-                const long at = (o * s.rows + y + i) * s.columns + x;
-                for (long j = 0; j < wide; ++j) {
-                    store(static_cast<T*>(s.outs) + (p * s.outputs * s.rows * s.columns + at + j) * s.batch + first + b, out[j],
-                          lanes - b);
-                    if (!s.centred) continue;
-                    const V c = load(static_cast<const T*>(s.centred) + (at + j) * s.batch + first + b, lanes - b);
-                    sums[o].plain += out[j];
-                    sums[o].crossed += out[j] * (c + c + out[j]);
-                }
-            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) transform_back(r[i], values[i]);
+            leave<4>(s, out + b, centred + b, high, wide, lanes - b, values, sums[k]);
         }
 }
 
-inline long winograd_slice(const Convolution& s) {  // transformed tiles stay in the second cache
+// Samples that are worked on at once: the columns [depth, lanes] that products are made of stay in the second cache.
+inline long slice_for(long depth) {
     long lanes = SLICE;
-    while (lanes > 32 && 36 * s.channels * lanes * 4 > 320 * 1024) lanes /= 2;
+    while (lanes > WIDE && depth * lanes * 4 > 320 * 1024) lanes /= 2;
     return lanes;
+}
+inline long winograd_slice(const Convolution& s) { return slice_for(36 * s.channels); }
+inline long direct_slice(const Convolution& s) { return slice_for(s.tall * s.wide * s.channels); }
+
+inline void write_sums(const Convolution& s, long p, long slice, long slices, const std::vector<Sums>& sums) {
+    for (long o = 0; s.centred && o < s.outputs; ++o) {
+        double* to = s.sums + ((p * s.outputs + o) * slices + slice) * 2;
+        to[0] = total(sums[o].plain), to[1] = total(sums[o].crossed);
+    }
 }
 
 template <class T>
 void winograd(const Convolution& s) {
-    const long slice = winograd_slice(s), slices = slices_of(s.batch, slice);
-    const long outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+    const long slice = winograd_slice(s), slices = slices_of(s.batch, slice), plane = s.height * s.width * s.batch;
+    const long area = s.rows * s.columns * s.batch;
     parallel(s.coords * slices, s.threads, [&](long begin, long end) {
-        Scratch<float> columns(36 * apart(s.channels * slice)), products(36 * apart(outputs * slice));
+        Scratch<float> columns(slice / WIDE * 36 * apart(s.channels * WIDE)), products(36 * FREQUENCY);
         std::vector<Sums> sums(s.outputs);
         for (long k = begin; k < end; ++k) {
-            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first);
+            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first), full = filled(lanes);
+            const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
+            const T* out = static_cast<const T*>(s.outs) + p * s.outputs * area;
             std::fill(sums.begin(), sums.end(), Sums());
             for (long y = 0; y < s.rows; y += 4)
-                for (long x = 0; x < s.columns; x += 4)
-                    winograd_tile<T>(s, p, y, x, first, lanes, columns.data, products.data, sums.data());
-            for (long o = 0; s.centred && o < s.outputs; ++o) {
-                double* to = s.sums + ((p * s.outputs + o) * slices + k % slices) * 2;
-                to[0] = total(sums[o].plain), to[1] = total(sums[o].crossed);
-            }
+                for (long x = 0; x < s.columns; x += 4) {
+                    transform_tile(s, image, y, x, lanes, columns.data);
+                    for (long o = 0; o < s.outputs; o += PANEL)
+                        for (long b = 0; b < full; b += WIDE) {
+                            const long wide = std::min<long>(WIDE, full - b), count = std::min<long>(PANEL, s.outputs - o);
+                            for (long n = 0; n < 36; ++n) {
+                                if (n / 4 < count && y + n % 4 < s.rows) {
+                                    const long at = (o + n / 4) * area + ((y + n % 4) * s.columns + x) * s.batch + first + b;
+                                    await(s, out + at, static_cast<const T*>(s.centred) + at, std::min(4L, s.columns - x), wide);
+                                }
+                                product(s.kernels + (o * 36 + n * PANEL) * s.channels,
+                                        columns.data + (b / WIDE * 36 + n) * apart(s.channels * WIDE), s.channels, count, wide,
+                                        products.data + n * FREQUENCY);
+                            }
+                            transform_panel<T>(s, products.data, p, o, y, x, first + b, std::min(wide, lanes - b), &sums[o]);
+                        }
+                }
+            write_sums(s, p, k % slices, slices, sums);
         }
     });
 }
 
-// BLOCK outputs of one pixel, COUNT vectors of its batch, from the kernel positions that lie within the image.
-template <int COUNT, class T>
-inline void direct_pixel(const Convolution& s, const T* image, const float* kernel, long y, long x, long count, V sum[BLOCK][COUNT]) {
-    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
-    for (long i = 0; i < s.tall; ++i) {
-        const long h = y * s.down + i * s.dilate_down - s.top;
-        if (h < 0 || h >= s.height) continue;
+// [lanes / WIDE, kh kw C, WIDE]: what the outputs at (y, x) are made of, zeros beyond the image.
+template <class T>
+void gather(const Convolution& s, const T* image, long y, long x, long lanes, float* columns) {
+    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row, depth = s.tall * s.wide * s.channels;
+    for (long i = 0; i < s.tall; ++i)
         for (long j = 0; j < s.wide; ++j) {
-            const long w = x * s.right + j * s.dilate_right - s.left;
-            if (w < 0 || w >= s.width) continue;
-            const T* from = image + h * row + w * pixel;
-            const float* weight = kernel + (i * s.wide + j) * s.channels * BLOCK;
-            for (long c = 0; c < s.channels; ++c, from += plane, weight += BLOCK) {
-                V in[COUNT];
-#pragma GCC unroll 8
-                for (int v = 0; v < COUNT; ++v) in[v] = COUNT > 1 ? load(from + v * LANES) : load(from, count);
-#pragma GCC unroll 4
-                for (int o = 0; o < BLOCK; ++o)
-#pragma GCC unroll 8
-                    for (int v = 0; v < COUNT; ++v) sum[o][v] += all(weight[o]) * in[v];
-            }
+            const long h = y * s.down + i * s.dilate_down - s.top, w = x * s.right + j * s.dilate_right - s.left;
+            const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
+            const T* from = image + (inside ? h * row + w * pixel : 0);
+            for (long c = 0; c < s.channels; ++c, from += plane, columns += WIDE)
+                for (long b = 0; b < lanes; b += LANES) {
+                    store(columns + b / WIDE * depth * WIDE + b % WIDE, inside ? load(from + b, lanes - b) : V{});
+                    __builtin_prefetch(from + s.right * pixel + b);  // of the next outputs
+                }
         }
-    }
-}
-
-template <int COUNT, class T>
-inline void direct_outputs(const Convolution& s, long p, long o, long y, long x, long first, long count, Sums* sums) {
-    V sum[BLOCK][COUNT] = {};
-    const long area = s.rows * s.columns, at = y * s.columns + x;
-    const T* image = static_cast<const T*>(s.images) + p * s.channels * s.height * s.width * s.batch + first;
-    direct_pixel<COUNT>(s, image, s.kernels + o * s.tall * s.wide * s.channels, y, x, count, sum);
-#pragma GCC unroll 4
-    for (int k = 0; k < BLOCK; ++k) {
-        if (o + k >= s.outputs) break;
-        T* out = static_cast<T*>(s.outs) + ((p * s.outputs + o + k) * area + at) * s.batch + first;
-        const T* centred = static_cast<const T*>(s.centred) + ((o + k) * area + at) * s.batch + first;
-#pragma GCC unroll 8
-        for (int v = 0; v < COUNT; ++v) {
-            store(out + v * LANES, sum[k][v], count - v * LANES);
-            if (!s.centred) continue;
-            const V c = load(centred + v * LANES, count - v * LANES);
-            sums[k].plain += sum[k][v];
-            sums[k].crossed += sum[k][v] * (c + c + sum[k][v]);
-        }
-    }
 }
 
 template <class T>
 void direct(const Convolution& s) {
-    const long slice = TOGETHER * LANES, slices = slices_of(s.batch, slice);
-    const long outputs = (s.outputs + BLOCK - 1) / BLOCK * BLOCK;
+    const long slice = direct_slice(s), slices = slices_of(s.batch, slice), depth = s.tall * s.wide * s.channels;
+    const long plane = s.height * s.width * s.batch, area = s.rows * s.columns * s.batch;
     parallel(s.coords * slices, s.threads, [&](long begin, long end) {
-        std::vector<Sums> sums(outputs);
+        Scratch<float> columns(depth * slice), products(PANEL * WIDE);
+        std::vector<Sums> sums(s.outputs);
         for (long k = begin; k < end; ++k) {
-            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first);
+            const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first), full = filled(lanes);
+            const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
             std::fill(sums.begin(), sums.end(), Sums());
             for (long y = 0; y < s.rows; ++y)
-                for (long x = 0; x < s.columns; ++x)
-                    for (long o = 0; o < outputs; o += BLOCK) {
-                        if (lanes == slice) {
-                            direct_outputs<TOGETHER, T>(s, p, o, y, x, first, lanes, &sums[o]);
-                            continue;
+                for (long x = 0; x < s.columns; ++x) {
+                    gather(s, image, y, x, lanes, columns.data);
+                    for (long o = 0; o < s.outputs; o += PANEL)
+                        for (long b = 0; b < full; b += WIDE) {
+                            const long wide = std::min<long>(WIDE, full - b), count = std::min<long>(PANEL, s.outputs - o);
+                            const long at = o * area + (y * s.columns + x) * s.batch + first + b;
+                            T* out = static_cast<T*>(s.outs) + p * s.outputs * area + at;
+                            const T* centred = static_cast<const T*>(s.centred) + at;
+                            for (long n = 0; n < count; ++n) await(s, out + n * area, centred + n * area, 1, wide);
+                            product(s.kernels + o * depth, columns.data + b * depth, depth, s.outputs - o, wide, products.data);
+                            for (long n = 0; n < count; ++n)
+                                for (long v = 0; v < wide; v += LANES) {
+                                    const V values[1][1] = {{load(products.data + n * WIDE + v)}};
+                                    leave<1>(s, out + n * area + v, centred + n * area + v, 1, 1, lanes - b - v, values, sums[o + n]);
+                                }
                         }
-                        for (long b = 0; b < lanes; b += LANES)
-                            direct_outputs<1, T>(s, p, o, y, x, first + b, std::min<long>(LANES, lanes - b), &sums[o]);
-                    }
-            for (long o = 0; s.centred && o < s.outputs; ++o) {
-                double* to = s.sums + ((p * s.outputs + o) * slices + k % slices) * 2;
-                to[0] = total(sums[o].plain), to[1] = total(sums[o].crossed);
-            }
+                }
+            write_sums(s, p, k % slices, slices, sums);
         }
     });
 }
@@ -548,11 +578,15 @@ struct Worker {
     template <int POOL>
     void apply(const Coefficients* coefficients) {
         const long own = own_channels(), wide = across(), pool = POOL ? POOL : s.pool;
-        for (long y = 0; y < s.rows; ++y)
-            for (long x = 0; x < s.columns; x += wide)
-                for (long p = begin; p < end; ++p)
-                    for (long c = 0; c < own; ++c)
-                        tile<POOL>(p, c, y, x, std::min(wide, s.columns - x), pool, coefficients[p * own + c]);
+        const auto area = [&](long p_begin, long p_end, long c_begin, long c_end) {
+            for (long y = 0; y < s.rows; ++y)
+                for (long x = 0; x < s.columns; x += wide)
+                    for (long p = p_begin; p < p_end; ++p)
+                        for (long c = c_begin; c < c_end; ++c)
+                            tile<POOL>(p, c, y, x, std::min(wide, s.columns - x), pool, coefficients[p * own + c]);
+        };
+        if (s.source == 2) area(begin, end, 0, own);  // what planes have at a place serves all channels
+        for (long c = 0; s.source != 2 && c < own; ++c) area(begin, end, c, c + 1);  // memory is read on and on
         if (!s.mean) return;
         const V part = all(1.0f / (s.rows * s.columns));
         for (long p = begin; p < end; ++p)
@@ -666,6 +700,37 @@ void pass(const Pass& s) {
     });
 }
 
+// A convolution and the pass behind it, few coordinates at a time: what the convolution makes stays in a cache.
+template <class T>
+void layer(Convolution conv, Pass behind, void (*convolve)(const Convolution&), long slices) {
+    const long in = conv.channels * conv.height * conv.width * conv.batch, out = conv.outputs * conv.rows * conv.columns * conv.batch;
+    const long coords = conv.coords, together = std::min(coords, std::max<long>(1, conv.threads));
+    std::vector<double> sums(conv.centred ? together * conv.outputs * slices * 2 : 0), means(together * conv.outputs * 2);
+    conv.sums = sums.data();
+    behind.data = conv.outs;
+    behind.means = conv.centred ? means.data() : nullptr;
+    for (long p = 0; p < coords; p += together) {
+        conv.coords = behind.coords = std::min(together, coords - p);
+        convolve(conv);
+        for (long k = 0; conv.centred && k < conv.coords * conv.outputs * 2; ++k) {
+            means[k] = 0;
+            for (long i = 0; i < slices; ++i) means[k] += sums[(k / 2 * slices + i) * 2 + k % 2];
+            means[k] /= behind.count;
+        }
+        pass<T, T, T>(behind);
+        conv.images = static_cast<const T*>(conv.images) + conv.coords * in;
+        if (behind.residual == 1) behind.residuals = static_cast<const T*>(behind.residuals) + conv.coords * out;
+        if (behind.residual == 2) {
+            behind.residuals = static_cast<const float*>(behind.residuals) + conv.coords * out / conv.outputs;
+            behind.residual_channel += conv.coords;
+        }
+        if (behind.mean)
+            behind.outs = static_cast<float*>(behind.outs) + conv.coords * conv.outputs * conv.batch;
+        else
+            behind.outs = static_cast<T*>(behind.outs) + conv.coords * conv.outputs * behind.rows * behind.columns * conv.batch;
+    }
+}
+
 // -------------------------------------------------------------------------------------------------------------------------- loss
 
 // exp(x) - 1 = 2^n (exp(f) - 1) + 2^n - 1, x = n log 2 + f; |x| at most 10.
@@ -725,19 +790,6 @@ double cross_entropy(const float* d, const float* log_p, const float* p, const i
     return sum / batch;
 }
 
-// ------------------------------------------------------------------------------------------------------------------ transposition
-
-template <class T>
-void transposed(const T* from, T* to, long rows, long columns) {
-    constexpr long TILE = 16;
-    for (long i = 0; i < rows; i += TILE)
-        for (long j = 0; j < columns; j += TILE) {
-            const long high = std::min(TILE, rows - i), wide = std::min(TILE, columns - j);
-            for (long b = 0; b < wide; ++b)
-                for (long a = 0; a < high; ++a) to[(j + b) * rows + i + a] = from[(i + a) * columns + j + b];
-        }
-}
-
 }  // namespace
 
 // Changes come and go, megabytes each: memory that is freed stays, or a quarter of the time goes into the system's fresh pages.
@@ -749,15 +801,21 @@ extern "C" void keep_memory() {
 }
 
 // 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3): 36 products for 16 outputs instead of 144 (Lavin and Gray, Fast Algorithms for
-// Convolutional Neural Networks, CVPR 2016). kernels [36, O / 4, C, 4], O filled up by zeros.
+// Convolutional Neural Networks, CVPR 2016). kernels [O / 8, 36, C, 8], O filled up by zeros.
 extern "C" void winograd_floats(const Convolution* s) { winograd<float>(*s); }
 extern "C" void winograd_halves(const Convolution* s) { winograd<Half>(*s); }
 extern "C" int64_t winograd_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice(*s)); }
 
-// Any kernel, stride and dilation. kernels [O / 4, kh, kw, C, 4], O filled up by zeros.
+// Any kernel, stride and dilation. kernels [O / 8, kh, kw, C, 8], O filled up by zeros.
 extern "C" void direct_floats(const Convolution* s) { direct<float>(*s); }
 extern "C" void direct_halves(const Convolution* s) { direct<Half>(*s); }
-extern "C" int64_t direct_slices(const Convolution* s) { return slices_of(s->batch, TOGETHER * LANES); }
+extern "C" int64_t direct_slices(const Convolution* s) { return slices_of(s->batch, direct_slice(*s)); }
+
+// A convolution into conv.outs, of as many coordinates as there are threads, and the pass behind it.
+extern "C" void winograd_floats_and(const Convolution* s, const Pass* b) { layer<float>(*s, *b, winograd<float>, winograd_slices(s)); }
+extern "C" void winograd_halves_and(const Convolution* s, const Pass* b) { layer<Half>(*s, *b, winograd<Half>, winograd_slices(s)); }
+extern "C" void direct_floats_and(const Convolution* s, const Pass* b) { layer<float>(*s, *b, direct<float>, direct_slices(s)); }
+extern "C" void direct_halves_and(const Convolution* s, const Pass* b) { layer<Half>(*s, *b, direct<Half>, direct_slices(s)); }
 
 // Changes and base values of floats; planes to halves, beside base values of halves; all of halves.
 extern "C" void pass_floats(const Pass* s) { pass<float, float, float>(*s); }
@@ -771,11 +829,4 @@ extern "C" void cross_entropies(const float* changes, const float* log_p, const 
         for (long k = begin; k < end; ++k)
             out[k] = static_cast<float>(cross_entropy(changes + k * classes * batch, log_p, p, targets, batch, classes));
     });
-}
-
-// [rows, columns] -> [columns, rows], of 2, 4 or 8 bytes an element.
-extern "C" void transpose(const void* from, void* to, int64_t rows, int64_t columns, int64_t bytes) {
-    if (bytes == 2) transposed(static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), rows, columns);
-    if (bytes == 4) transposed(static_cast<const uint32_t*>(from), static_cast<uint32_t*>(to), rows, columns);
-    if (bytes == 8) transposed(static_cast<const uint64_t*>(from), static_cast<uint64_t*>(to), rows, columns);
 }

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from dzhpc.engines.kernels.library import BATCH, Library, direct_weights, winograd_weights
 from dzhpc.engines.windows import borders, window_of
-from dzhpc.job.device import has_fast_bf16
 
 TILE, FULL = 4, 0.5  # outputs on a side of a tile; how much of all tiles must lie within the image
 
 
-class _Own:
+class Own:
     """A convolution by the library. Raises OSError, with its first words, where the compiler fails."""
 
     name: str
@@ -28,9 +27,7 @@ class _Own:
     @staticmethod
     def types(device: torch.device) -> list[torch.dtype]:
         """What it may serve on this machine."""
-        if device.type != "cpu":
-            return []
-        return [torch.float32] if has_fast_bf16(device) else [torch.float32, torch.bfloat16]
+        return [torch.float32, torch.bfloat16] if device.type == "cpu" else []
 
     @classmethod
     def fits(cls, conv: nn.Conv2d, like: Tensor) -> bool:
@@ -48,7 +45,7 @@ class _Own:
         return out, None if means is None else means.movedim(2, 0)
 
 
-class Winograd(_Own):
+class Winograd(Own):
     """3 x 3 at stride 1: 36 products for 16 outputs, by the algorithm F(4 x 4, 3 x 3)."""
 
     name = "winograd"
@@ -69,7 +66,7 @@ class Winograd(_Own):
         return winograd_weights(conv.weight)
 
 
-class Direct(_Own):
+class Direct(Own):
     """Any kernel, stride and dilation."""
 
     name = "direct"

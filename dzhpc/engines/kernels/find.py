@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dzhpc.engines.kernels.compiled import Programs
 from dzhpc.engines.kernels.convolutions import Direct, Winograd
 from dzhpc.engines.kernels.gpu import TritonPasses
-from dzhpc.engines.kernels.halves import Halves
 from dzhpc.engines.kernels.library import Library
 from dzhpc.engines.kernels.plain import Torch
 
@@ -72,7 +71,7 @@ class Pass(Protocol):
 
 
 #: kind -> its providers, the first that fits serves; of a "conv2d" torch, the last one, always does
-PROVIDERS: dict[str, list[type]] = {"conv2d": [Halves, Winograd, Direct, Torch], "pass": [TritonPasses]}
+PROVIDERS: dict[str, list[type]] = {"conv2d": [Winograd, Direct, Torch], "pass": [TritonPasses]}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

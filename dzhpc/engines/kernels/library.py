@@ -6,7 +6,7 @@ with the batch innermost, too. Everything is float32, or bfloat16 where changes 
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from dzhpc.job import processor
 
 SOURCE = Path(__file__).with_name("changes.cpp")
 BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+PANEL = 8  # outputs of a convolution that are made at once
 BATCH = 16  # samples that fill a vector; of a smaller batch most of it would be empty
+_KINDS = {torch.float32: "floats", torch.bfloat16: "halves"}  # in names of functions
 DEEPEST = 8  # pixels on a side of a max pool's window
 
 
@@ -80,6 +82,18 @@ class Planes:
 
 
 @dataclass
+class Layer:
+    """What a convolution makes of changes ``images`` [P, B, C, H, W], not made yet; see :meth:`Library.convolve`."""
+
+    images: Tensor
+    kernels: Tensor
+    outputs: int
+    window: Window
+    border: Border
+    how: str
+
+
+@dataclass
 class Norm:
     """A BatchNorm in train mode: x less its mean [B, C, H, W], s [C], the layer's factor [C], means [P, C, 2] double or None."""
 
@@ -111,29 +125,31 @@ class Library:
         kernels: of :func:`winograd_weights` or :func:`direct_weights`, as ``how``, "winograd" or "direct", says. centred: x_c
         [B, O, H', W']; None: no means. border: zeros on the left, right, top and bottom.
         """
-        images = apart(images)
-        coords, batch, channels, height, width = images.shape
-        left, right, top, bottom = border
-        rows, columns = window.positions(height + top + bottom, width + left + right)
-        out = images.new_empty(coords, outputs, rows, columns, batch)
+        layer = Layer(apart(images), kernels, outputs, window, border, how)
         beside = None if centred is None else apart(centred.to(images.dtype))
-        s = _Convolution(
-            coords, batch, channels, height, width, outputs, rows, columns,
-            *window.kernel, *window.stride, *window.dilation, top, left, torch.get_num_threads(),
-            images.data_ptr(), _pointer(beside), kernels.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
+        s, out = self._convolution(layer, len(images), beside)
         slices, sums = getattr(self._functions, f"{how}_slices")(ctypes.byref(s)), None
         if centred is not None:
-            sums = torch.empty(coords, outputs, slices, 2, dtype=torch.float64)
+            sums = torch.empty(len(images), outputs, slices, 2, dtype=torch.float64)
             s.sums = sums.data_ptr()
-        kind = "halves" if images.dtype == torch.bfloat16 else "floats"
-        getattr(self._functions, f"{how}_{kind}")(ctypes.byref(s))
-        means = None if sums is None else sums.sum(2).div_(batch * rows * columns)
+        getattr(self._functions, f"{how}_{_KINDS[images.dtype]}")(ctypes.byref(s))
+        means = None if sums is None else sums.sum(2).div_(beside.numel() // outputs)
         return out.movedim(-1, 1), means
+
+    def _convolution(self, layer: Layer, places: int, centred: Tensor | None) -> tuple[_Convolution, Tensor]:
+        """The structure, and memory for the outputs of so many coordinates [places, O, H', W', B]."""
+        coords, batch, channels, height, width = layer.images.shape
+        left, right, top, bottom = layer.border
+        rows, columns = layer.window.positions(height + top + bottom, width + left + right)
+        out = layer.images.new_empty(places, layer.outputs, rows, columns, batch)
+        window = (*layer.window.kernel, *layer.window.stride, *layer.window.dilation)
+        pointers = layer.images.data_ptr(), _pointer(centred), layer.kernels.data_ptr(), out.data_ptr()
+        sizes = coords, batch, channels, height, width, layer.outputs, rows, columns
+        return _Convolution(*sizes, *window, top, left, torch.get_num_threads(), *pointers), out
 
     def carry(
         self,
-        source: Tensor | Planes,
+        source: Tensor | Planes | Layer,
         shape: torch.Size,
         dtype: torch.dtype,
         norm: Norm | None = None,
@@ -146,16 +162,18 @@ class Library:
     ) -> Tensor:
         """Changes behind [BatchNorm] [+ residual] [ReLU] [max pool] [mean over pixels], in this order.
 
-        source: changes before, dense [P, B, C, H, W] or of planes. shape: [B, C, H, W] of the values that change. dtype: of dense
-        changes. residual: of changes, or (changes [P, B, H, W] of one channel each, channels [P]). value: base values before ReLU
-        and pool [B, C, H, W], with a pool less what it leaves of them; left_over: what ReLU and pool leave at theta
-        [B, C, H', W']. -> [P, B, C, H', W'] ([P, B, C] with ``mean``, float32), without C for planes that no convolution spreads.
+        source: changes before, dense [P, B, C, H, W], of planes, or of a convolution. shape: [B, C, H, W] of the values that
+        change. dtype: of dense changes. residual: of changes, or (changes [P, B, H, W] of one channel each, channels [P]).
+        value: base values before ReLU and pool [B, C, H, W], with a pool less what it leaves of them; left_over: what ReLU and
+        pool leave at theta [B, C, H', W']. -> [P, B, C, H', W'] ([P, B, C] with ``mean``, float32), without C for planes that no
+        convolution spreads.
         """
         batch, channels, height, width = shape
         rows, columns = height // pool, width // pool
         planes = source if isinstance(source, Planes) else None
         single = planes is not None and planes.columns is None
-        data = planes.data if planes else apart(source)
+        layer = replace(source, images=apart(source.images)) if isinstance(source, Layer) else None
+        data = planes.data if planes else layer.images if layer else apart(source)
         coords = len(planes.offsets if planes else data)
         kind = torch.float32 if single else dtype  # of base values and of what leaves
         base = {name: None if t is None else apart(t.to(kind)) for name, t in
@@ -183,8 +201,13 @@ class Library:
         elif residual is not None:
             held.append(apart(residual))
             s.residual, s.residuals = 1, held[-1].data_ptr()
-        name = "pass_floats" if kind == torch.float32 else "pass_rounding" if planes else "pass_halves"
-        getattr(self._functions, name)(ctypes.byref(s))
+        if layer:
+            c, between = self._convolution(layer, min(coords, s.threads), base["centred"])
+            held.append(between)
+            getattr(self._functions, f"{layer.how}_{_KINDS[kind]}_and")(ctypes.byref(c), ctypes.byref(s))
+        else:
+            name = "rounding" if planes and kind != torch.float32 else _KINDS[kind]
+            getattr(self._functions, f"pass_{name}")(ctypes.byref(s))
         return out.movedim(-1, 1)
 
     def cross_entropies(self, changes: Tensor, log_p: Tensor, targets: Tensor) -> Tensor:
@@ -204,21 +227,21 @@ def apart(x: Tensor) -> Tensor:
 
 
 def winograd_weights(weight: Tensor) -> Tensor:
-    """G g G' of a layer's weights [O, C, 3, 3] -> [36, O / 4, C, 4], zeros beyond O."""
+    """G g G' of a layer's weights [O, C, 3, 3] -> [O / 8, 36, C, 8], zeros beyond O."""
     rows = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
     g = torch.tensor(rows, dtype=torch.float64) / 24
-    blocks = _in_blocks(g @ weight.double() @ g.T)  # [O / 4, 4, C, 6, 6]
-    return blocks.permute(3, 4, 0, 2, 1).flatten(0, 1).float().contiguous()
+    panels = _in_panels(g @ weight.double() @ g.T)  # [O / 8, 8, C, 6, 6]
+    return panels.permute(0, 3, 4, 2, 1).flatten(1, 2).float().contiguous()
 
 
 def direct_weights(weight: Tensor) -> Tensor:
-    """A layer's weights [O, C, kh, kw] -> [O / 4, kh, kw, C, 4], zeros beyond O."""
-    return _in_blocks(weight).permute(0, 3, 4, 2, 1).float().contiguous()
+    """A layer's weights [O, C, kh, kw] -> [O / 8, kh, kw, C, 8], zeros beyond O."""
+    return _in_panels(weight).permute(0, 3, 4, 2, 1).float().contiguous()
 
 
-def _in_blocks(weight: Tensor) -> Tensor:
-    filled = torch.cat([weight, weight.new_zeros(-len(weight) % 4, *weight.shape[1:])])
-    return filled.unflatten(0, (-1, 4))
+def _in_panels(weight: Tensor) -> Tensor:
+    filled = torch.cat([weight, weight.new_zeros(-len(weight) % PANEL, *weight.shape[1:])])
+    return filled.unflatten(0, (-1, PANEL))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
