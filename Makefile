@@ -1,17 +1,25 @@
-# make run: set up and train on the digits. make test: set up and test. make venv: the set-up that both share. make docs: the site.
+# make run: set up and train on the digits. make test: set up and test, in minutes; make test-all: long tests, too.
+# make venv: the set-up that all share. make docs: the site.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
 VENV := .venv
 
-.PHONY: run test lint docs venv clean
+.PHONY: run test test-all lint docs venv clean
 
 run: venv
 	$(VENV)/bin/mpirun -n 2 $(VENV)/bin/python -m dzhpc.train inputs/digits.toml
 	$(VENV)/bin/python -m dzhpc.report runs/digits
 
+# Four side by side, also on two cores: Slurm's jobs, killed launchers and idle ranks wait. What takes longest begins first.
+PYTEST = $(VENV)/bin/python -m pytest -q --durations=25 -n 4 --dist loadgroup --no-loadscope-reorder \
+	tests/mpi tests/slurm tests/regression tests/unit
+
 test: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q --durations=25 -n 3 --dist loadfile tests/slurm tests/unit tests/regression # a third: Slurm's jobs wait
-	$(VENV)/bin/python -m pytest -q --durations=25 tests/mpi # by itself: its jobs have up to three ranks
+	$(PYTEST) -m "not long"
+
+test-all: venv
+	$(VENV)/bin/ruff check .
+	$(PYTEST)
 
 lint: venv
 	$(VENV)/bin/ruff check . --fix

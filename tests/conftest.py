@@ -15,6 +15,18 @@ settings.register_profile("dzhpc", deadline=None, max_examples=50, derandomize=T
 settings.load_profile("dzhpc")
 
 PROJECT = Path(__file__).resolve().parents[1]
+LAUNCHERS = {"MPIRUN", "launched", "mpirun", "run"}  # of mpi_launch: what starts processes for one test
+
+
+def pytest_collection_modifyitems(items):
+    """For ``--dist loadgroup``: what tests of one process share is made once. Slurm is one group, the MPI jobs that run
+    batches are two: modules that start processes beside them, which mostly wait, and those that do not. Other files are alone.
+    """
+    for item in items:
+        group = item.path.parent.name
+        if group == "mpi":
+            group = "launches" if LAUNCHERS & vars(item.module).keys() else "batches"
+        item.add_marker(pytest.mark.xdist_group(group if group != "unit" else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ def bench(place, *args):
 
 
 def test_gradient(place):
+    """Without a compiler, which is not found where PATH leads nowhere."""
     model = ["--model", "cnn:1", "--batch", 4, "--coords", 24, "--reference", 24, "--repeats", 2, "--mu", 1e-3]
     precisions = ["fp32", "bf16"] if "bf16" in processor.instruction_set() else ["fp32"]
-    result = bench(place, "gradient", *model, "--precisions", ",".join(precisions))
+    words = ["gradient", *model, "--precisions", ",".join(precisions), "--json", "out.json"]
+    result = batch(1, place, [Case("gradient", "bench", words, {"PATH": str(place)})])["gradient"]
     assert result.code == 0, result.err
     rows = json.loads((place / "out.json").read_text())["rows"]
     assert [(r["engine"], r["precision"]) for r in rows] == [
@@ -50,6 +52,7 @@ def test_stages(place):
     assert 0 < delta["seconds"] < cge["seconds"] and f"| cge | delta |  |  |  |  | {delta['seconds']:.3g} |" in said.out
 
 
+@pytest.mark.long
 def test_scaling(place):
     result = bench(place, "scaling", "digits.toml", "--ranks", "1,2", "--steps", 3, *sets(sparsity__scores="random"))
     assert result.code == 0, result.err

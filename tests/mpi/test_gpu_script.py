@@ -3,9 +3,11 @@
 import json
 import sys
 
+import pytest
 from mpi_launch import run
 
 
+@pytest.mark.long
 def test_pretended_all_stages_are_done(project, place):
     result = run([sys.executable, project / "benchmarks" / "gpu.py", "--out", place / "gpu", "--pretend"], place, timeout=400)
     assert result.code == 0, result.out

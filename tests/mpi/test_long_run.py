@@ -2,9 +2,11 @@
 
 import sys
 
+import pytest
 from mpi_launch import MPIRUN
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_steps(project, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(project / "benchmarks")
     import long_run

@@ -14,7 +14,6 @@ CONFIGS = {
     "cge-dynamic": ("digits.toml", []),
     "cge-full-engine": ("digits.toml", sets(zo__engine="full", stop__steps=3)),
     "delta": ("digits.toml", COMPILED),
-    "delta-bf16": ("digits.toml", [*COMPILED, *sets(zo__precision="bf16", model__width=18)]),
     "rge": ("digits.toml", sets(zo__estimator="rge", zo__q=5, sparsity__scores="random")),
     "central-adam": ("digits.toml", sets(zo__difference="central", optim__name="adam", optim__lr=0.01, sparsity__ratio=0.8)),
     "regrasp": ("digits.toml", sets(sparsity__pattern="regrasp", sparsity__ratio=0.8)),
@@ -39,9 +38,7 @@ CONFIGS = {
         + sets(sparsity__q=5, sparsity__redraw_steps=2, optim__name="adam", stop__steps=9),
     ),
 }  # fmt: skip
-if "bf16" not in processor.instruction_set():  # unit/test_delta_precision.py has the same in types that every processor has
-    CONFIGS.pop("delta-bf16")
-FEWER = {"cge-full-engine", "data-of-the-root", "delta", "delta-bf16", "regrasp", "fo-grasp", "dropout", "objective-rge"}
+FEWER = {"cge-full-engine", "data-of-the-root", "delta", "regrasp", "fo-grasp", "dropout", "objective-rge"}
 RANKS = {name: (1, 3) if name in FEWER else (1, 2, 3) for name in CONFIGS}  # three is the hardest: slices of unequal size
 
 
@@ -91,6 +88,16 @@ def test_a_node_holds_its_data_once(runs):
     size, _, _ = found[0]
     assert size > 2 * 1024 * 0.9
     assert sum(pss for _, _, pss in found) < 0.5 * sum(rss for _, rss, _ in found)
+
+
+@pytest.mark.long
+@pytest.mark.skipif("bf16" not in processor.instruction_set(), reason="no bfloat16 products here: unit/test_delta_precision")
+def test_bits_of_compiled_bf16_are_equal_for_all_rank_counts(place):
+    narrow = sets(zo__precision="bf16", model__width=18)
+    for ranks in (1, 3):
+        words = ["digits.toml", "--run-dir", f"{ranks}/delta-bf16", *COMPILED, *narrow]
+        batch(ranks, place, [Case("delta-bf16", "train", words)])["delta-bf16"].succeeded()
+    assert_same(bits(place / "1" / "delta-bf16"), bits(place / "3" / "delta-bf16"))
 
 
 def test_compiled_code_gives_the_same_bits_after_a_restart(launched):

@@ -15,8 +15,8 @@ CONFIGS = {
     "lg-fg-a": ("digits.toml", [*MIXER, *sets(zo__estimator="lg-fg-a", zo__q=2)]),
 }
 N, END = 2, 4
-LONG = ["objective.toml", *IDLE, *sets(task__function="userland:Outage", task__retries=0, zo__estimator="pattern", zo__mu=0.5)]
-LONG += sets(zo__q=24, stop__steps=5)
+POLLED = ["objective.toml", *IDLE, *sets(task__function="userland:Outage", task__retries=0, zo__estimator="pattern", zo__mu=0.5)]
+POLLED += sets(zo__q=24, stop__steps=5)
 REFUSED = {
     "objective": (["objective.toml", *sets(zo__estimator="fa")], "has no autograd"),
     "no mixer": (["digits.toml", *sets(zo__estimator="lg-fg-a")], "model cnn has no blocks with heads"),
@@ -35,15 +35,15 @@ def done(place):
         folder, "train", [CONFIGS[name][0], "--run-dir", folder, *CONFIGS[name][1], *sets(stop__steps=steps)]
     )
     refused = [Case(name, "train", [*args, "--run-dir", f"refused/{name}"]) for name, (args, _) in REFUSED.items()]
-    whole = [*(case(name, f"{name}-whole", END) for name in CONFIGS), Case("long", "train", [*LONG, "--run-dir", "long"])]
+    whole = [*(case(name, f"{name}-whole", END) for name in CONFIGS), Case("polled", "train", [*POLLED, "--run-dir", "polled"])]
     results = batch(1, place, [*whole, *refused])
-    left = Case("left", "train", [*LONG, "--run-dir", "left"], {"DOWN": "1 2 1"})
+    left = Case("left", "train", [*POLLED, "--run-dir", "left"], {"DOWN": "1 2 1"})
     results |= batch(3, place, [*(case(name, f"{name}-half", N) for name in CONFIGS), left])
     rest = [
         Case(f"{name}-rest", "train", [CONFIGS[name][0], "--run-dir", f"{name}-half", *CONFIGS[name][1], *sets(stop__steps=END)])
         for name in CONFIGS
     ]
-    return place, results | batch(2, place, [*rest, Case("left-rest", "train", [*LONG, "--run-dir", "left"])])
+    return place, results | batch(2, place, [*rest, Case("left-rest", "train", [*POLLED, "--run-dir", "left"])])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -62,7 +62,7 @@ def test_a_poll_left_within_a_block_is_completed_to_the_same_bits(done):
     assert results["left"].code == 6
     assert "step 3 left unfinished" in results["left"].out
     assert "completing step 3: " in results["left-rest"].succeeded().out
-    assert_same(bits(place / "long", ("config",)), bits(place / "left", ("config",)))
+    assert_same(bits(place / "polled", ("config",)), bits(place / "left", ("config",)))
 
 
 def test_queries_are_what_the_methods_ask(done):

@@ -60,7 +60,7 @@ class Stopped(Bowl):
         if step == 4 and (HERE / "once").exists():
             (HERE / "once").unlink(missing_ok=True)
             (HERE / "stopped" / "STOP").touch()
-        time.sleep(0.12)
+        time.sleep(0.06)
         return super().__call__(thetas, step)
 
 

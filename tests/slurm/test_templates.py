@@ -126,6 +126,7 @@ def test_cnn_array_with_a_failing_member(cluster, place):
     assert (place / "runs" / "cnn" / "report" / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_sparsity_array(cluster, place):
     completed(cluster, cluster.submit("--array=7", "--ntasks=2", "slurm/sparsity.sh", *TINY, cwd=place) + "_7")
     run = place / "runs" / "sparsity" / "ratio-0.99-seed-1"
@@ -200,6 +201,7 @@ def test_usr1_then_requeue(cluster, place, undisturbed, slow):
     assert_same(bits(undisturbed), bits(run))
 
 
+@pytest.mark.long
 def test_deadline_then_requeue(cluster, place, undisturbed, slow):
     early = ["--time=1", "--signal=B:USR1@1", "--ntasks=1"]  # the script's own @120 would come first
     words = [*early, "slurm/resnet20.sh", "--run-dir", "runs/deadline", *sets(run__deadline_margin=40.0)]
@@ -235,6 +237,7 @@ def test_term_and_cancel_do_not_come_back(cluster, place, undisturbed, slow):
     assert_same(bits(undisturbed), bits(place / "runs" / "term"))
 
 
+@pytest.mark.long
 def test_defense_chain(cluster, place):
     """One command submits three dependent jobs: a classifier of digits is hardened by queries, and certified."""
     (place / "classifier.py").write_text(CLASSIFIER)
@@ -255,6 +258,7 @@ def test_defense_chain(cluster, place):
     assert fields["ExitCode"] == "2:0" and "expected pretrain, finetune or certify" in output(fields)
 
 
+@pytest.mark.long
 def test_sol_chain(cluster, place):
     """One command submits three dependent jobs: reference simulations on a tiny grid, a training by queries, the evaluation."""
     words = sets(
@@ -279,6 +283,7 @@ def test_sol_chain(cluster, place):
     assert fields["ExitCode"] == "2:0" and "expected simulate, train or evaluate" in output(fields)
 
 
+@pytest.mark.long
 def test_the_member_of_an_array_that_bears_its_id_comes_back_alone(cluster, place, slow):
     """Slurm gives one member of an array the array's own id: requeued by that, all members would be killed and start afresh."""
     array = cluster.submit("--array=0,5,10", "--ntasks=1", "slurm/cnn.sh", *sets(run__dir="runs/three"), cwd=place, env=OWN_INPUT)

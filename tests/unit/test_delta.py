@@ -33,7 +33,7 @@ def both(model, inputs, targets, loss="cross_entropy"):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("make", NETS)
+@pytest.mark.parametrize("make", [pytest.param(net, marks=pytest.mark.long if net is resnet20 else ()) for net in NETS])
 def test_differences_equal_those_of_full_in_float64(make, train):
     model = make().double().train(train)
     inputs, labels, coords = problem(model, size=8 if make is resnet20 else 16)
@@ -289,6 +289,7 @@ def test_changes_are_freed_at_once_and_not_when_cycles_are_collected():
         gc.garbage.clear()
 
 
+@pytest.mark.long
 def test_the_memory_of_a_gradient_stays_within_its_budget():
     limit = 6
     command = [sys.executable, "-c", MEMORY, "32", str(limit)]

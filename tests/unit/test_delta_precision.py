@@ -28,7 +28,6 @@ from dzhpc.models.vit import ViT
 
 TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
 BF16 = "bf16" in processor.instruction_set()
-NARROWEST = "bf16" if BF16 else "fp32"
 
 
 class Residual(nn.Module):
@@ -94,8 +93,10 @@ def check(name, precision, caplog):
     return engine
 
 
+@pytest.mark.long  # for every day: test_library, "compiled fp32 beside programs"
 @pytest.mark.compiles
-@pytest.mark.parametrize(("name", "precision"), [("resnet", NARROWEST)])  # fp32 beside bf16: regression's delta-compiled
+@pytest.mark.parametrize("precision", ["fp32", "bf16"] if BF16 else ["fp32"])
+@pytest.mark.parametrize("name", ["resnet", "normed"])
 def test_close_to_float64_with_a_compiler(name, precision, caplog, monkeypatch):
     compiled, compile_one = [], programs.Programs.compile
 
@@ -190,7 +191,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "resnet56" else ()) for n in NAMED])
 def test_named_networks_need_no_way_out(name, train, caplog):
     model = NAMED[name]().train(train)
     inputs = torch.randn(2, 3, 32, 32) if name in ("vit-tiny", "cnn depth 5") else torch.randn(2, 3, 16, 16)

@@ -1,8 +1,10 @@
 """The rules of import: nothing starts by itself, MPI and HDF5 have one door each, and imports run downwards."""
 
 import ast
+import json
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
@@ -22,20 +24,37 @@ ROOMS = {
 ONLY = {"mpi4py": {"job.world"}, "h5py": {"files.h5"}, "phi": {"tasks.sol.phiflow"}}
 
 
+# Imports a tree of modules in forks: each where one of those that it needs was imported, and nothing else of ours.
 ALONE = """
-import importlib, os, sys
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-for name in [name for name in sys.modules if name.split(".")[0] == "dzhpc"]:
-    del sys.modules[name]  # of what was imported other libraries stay; each module of ours is imported anew in a fork
-for name in sys.argv[1:]:
-    if (pid := os.fork()) == 0:
-        try:
+import importlib, json, os, sys
+tree, needed = json.load(sys.stdin)
+
+def loaded():
+    return {name for name in sys.modules if name.split(".")[0] == "dzhpc"}
+
+def visit(name):
+    try:
+        if name:
             importlib.import_module(name)
-        except BaseException as error:
-            print(name, error, flush=True)
-        os._exit(0)
-    os.waitpid(pid, 0)
+            more = loaded() ^ set(needed[name])
+            print(*([name, "expected or found beside it:", *more] if more else ["ok"]), flush=True)
+        *others, last = tree.get(name, [None])
+    except BaseException as error:
+        print(name, repr(error), flush=True)
+        return
+    for child in others:
+        if os.fork() == 0:
+            visit(child)
+            os._exit(0)
+        os.wait()
+    if last:
+        visit(last)
+
+for name in needed:
+    importlib.import_module(name)
+for name in loaded():
+    del sys.modules[name]  # other libraries stay
+visit("")
 """
 
 
@@ -93,11 +112,48 @@ def test_tasks_do_not_import_each_other(imports):
     assert [(a, b) for a in tasks for b in imports[a] & tasks if kind(b) not in {kind(a), *common}] == []
 
 
-def test_every_module_can_be_imported_alone(imports, project):
-    names = [f"dzhpc.{name}".rstrip(".") for name in imports]
-    command = [sys.executable, "-c", ALONE, *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=project)
-    assert (done.returncode, done.stdout) == (0, "")
+def test_every_module_can_be_imported_alone(project):
+    """With what it needs, and no more: that is known from its first lines, and each fork sees whether it is true."""
+    files = {path: path.relative_to(project).with_suffix("").parts for path in (project / "dzhpc").rglob("*.py")}
+    names = {path: ".".join(parts).removesuffix(".__init__") for path, parts in files.items()}
+    direct = {name: at_import(ast.parse(path.read_text()), set(names.values())) for path, name in names.items()}
+    for name, targets in direct.items():
+        targets |= {p for t in (name, *targets) for p in packages(t)} - {name}
+    needed = {}
+    for name in direct:
+        needed[name], todo = {name}, [name]
+        while todo:
+            new = direct[todo.pop()] - needed[name]
+            needed[name] |= new
+            todo += new
+    tree = defaultdict(list)
+    for name in direct:
+        before = [t for t in direct[name] if name not in needed[t] or t in packages(name)]  # a package is first in any case
+        tree[max(before, key=lambda t: len(needed[t]), default="")].append(name)
+    command = [sys.executable, "-c", ALONE]
+    given = json.dumps([tree, {name: sorted(some) for name, some in needed.items()}])
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, cwd=project)
+    said = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, [line for line in said if line != "ok"]) == (0, "", [])
+    assert len(said) == len(direct)
+
+
+def packages(name: str) -> set[str]:
+    """The packages that a module lies in, which are imported before it."""
+    return {name.rsplit(".", k)[0] for k in range(1, name.count(".") + 1)}
+
+
+def at_import(node: ast.AST, own: set[str]) -> set[str]:
+    """Those of our modules that a module imports when it is imported: not in functions, for types, or as the program."""
+    found = set()
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.Import):
+            found |= {alias.name for alias in part.names} & own
+        elif isinstance(part, ast.ImportFrom):
+            found |= ({f"{part.module}.{alias.name}" for alias in part.names} | {part.module}) & own
+        elif not isinstance(part, ast.FunctionDef | ast.If):
+            found |= at_import(part, own)
+    return found
 
 
 @pytest.mark.parametrize("library", ONLY)

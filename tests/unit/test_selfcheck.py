@@ -73,7 +73,7 @@ def agreement(line):
     return float(re.fullmatch(r"engine (?:reuse|delta) agrees with full on \d+ coordinates to (\S+)", line)[1])
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "resnet20" else ()) for n in HEALTHY])
 def test_engines_agree_on_healthy_networks(name):
     model, batch = HEALTHY[name](), images(16, 12)
     assert selfcheck.check(bound("full", copy.deepcopy(model), batch), 3) == "engine full gives the same again on 8 coordinates"

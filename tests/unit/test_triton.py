@@ -15,11 +15,12 @@ from dzhpc.models.resnet import ResNet
 pytest.importorskip("triton", reason="triton is not installed; it comes with PyTorch's wheels for CUDA")
 
 
-def test_interpreted_they_agree_with_float64(project):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/interpreted.py"]
+@pytest.mark.parametrize(("chosen", "count"), [("20-700", 2), pytest.param("", 8, marks=pytest.mark.long)], ids=["some", "all"])
+def test_interpreted_they_agree_with_float64(project, chosen, count):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/interpreted.py", "-k", chosen]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and re.search(r"\b8 passed", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0 and re.search(rf"\b{count} passed", done.stdout), done.stdout + done.stderr
 
 
 def test_an_engine_gives_them_rows_of_channels():
