@@ -18,6 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 LAUNCHERS = {"MPIRUN", "launched", "mpirun", "run"}  # of mpi_launch: what starts processes for one test
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist then reads the groups
 def pytest_collection_modifyitems(items):
     """For ``--dist loadgroup``: what tests of one process share is made once. Slurm is one group, the MPI jobs that run
     batches are two: modules that start processes beside them, which mostly wait, and those that do not. Other files are alone.

@@ -36,13 +36,6 @@ def test_a_restart_on_another_processor_warns(place):
     result.error(0, f"instruction set was {known['instruction set']}, now default: bits may differ from an undisturbed run")
 
 
-@narrower
-def test_another_processor_may_be_let_in(place):
-    mixed = train(place, "let-in", *sets(run__mixed_nodes=True), second=["ATEN_CPU_CAPABILITY=default"])
-    mixed.error(0, "instruction set = default", "bits may depend on the number of ranks")
-    assert attributes(checkpoints(place / "let-in")[-1], "state")["step"] == 2
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
 def test_a_rank_without_a_compiler_is_refused_unless_nodes_may_be_mixed(place):
