@@ -10,7 +10,7 @@ run: venv
 	$(VENV)/bin/python -m dzhpc.report runs/digits
 
 # Four side by side, also on two cores: Slurm's jobs, killed launchers and idle ranks wait. What takes longest begins first.
-PYTEST = $(VENV)/bin/python -m pytest -q --durations=25 -n 4 --dist loadgroup --no-loadscope-reorder \
+PYTEST = $(VENV)/bin/python -m pytest -q --durations=25 -n 4 --dist loadscope --no-loadscope-reorder \
 	tests/mpi tests/slurm tests/regression tests/unit
 
 test: venv

@@ -1,5 +1,7 @@
 """Shared fixtures. Data that are not in the repository lie below $DZHPC_DATA, else ../shared/data; without them tests skip."""
 
+import ast
+import functools
 import logging
 import os
 from pathlib import Path
@@ -18,16 +20,31 @@ PROJECT = Path(__file__).resolve().parents[1]
 LAUNCHERS = {"MPIRUN", "launched", "mpirun", "run"}  # of mpi_launch: what starts processes for one test
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist then reads the groups
-def pytest_collection_modifyitems(items):
-    """For ``--dist loadgroup``: what tests of one process share is made once. Slurm is one group, the MPI jobs that run
-    batches are two: modules that start processes beside them, which mostly wait, and those that do not. Other files are alone.
+@functools.cache
+def group(path: str) -> str:
+    """What shares processes, so that one worker of pytest-xdist makes them once: Slurm; and the MPI jobs that run batches,
+    twice, for modules that start other processes beside them and mostly wait, and for those that do not. Else a file.
     """
-    for item in items:
-        group = item.path.parent.name
-        if group == "mpi":
-            group = "launches" if LAUNCHERS & vars(item.module).keys() else "batches"
-        item.add_marker(pytest.mark.xdist_group(group if group != "unit" else item.path.stem))
+    folder = Path(path).parent.name
+    if folder != "mpi":
+        return folder if folder == "slurm" else path
+    nodes = ast.walk(ast.parse((PROJECT / path).read_text()))
+    used = {
+        alias.name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "mpi_launch" for alias in node.names
+    }
+    return "launches" if LAUNCHERS & used else "batches"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests go to workers by their group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.split("::")[0])
+
+    return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)
