@@ -1,10 +1,10 @@
-"""How a training step scales: forecasts for the large inputs, an event simulation of who gets what, and real runs beside forecasts.
+"""How a step scales: forecasts for the large inputs, an event simulation of who gets what, real runs beside forecasts.
 
     python benchmarks/scaling.py forecast resnet20-90 --out FOLDER [--set KEY=VALUE]     # FOLDER/resnet20-90.json
     python benchmarks/scaling.py table --out FOLDER                                      # table and plot of all that is there
     python benchmarks/scaling.py check --out FOLDER                                      # real runs on 1 and 2 ranks
 
-``forecast`` times pieces of a step by the CPU time of this process, so that the load of the machine matters little, and only on one
+``forecast`` times pieces of a step by the CPU time of this process, so that the load of the machine matters little, on one
 thread. The simulation deals work out as a run does, by what a coordinate of each parameter was seen to cost at least; what each
 chunk really takes is what was measured of its neighbours, times a random factor of the measured spread.
 """

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.engines import make_engine
-from dzhpc.engines.pinned import Pinned
-from dzhpc.errors import InputError, message_of
+from dzhpc.errors import InputError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.forward_gradient import local_forward_gradient
 from dzhpc.models.mixer import LocalMixer
@@ -41,7 +40,7 @@ class Classification(Task):
         else:
             self.engine = fitting.engine_of(config, self.model, config.task.loss, self.steps_per_epoch)
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
-        self._check_last_part(len(self.data.test) % config.eval.batch_size)
+        self._check_parts()
 
     @classmethod
     def read(cls, config: Config) -> data.DataSet:
@@ -111,19 +110,15 @@ class Classification(Task):
             if given != value:
                 raise InputError(f"model.{key} = {given}: the data set {self.config.data.name} has {value}; leave the key out")
 
-    def _check_last_part(self, size: int) -> None:
-        """Raise InputError where one image is left for the last pass of an evaluation, and the network takes no image alone."""
-        if size != 1:
-            return
-        try:
-            with Pinned(self.model, self.data.test.labels.device).unchanged(), torch.no_grad():
-                self.model.eval()(self._laid_out(self.data.normalise(self.data.test.images[-1:])))
-        except ValueError as error:
-            size, count = self.config.eval.batch_size, len(self.data.test)
-            raise InputError(
-                f"eval.batch_size = {size}: leaves one of {count} test images for the last pass, which model "
-                f"{self.config.model.name} cannot take ({message_of(error)}); choose another"
-            ) from None
+    def _check_parts(self) -> None:
+        """Raise InputError where one image is left in a shard, or for the last pass of an evaluation, and cannot be taken."""
+        section, count, size = self.config.data, len(self.data.test), self.config.eval.batch_size
+        sample = self._laid_out(self.data.normalise(self.data.train.images[:1]))
+        if section.batch_size == section.shards:
+            fitting.take_one(self.config, self.model.train(), sample, fitting.one_in_a_shard(section))
+        if count % size == 1:
+            which = f"eval.batch_size = {size}: leaves one of {count} test images for the last pass"
+            fitting.take_one(self.config, self.model.eval(), sample, which)
 
     def _try_out(self, layout: torch.memory_format) -> torch.memory_format:
         sample = self.data.normalise(self.data.train.images[:2]).contiguous(memory_format=layout)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dzhpc.config import Config
+from dzhpc.config import Config, Data
 from dzhpc.engines import Delta, Full, Reuse, make_engine
 from dzhpc.engines.losses import Loss
 from dzhpc.engines.pinned import Pinned
@@ -95,6 +95,24 @@ def try_out(model: nn.Module, inputs: Tensor, expected: list[int], meaning: str,
                 raise InputError(f"model {name} gives complex numbers; expected real ones, {meaning}")
     finally:
         model.train(mode)
+
+
+def take_one(config: Config, model: nn.Module, sample: Tensor, which: str) -> None:
+    """Raise InputError where the model, in the mode it is in, takes no example alone; ``which`` says where one comes alone.
+
+    sample: one example. Buffers and random numbers are left as they were.
+    """
+    try:
+        with Pinned(model, sample.device).unchanged(), torch.no_grad():
+            model(sample)
+    except ValueError as error:  # a BatchNorm
+        said = " ".join(str(error).split())
+        raise InputError(f"{which}, which model {config.model.name} cannot take ({said}); choose another") from None
+
+
+def one_in_a_shard(section: Data) -> str:
+    """What leaves one example, for :func:`take_one`."""
+    return f"data.shards = {section.shards}: leaves one example of data.batch_size = {section.batch_size} in each part"
 
 
 def _outputs(model: nn.Module, inputs: Tensor, name: str) -> object:

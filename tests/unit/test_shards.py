@@ -1,6 +1,8 @@
 """Shards of a batch: the step is the mean of theirs, running statistics move in order, work is dealt out by cost."""
 
 import copy
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -92,6 +94,27 @@ def test_buffers_that_no_rule_joins_are_named(project, monkeypatch):
 def test_shards_that_cannot_be(project, keys, line):
     with pytest.raises(InputError, match=line):
         configuration.load(project / "inputs/digits.toml", keys)
+
+
+class Normed(torch.nn.Module):
+    """A BatchNorm of one value an example."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(64, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x.flatten(1))))
+
+
+def test_one_example_in_a_shard_is_refused_where_batchnorm_needs_two(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setitem(sys.modules, "own_normed", types.SimpleNamespace(Normed=Normed))
+    keys = ["model.name=own_normed:Normed", "data.name=digits", "data.batch_size=24", "sparsity.scores=random"]
+    make_task(configuration.load(None, [*keys, "data.shards=12", "data.augment=false"]), CPU)
+    with pytest.raises(InputError, match=r"data.shards = 24: leaves one example of data.batch_size = 24 in each part, which"):
+        make_task(configuration.load(None, [*keys, "data.shards=24", "data.augment=false"]), CPU)
+    assert digits("data.shards=24").bind(0, 23) > 0  # its BatchNorms see pixels
 
 
 def test_a_task_without_a_batch_refuses(project, monkeypatch):

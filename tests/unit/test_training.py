@@ -187,3 +187,26 @@ def test_the_end_of_a_run_is_forecast_from_its_tenth_step_on(name, tmp_path, mon
     assert len(said) == last
     for at, left in said[9:-3]:
         assert left == pytest.approx(said[-1][0] - at, rel=0.3)
+
+
+def test_nothing_is_pickled_in_a_step(tmp_path, monkeypatch):
+    """Collectives of Python objects cost the root time of every rank. A real run: a new S, new slices, replicas compared."""
+    keys = ["data.name=digits", "data.batch_size=24", "data.augment=false", "data.shards=2", "data.train_limit=48"]
+    keys += ["model.name=cnn", "model.depth=1", "zo.engine=reuse", "sparsity.redraw_steps=2", "sparsity.q=4"]
+    keys += ["run.check_every=1", "stop.steps=5"]
+    pickled = []
+    for name in ("bcast", "gather", "allgather", "alltoall"):
+        whole = getattr(World, name)
+        monkeypatch.setattr(World, name, lambda self, *a, w=whole, n=name: (pickled.append(n), w(self, *a))[1])
+    step, counts = trainer.Trainer._train_step, []
+
+    def spied(self, *args):
+        before = len(pickled)
+        step(self, *args)
+        counts.append(len(pickled) - before)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", spied)
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    trainer.Trainer(World(), make_task(config.load(None, keys), torch.device("cpu")), folder, quiet=True).run()
+    assert counts == [0] * 5 and pickled  # outside of steps they do

@@ -53,6 +53,10 @@ class DefenseTask(Task):
             self.engine = make_engine("full", self.model, loss)
         else:
             self.engine = fitting.engine_of(config, self.model, loss, self.steps_per_epoch)
+        if config.data.batch_size == config.data.shards:
+            self._set_mode()
+            sample = self._laid_out(self.data.normalise(self.data.train.images[:1]))
+            fitting.take_one(self.config, self.model, sample, fitting.one_in_a_shard(config.data))
         self.evaluation_parts = -(-len(self.data.test) // config.eval.batch_size)
         self.cost = self._cost()
 
