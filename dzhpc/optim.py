@@ -20,7 +20,7 @@ class ZO(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-2, **options: object):
-        params = list(params)
+        params = [p[1] if isinstance(p, tuple) else p for p in params]  # of named_parameters()
         if any(isinstance(p, dict) for p in params):
             raise InputError("dzhpc.optim.ZO: expected parameters, not groups of them")
         super().__init__(params, {"lr": lr})

@@ -101,6 +101,8 @@ def _check_text(config: Config, source: str) -> None:
     parts = Path(config.run.name).parts
     if not parts or ".." in parts or config.run.name.startswith("/") or "\0" in config.run.name:
         raise InputError(f"{source}: run.name = {config.run.name!r}: expected the name of a folder below run.dir")
+    if not config.run.dir:
+        raise InputError(f'{source}: run.dir = "": expected a folder')
     for key in PATHS:
         path_of(config, key)
 
@@ -182,6 +184,8 @@ def _explain(error: dict[str, Any], place: tuple[str, ...], table: dict[str, Any
         if place[0] == "task" and (names := tasks.foreign(table["task"])):
             return _of_other_kinds(names, table["task"])
         return f"unknown key {key}{_suggestion(key)} (`python -m dzhpc.info keys` lists every key)"
+    if error["type"] == "model_type":
+        return f"{key} = {error['input']!r}: expected one [{key}]"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     found = error["input"]
     if error["type"] == "string_type" and not isinstance(found, (dict, list)):

@@ -1,6 +1,7 @@
 """The sections of an input file but [task]: every key with its type, its default and its meaning."""
 
 import datetime
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -10,16 +11,18 @@ from pydantic_core import PydanticCustomError
 from dzhpc.config import rivals
 from dzhpc.config.names import is_function
 
+TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", re.ASCII)
 ESTIMATORS = ("cge", "rge", "autograd", "latent", "pattern", *rivals.SEE_THE_NETWORK)
 
 
 def _seconds(value: Any) -> Any:
-    """Seconds from a number, "H:MM:SS", or a TOML local time."""
+    """Seconds from a number, "MM:SS", "H:MM:SS" or "D-HH:MM[:SS]" as Slurm has them, or a TOML local time."""
     if isinstance(value, datetime.time):
         return value.hour * 3600.0 + value.minute * 60 + value.second
-    if isinstance(value, str) and value.count(":") in (1, 2) and all(part.isdigit() for part in value.split(":")):
-        hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in value.split(":")])[-3:]
-        value = hours * 3600 + minutes * 60 + seconds
+    if isinstance(value, str) and (found := TIME.fullmatch(value)):
+        days, *parts = (int(part or 0) for part in found.groups())
+        hours, minutes, seconds = parts if found[1] or found[4] else [0, *parts[:2]]
+        value = days * 86400 + hours * 3600 + minutes * 60 + seconds
     try:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
     except OverflowError:

@@ -35,7 +35,8 @@ def check_restart(state: State, source: str, task: Task) -> None:
             continue
         raise CheckpointError(f"{source} was written with {key} = {old!r}, now {new!r}: frozen keys cannot change on restart")
     if state.model_sha256 != model_sha256(task.model):
-        raise CheckpointError(f"{source} is of another model than model.name = {task.config.model.name!r} builds now")
+        other = "theta0" if task.config.task.kind == "objective" else f"model than model.name = {task.config.model.name!r} builds"
+        raise CheckpointError(f"{source} is of another {other} now: names, shapes or types differ")
 
 
 def _was_moved(key: str, old: configuration.Config, new: configuration.Config) -> bool:
@@ -84,7 +85,8 @@ def check_finite(
     else:
         rank, what = 0, f"the gradient at {distribution.index.describe(int(distribution.coords[bad[0]]))}"
     share = f"{len(bad)} of {len(estimate)} coordinates"
-    raise NumericalError(f"step {step}, rank {rank}: {what} is not finite ({share}); {advice()}")
+    where = f"step {step}" if rank < 0 else f"step {step}, rank {rank}"  # it was known before this launch
+    raise NumericalError(f"{where}: {what} is not finite ({share}); {advice()}")
 
 
 def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Estimator, task: Task, shards: Shards) -> None:

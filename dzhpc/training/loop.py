@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dzhpc import config as configuration
 from dzhpc.engines.pinned import Pinned
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.checkpoint import load_checkpoint, save_checkpoint
 from dzhpc.job.world import World
 from dzhpc.method.arrays import to_tensor
@@ -55,6 +55,8 @@ class Loop:
         check: bool = False,
     ):
         self.config = _config(estimator, float(mu), optimizer, float(lr), seed, keys or {})
+        if self.config.data.shards > 1:
+            raise InputError("keys: data.shards: there is no batch to cut; leave the key out")
         if self.config.optim.name not in ("sgd", "adam"):
             raise InputError(f'optimizer = "{optimizer}": a loop is told losses, and no more; use "sgd" or "adam"')
         self._given, self._checks = theta0, check
@@ -116,8 +118,8 @@ class Loop:
         limit: at most so many; the rest comes with the next ``ask``. An array, or a tensor where theta0 was torch's. The same
         again until they are answered. :meth:`split` makes named blocks of them.
         """
-        if limit is not None and limit < 1:
-            raise InputError(f"ask(limit={limit}): expected at least 1")
+        if limit is not None and (not isinstance(limit, (int, np.integer)) or limit < 1):
+            raise InputError(f"ask(limit={limit!r}): expected a whole number of at least 1")
         if not len(self._rows):
             self._next_rows(limit)
         self._asked = self._rows if limit is None else self._rows[:limit]
@@ -209,8 +211,11 @@ class Loop:
         with Pinned(self._task.model, self.index.device).unchanged():  # the user's random numbers are none of ours
             loss, estimate = distribution.estimate(self._estimator, self.step, self._partial)
         self._task.engine.lost = lost
-        advice = lambda: "lower zo.mu or optim.lr, or look at the loss"  # noqa: E731
-        checks.check_finite(self.step + 1, loss, estimate, self._estimator, distribution, advice)
+        try:
+            checks.check_finite(self.step + 1, loss, estimate, self._estimator, distribution, _advice)
+        except NumericalError:
+            self._begin()  # who goes on all the same is asked again
+            raise
         checks.check_changes(self._world, self.step + 1, estimate, self._estimator, self._task, distribution.shards)
         if self.step == 0:
             coords, engine = self._pattern.coords, self._task.engine
@@ -267,12 +272,17 @@ class Asked(Task):
         return np.array([[self.engine.bind(step), np.nan, 1.0] for _ in parts]).reshape(len(parts), 3)
 
 
+def _advice(moved: bool = True) -> str:
+    return "lower zo.mu or optim.lr, or look at the loss" if moved else "look at the loss, and at theta"
+
+
 def _name(theta: Tensor) -> bytes:
     """What tells one theta [d] from another."""
     return hashlib.blake2b(theta.detach().cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def _config(estimator: str, mu: float, optimizer: str, lr: float, seed: int, keys: Mapping[str, object]) -> configuration.Config:
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     table: dict[str, dict[str, object]] = {
         "run": {"name": "loop", "seed": seed}, "task": {"kind": "objective", "function": ASKED},
         "zo": {"estimator": estimator, "mu": mu}, "sparsity": {"ratio": 0.0},

@@ -60,7 +60,17 @@ def test_a_value_on_the_command_line_may_be_a_bare_string(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("2.5", 2.5), ("1:30:00", 5400), ("01:30:00", 5400), ("100:00:05", 360_005), ("1:30", 90)]
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("2.5", 2.5),
+        ("1:30:00", 5400),
+        ("01:30:00", 5400),
+        ("100:00:05", 360_005),
+        ("1:30", 90),
+        ("1-02:00:00", 93_600),
+        ("2-00:30", 174_600),
+    ],
 )
 def test_times_are_seconds_or_hours_minutes_seconds(text, seconds):
     assert config.load(None, [f"stop.walltime={text}"]).stop.walltime == seconds
@@ -69,6 +79,13 @@ def test_times_are_seconds_or_hours_minutes_seconds(text, seconds):
 def test_a_time_with_days_is_refused_rather_than_cut():
     with pytest.raises(InputError, match=r"stop\.walltime"):
         config.load(None, ["stop.walltime=1:02:00:00"])
+
+
+def test_an_empty_folder_and_a_section_given_twice_are_named(tmp_path):
+    with pytest.raises(InputError, match=r'run\.dir = "": expected a folder'):
+        config.load(None, ["run.dir="])
+    with pytest.raises(InputError, match=r"a\.toml: data = .*: expected one \[data\]"):
+        config.load(write(tmp_path, "[[data]]\nname = 'digits'\n"))
 
 
 def refusal(*arguments):

@@ -111,14 +111,25 @@ def test_what_cannot_work_is_said(caplog):
         loop.tell([1.0, 2.0, 3.0])
     with pytest.raises(InputError, match=r"tell\(\) got .*expected a loss for each theta, to be minimised"):
         loop.tell([None] * 4)
-    with pytest.raises(NumericalError, match="coordinate 1"):
+    with pytest.raises(NumericalError, match=r"step 1: the difference at .*coordinate 1"):
         loop.tell([0.0, 1.0, np.nan, 1.0])
+    for base in (np.nan, np.inf):  # and the step may be asked for again
+        assert len(loop.ask()) == 4
+        with pytest.raises(NumericalError, match=r"step 1: the loss at theta is .*; look at the loss, and at theta"):
+            loop.tell([base] * 4)
+    loop.ask()
+    loop.tell([1.0, 2.0, 3.0, 4.0])
+    assert loop.step == 1
+    for limit in (0, 1.5, "2"):
+        with pytest.raises(InputError, match=r"ask\(limit=.*\): expected a whole number of at least 1"):
+            loop.ask(limit=limit)
     lost = dzhpc.Loop(np.zeros(2), lr=1.0, mu=0.5)
     lost.ask()
     lost.tell([0.0, np.inf, 1.0])
     assert lost.theta.tolist() == [0, -2]
     for options, said in (({"estimator": "autograd"}, "has no autograd"), ({"keys": {"zo.muh": 1}}, "did you mean zo.mu"),
-                          ({"keys": {"task.kind": "sol"}}, "expected SECTION.KEY of"), ({"mu": -1.0}, "zo.mu")):  # fmt: skip
+                          ({"keys": {"task.kind": "sol"}}, "expected SECTION.KEY of"), ({"mu": -1.0}, "zo.mu"),
+                          ({"keys": {"data.shards": 2}}, "data.shards: there is no batch to cut")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             dzhpc.Loop(np.zeros(2), **options)
     with pytest.raises(InputError, match="theta0 is none"):
@@ -130,7 +141,7 @@ def test_an_optimiser_with_a_closure_makes_the_same_steps():
     x = torch.randn(20, 2)
     net = torch.nn.Linear(2, 1).double()
     target = x.double() @ torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
-    optimizer = ZO(net.parameters(), lr=0.1, mu=1e-5, keys={"optim.momentum": 0.5})
+    optimizer = ZO(net.named_parameters(), lr=0.1, mu=1e-5, seed=np.int64(0), keys={"optim.momentum": 0.5})
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     other = torch.nn.Linear(2, 1).double()
     other.load_state_dict(net.state_dict())
