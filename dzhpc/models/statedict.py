@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -23,15 +24,16 @@ def read(path: str) -> object:
     if kind := _foreign(head):
         raise ValueError(kind)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of files that are not its own
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise what they like
         text = " ".join(str(error).split())
         if "TorchScript" in text:
             raise ValueError("is a TorchScript archive; save the network's state_dict() instead") from None
         if found := re.search(r"GLOBAL (\S+)", text):
             raise ValueError(f"holds Python objects ({found[1]}), not only tensors; save model.state_dict() instead") from None
+        text = error.strerror or text if isinstance(error, OSError) else text
         reason = type(error).__name__ if "weights_only" in text or not text else text.split(". ")[0][:200]
         raise ValueError(f"is no file of torch.save, or is cut short ({reason})") from None
 
@@ -47,6 +49,8 @@ def _foreign(head: bytes) -> str:
         return "is a pointer of git-lfs; get the file itself with `git lfs pull`"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "is a safetensors file; write torch.save(safetensors.torch.load_file(FILE), OTHER) and name OTHER"
+    if head.startswith(b"\x93NUMPY") or (head.startswith(b"PK") and b".npy" in head):
+        return "is a file of NumPy's; write torch.save({name: torch.from_numpy(array), ...}, OTHER) and name OTHER"
     if start.startswith(b"\x89hdf"):
         return "is an HDF5 file that dzhpc did not write"
     return ""
@@ -97,9 +101,23 @@ def _misfits(part: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]
     missing = [k for k in own if k not in part and not k.endswith(COUNTER)]
     unknown = [k for k in part if k not in own]
     shapes = [k for k in own if k in part and own[k].shape != part[k].shape]
+    odd = [(k, kind) for k in own if k in part and (kind := _unlike(part[k], own[k]))]
     said = [f"the file has no {missing[0]} ({len(missing)} in all)"] if missing else []
     said += [f"the model has no {unknown[0]} ({len(unknown)} in all)"] if unknown else []
-    return said + [f"{k} is {list(part[k].shape)}, in the model {list(own[k].shape)}" for k in shapes[:1]]
+    return (
+        said
+        + [f"{k} is {list(part[k].shape)}, in the model {list(own[k].shape)}" for k in shapes[:1]]
+        + [f"{k} is {kind}; save plain real numbers" for k, kind in odd[:1]]
+    )
+
+
+def _unlike(given: Tensor, own: Tensor) -> str:
+    """In what a tensor cannot be copied into the model's without loss; "" where it can."""
+    if given.is_complex() and not own.is_complex():
+        return "complex"
+    if given.is_meta:
+        return "on the device meta, without numbers"
+    return "quantised" if given.is_quantized else "sparse" if given.layout != own.layout else ""
 
 
 def _difference(found: list[tuple[str, dict[str, Tensor]]], own: Mapping[str, Tensor], name: str) -> str:

@@ -179,6 +179,19 @@ def test_starting_weights_are_found_where_other_codes_put_them(tmp_path, name):
             "...), the model wants 16 (features.0.weight, features.0.bias, ...); features.0.weight is [5, 3, 3, 3], in "
             "the model [4, 3, 3, 3]",
         ),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'", "is a file of NumPy's; write torch.save"),
+        (b"PK\x03\x04" + bytes(26) + b"features.0.weight.npy", "is a file of NumPy's; write torch.save"),
+        *(
+            (
+                {key: change(value) for key, value in SimpleCNN(2, 4).state_dict().items()},
+                f"features.0.weight is {said}; save plain",
+            )
+            for change, said in (
+                (lambda t: t + 0j, "complex"),
+                (lambda t: t.to("meta"), "on the device meta, without numbers"),
+                (lambda t: t.to_sparse() if t.ndim == 4 else t, "sparse"),
+            )
+        ),
         ({"a.weight": torch.ones(2)}, "the file has no features.0.weight (14 in all); the model has no a.weight (1 in all)"),
     ],
 )
