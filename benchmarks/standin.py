@@ -74,11 +74,14 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", type=Path, help="which has cge/NETWORK and autograd/NETWORK")
+    p.add_argument("folder", type=Path, help="which has autograd/NETWORK, and METHOD/NETWORK of methods that ask")
     folder = p.parse_args().folder
-    names = sorted(path.parent.name for path in folder.glob("cge/*/checkpoints"))
-    found = {name: compare(folder / "cge" / name, folder / "autograd" / name) for name in names}
-    found = {name: rows for name, rows in found.items() if rows}
+    found = {}
+    for queried in sorted(path.parent for path in folder.glob("*/*/checkpoints") if path.parent.parent.name != "autograd"):
+        rows = compare(queried, folder / "autograd" / queried.name)
+        if rows:
+            mu = configuration.parse_written(RunFolder(queried).input.read_text(), str(queried)).zo.mu
+            found[f"{queried.name}, mu = {mu:g}"] = rows
     if not found:
         raise SystemExit(f"{folder}: no network of which both runs have a step yet")
     out = folder / "report"
