@@ -40,16 +40,16 @@ def test_gradient(place):
 
 
 def test_stages(place):
-    """CGE draws no directions; forward passes are as dear for both; engine delta takes a part of the time."""
+    """CGE draws no directions; forward passes are as dear for both. How long each takes: benchmarks/results."""
     args = ["stages", "--model", "cnn:1", "--batch", 4, "--queries", 24, "--repeats", 2, "--json", "stages.json"]
-    said = batch(1, place, [Case("stages", "bench", args)])["stages"]
+    said = batch(1, place, [Case("stages", "bench", args, {"PATH": str(place)})])["stages"]  # no compiler there
     assert said.code == 0, said.err
     found = json.loads((place / "stages.json").read_text())
     rge, cge, delta = found["rows"]
     assert (found["parameters"], found["options"]["kind"]) == (730, "stages")
     assert rge["parts"]["direction vectors"] > 0 == cge["parts"]["direction vectors"]
     assert rge["parts"]["model inference"] == cge["parts"]["model inference"] > 0
-    assert 0 < delta["seconds"] < cge["seconds"] and f"| cge | delta |  |  |  |  | {delta['seconds']:.3g} |" in said.out
+    assert delta["seconds"] > 0 and f"| cge | delta |  |  |  |  | {delta['seconds']:.3g} |" in said.out
 
 
 @pytest.mark.long

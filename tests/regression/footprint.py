@@ -26,7 +26,7 @@ WRITTEN = HERE / "written_by_0.1"
 STORED = HERE / "hashes.json"
 LEFT_OUT = {"train/step_s", "train/comm_s", "images/seconds", "config"}  # timings; text
 COUNTS = ("step", "queries", "seed", "model_sha256")  # of a state's attributes
-LIMIT = 300  # seconds for one process
+LIMIT = 900  # seconds for one process, which may have to share its core
 
 
 @dataclass
