@@ -16,8 +16,6 @@ import argparse
 from dzhpc import config as configuration
 from dzhpc.config import paths
 from dzhpc.config.setting import USAGE
-from dzhpc.files import h5
-from dzhpc.job.inventory import inventory
 from dzhpc.job.launch import run_verb
 from dzhpc.job.log import show
 from dzhpc.job.world import World
@@ -36,12 +34,21 @@ def parser() -> argparse.ArgumentParser:
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
     if args.what is None:
+        from dzhpc.job.inventory import inventory  # needs torch
+
         text = inventory(world)
     else:
-        text = world.on_root(keys if args.what == "keys" else lambda: h5.describe(paths.absolute(args.what)))
+        text = world.on_root(keys if args.what == "keys" else lambda: described(args.what))
     if world.is_root:
         show(text)
     return 0
+
+
+def described(what: str) -> str:
+    """What a file holds."""
+    from dzhpc.files import h5
+
+    return h5.describe(paths.absolute(what))
 
 
 def keys() -> str:

@@ -10,7 +10,6 @@ from dzhpc.files import benched, curves, study
 from dzhpc.job.launch import run_verb
 from dzhpc.job.log import show
 from dzhpc.job.world import World
-from dzhpc.tasks.defense import certificates
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +60,8 @@ def main(world: World, args: argparse.Namespace) -> int:
 
 
 def _certified(world: World, args: argparse.Namespace) -> int:
+    from dzhpc.tasks.defense import certificates  # tasks need torch
+
     out = args.out or args.runs[0].parent
     return _say(world, lambda: certificates.write(args.runs, out))
 

@@ -12,6 +12,7 @@ from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.lpr import get_lpr, put_lpr
+from dzhpc.files.tensors import get_tensors, put_tensors
 from dzhpc.method.estimators import Partial
 from dzhpc.method.scores import LPR
 
@@ -52,11 +53,11 @@ def save_checkpoint(path: Path, state: State) -> None:
         attrs = file.create_group("state").attrs
         for name in ("step", "epoch", "queries", "wall_time_s", "run_uuid", "model_sha256", "seed"):
             attrs[name] = getattr(state, name)
-        h5.put_tensors(file.create_group("params"), state.params)
-        h5.put_tensors(file.create_group("buffers"), state.buffers)
+        put_tensors(file.create_group("params"), state.params)
+        put_tensors(file.create_group("buffers"), state.buffers)
         optimizer = file.create_group("optimizer")
         for slot, tensors in state.optimizer.items():
-            h5.put_tensors(optimizer.create_group(slot), tensors)
+            put_tensors(optimizer.create_group(slot), tensors)
         file["coordinates/S"] = state.coordinates.astype(np.int64)
         if state.sizes is not None:
             file["coordinates/sizes"] = state.sizes.numpy()
@@ -64,7 +65,7 @@ def save_checkpoint(path: Path, state: State) -> None:
             put_lpr(file.create_group("lpr"), state.lpr)
         file.create_group("env").attrs.update(state.env)
         if state.estimator:
-            h5.put_tensors(file.create_group("estimator"), state.estimator)
+            put_tensors(file.create_group("estimator"), state.estimator)
         if state.partial is not None:
             file["partial/values"], file["partial/done"] = state.partial.values, state.partial.done
 
@@ -82,15 +83,15 @@ def load_checkpoint(path: str | Path) -> State:
             **{name: int(attrs[name]) for name in ("step", "queries", "seed")},
             **{name: float(attrs[name]) for name in ("epoch", "wall_time_s")},
             **{name: str(attrs[name]) for name in ("run_uuid", "model_sha256")},
-            params=h5.get_tensors(file["params"]),
-            buffers=h5.get_tensors(file["buffers"]),
-            optimizer={slot: h5.get_tensors(group) for slot, group in file["optimizer"].items()},
+            params=get_tensors(file["params"]),
+            buffers=get_tensors(file["buffers"]),
+            optimizer={slot: get_tensors(group) for slot, group in file["optimizer"].items()},
             coordinates=file["coordinates/S"][()],
             sizes=torch.from_numpy(file["coordinates/sizes"][()]) if "coordinates/sizes" in file else None,
             lpr=get_lpr(file["lpr"]) if "lpr" in file else None,
             env={k: str(v) for k, v in file["env"].attrs.items()},
             partial=Partial(file["partial/values"][()], file["partial/done"][()]) if "partial" in file else None,
-            estimator=h5.get_tensors(file["estimator"]) if "estimator" in file else {},
+            estimator=get_tensors(file["estimator"]) if "estimator" in file else {},
         )
 
 

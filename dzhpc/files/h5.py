@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from h5py import Dataset, File, Group
-from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
 
 from dzhpc.config.paths import at_once, shown
 from dzhpc.errors import DzhpcError, InputError
@@ -26,7 +23,6 @@ from dzhpc.errors import DzhpcError, InputError
 VERSION = 1
 BLOCK = 512
 MAGIC = b"dzhpc sha256 "
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the size of an element
 
 
 def write(path: Path, kind: str, fill: Callable[[File], None], error: type[DzhpcError]) -> None:
@@ -131,42 +127,3 @@ def describe(path: str | Path) -> str:
 def attributes(group: Group) -> dict[str, object]:
     """Those of a group, as plain Python values."""
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in group.attrs.items()}
-
-
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError for the first one that :func:`put_tensors` cannot write."""
-    for name, t in tensors.items():
-        if t.layout is not torch.strided or t.is_quantized or isinstance(t, UninitializedTensorMixin):
-            kind = "not yet initialised" if isinstance(t, UninitializedTensorMixin) else f"of layout {t.layout}, dtype {t.dtype}"
-            raise InputError(
-                f"the model's {name} is {kind}: a checkpoint holds dense tensors; make it one, or register it as none"
-            )
-
-
-def array(t: Tensor) -> np.ndarray:
-    """The content of a tensor; of a dtype that NumPy lacks (bfloat16) as integers, bit for bit."""
-    t = t.detach().cpu().contiguous()
-    try:
-        return t.numpy()
-    except TypeError:
-        return t.view(BITS[t.element_size()]).numpy()
-
-
-def put_tensors(group: Group, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in their order; an attribute says the dtype where NumPy lacks it."""
-    for name, t in tensors.items():
-        found = array(t)
-        item = group.create_dataset(name, data=found)
-        if str(found.dtype) != (dtype := str(t.dtype).removeprefix("torch.")):
-            item.attrs["torch"] = dtype
-    group.attrs["order"] = list(tensors)
-
-
-def get_tensors(group: Group) -> dict[str, Tensor]:
-    """The tensors of :func:`put_tensors`, on the CPU."""
-    return {str(name): _tensor(group[str(name)]) for name in group.attrs["order"]}
-
-
-def _tensor(item: Dataset) -> Tensor:
-    t = torch.from_numpy(np.asarray(item[()]))
-    return t.view(getattr(torch, str(item.attrs["torch"]))) if "torch" in item.attrs else t

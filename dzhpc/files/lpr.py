@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dzhpc.errors import InputError
 from dzhpc.files import h5
+from dzhpc.files.tensors import get_tensors, put_tensors
 from dzhpc.method.scores import LPR
 
 KIND = "dzhpc-lpr"
@@ -20,7 +21,7 @@ def save_lpr(path: Path, lpr: LPR, scores: Mapping[str, Tensor] | None = None) -
 
     def fill(file: h5.File) -> None:
         put_lpr(file, lpr)
-        h5.put_tensors(file.create_group("scores"), scores or {})
+        put_tensors(file.create_group("scores"), scores or {})
 
     h5.write(path, KIND, fill, InputError)
 
@@ -28,7 +29,7 @@ def save_lpr(path: Path, lpr: LPR, scores: Mapping[str, Tensor] | None = None) -
 def load_lpr(path: str | Path) -> tuple[LPR, dict[str, Tensor]]:
     """(ratios, scores by parameter name). Raises InputError if the file is missing, damaged, or no LPR file."""
     with h5.opened(Path(path), KIND, InputError) as file:
-        return get_lpr(file), h5.get_tensors(file["scores"])
+        return get_lpr(file), get_tensors(file["scores"])
 
 
 def put_lpr(group: h5.Group, lpr: LPR) -> None:

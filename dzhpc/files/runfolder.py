@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tomli_w
 
@@ -15,7 +16,9 @@ from dzhpc import config as configuration
 from dzhpc.config import paths
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5, owned
-from dzhpc.files.checkpoint import State, load_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:  # checkpoints need torch, and a report needs none
+    from dzhpc.files.checkpoint import State
 
 log = logging.getLogger("dzhpc")
 REPORT = "![loss and accuracy]("  # by which a report of ours is known
@@ -84,11 +87,13 @@ class RunFolder:
             raise InputError(f"{paths.shown(self.path)}: cannot be a run folder ({error.strerror}); choose another") from None
         return sorted(found, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
 
-    def newest_state(self) -> tuple[str, State | None]:
+    def newest_state(self) -> tuple[str, "State | None"]:
         """(file, state) of the newest valid checkpoint, ("", None) where there is none; damaged ones are skipped with a warning.
 
         Raises CheckpointError where there are checkpoints but none can be read: starting afresh would bury them.
         """
+        from dzhpc.files.checkpoint import load_checkpoint
+
         files = self.checkpoint_files()
         for path in files:
             try:
@@ -102,8 +107,10 @@ class RunFolder:
             )
         return "", None
 
-    def save(self, state: State, keep: int) -> Path:
+    def save(self, state: "State", keep: int) -> Path:
         """Write a checkpoint, then drop the oldest beyond ``keep``."""
+        from dzhpc.files.checkpoint import save_checkpoint
+
         path = self.checkpoint_path(state.step)
         save_checkpoint(path, state)
         for old in self.checkpoint_files()[keep:]:
@@ -195,8 +202,10 @@ def _next_number(paths: Iterable[Path]) -> int:
     return 1 + max((int(m[0]) for p in paths if (m := re.search(r"\d+$", p.stem))), default=0)
 
 
-def load_state(path: str | Path) -> tuple[str, State]:
+def load_state(path: str | Path) -> tuple[str, "State"]:
     """(file, state) of a checkpoint, or of the newest valid one in a run folder. Raises CheckpointError."""
+    from dzhpc.files.checkpoint import load_checkpoint
+
     path = paths.started() / path
     if not path.is_dir():
         return str(path), load_checkpoint(path)

@@ -7,18 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from dzhpc.config import Run, look_in, paths
 from dzhpc.errors import DzhpcError, LaunchError
-from dzhpc.job import device as devices
 from dzhpc.job import process
 from dzhpc.job.failure import say_error
 from dzhpc.job.log import close_streams, let_go, log, open_streams, set_up_log
 from dzhpc.job.stopping import Reason, listen, tell_job_script
 from dzhpc.job.world import World
+
+if TYPE_CHECKING:
+    import torch
 
 DEFERENCE = 10.0  # seconds that ranks which cannot talk leave to the first one, which may start later, to speak
 Loaded = TypeVar("Loaded")
@@ -119,12 +119,14 @@ def add_user_modules(*sources: str | Path | None) -> None:
         look_in(*folders)
 
 
-def survey(world: World, device: torch.device, run: Run, engine: Mapping[str, str] | None = None) -> list[Place] | None:
+def survey(world: World, device: "torch.device", run: Run, engine: Mapping[str, str] | None = None) -> list[Place] | None:
     """(rank, host, device, uuid) of all ranks, on the root. Collective.
 
     engine: ``engine.environment``, where the verb has one. Raises LaunchError where ranks share a GPU, or would compute other
     bits than the root, unless ``run`` allows it.
     """
+    from dzhpc.job import device as devices  # needs torch, which verbs without a device do without
+
     place = (world.rank, socket.gethostname(), devices.describe(device), devices.uuid(device))
     ranks = world.gather((place, devices.environment(device, engine or {})))
 

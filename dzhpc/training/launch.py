@@ -19,9 +19,9 @@ from dzhpc.engines import selfcheck
 from dzhpc.engines.full import Full
 from dzhpc.engines.pinned import Pinned, seed
 from dzhpc.errors import message_of
-from dzhpc.files import h5
 from dzhpc.files.checkpoint import State, load_checkpoint
 from dzhpc.files.runfolder import RunFolder
+from dzhpc.files.tensors import check_tensors
 from dzhpc.job import device as devices
 from dzhpc.job import process
 from dzhpc.job.launch import Place, answer_job_script
@@ -110,7 +110,7 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     check_made(world, task.made())
     losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():
-        h5.check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
+        check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
         for k in range(2 if user_code(task.config) else 1):
             with Pinned(task.model, task.engine.index.device).unchanged():
                 seed(derive(task.config.run.seed, "model", 0 if may_draw else k))

@@ -13,6 +13,7 @@ from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 from dzhpc.files.checkpoint import load_checkpoint
 from dzhpc.files.lpr import load_lpr
+from dzhpc.files.tensors import check_tensors, get_tensors, put_tensors
 from dzhpc.models.identity import tensors_sha256
 
 
@@ -120,10 +121,10 @@ def test_describe_names_what_a_file_holds(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.bool, torch.float8_e4m3fn])
 def test_tensors_of_any_dtype_come_back_bit_for_bit(tmp_path, dtype):
     tensors = {"b.w": torch.randn(2, 3).to(dtype), "a": torch.ones((), dtype=dtype), "none": torch.zeros(0, dtype=dtype)}
-    h5.check_tensors(tensors)
-    h5.write(tmp_path / "t.h5", "dzhpc-test", lambda file: h5.put_tensors(file.create_group("t"), tensors), InputError)
+    check_tensors(tensors)
+    h5.write(tmp_path / "t.h5", "dzhpc-test", lambda file: put_tensors(file.create_group("t"), tensors), InputError)
     with h5.opened(tmp_path / "t.h5", "dzhpc-test", InputError) as file:
-        found = h5.get_tensors(file["t"])
+        found = get_tensors(file["t"])
     assert list(found) == list(tensors)
     for name, t in tensors.items():
         assert (found[name].dtype, found[name].shape) == (t.dtype, t.shape)
@@ -134,7 +135,7 @@ def test_tensors_of_any_dtype_come_back_bit_for_bit(tmp_path, dtype):
 def test_a_tensor_that_no_file_could_hold_is_named(kind):
     tensor = torch.eye(3).to_sparse() if kind == "sparse" else torch.nn.LazyLinear(3).weight
     with pytest.raises(InputError, match=r"the model's fc\.weight is .*: a checkpoint holds dense tensors"):
-        h5.check_tensors({"fc.weight": tensor})
+        check_tensors({"fc.weight": tensor})
 
 
 def test_a_name_that_is_no_text_is_named(tmp_path):

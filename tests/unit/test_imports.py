@@ -202,6 +202,18 @@ def test_the_package_starts_neither_mpi_nor_cuda_and_a_run_imports_nothing_slow_
     ], done.stderr  # fmt: skip
 
 
+def test_verbs_import_only_what_they_need(project):
+    """A thousand ranks read what they import from one file system; some verbs need no torch at all, no rank needs it twice."""
+    code = "import sys\nfor verb in sys.argv[1:]: __import__(f'dzhpc.{verb}')\nprint(*sys.modules)"
+    imported = lambda *verbs: set(  # noqa: E731
+        subprocess.run([sys.executable, "-c", code, *verbs], capture_output=True, text=True, timeout=120, cwd=project, check=True)
+        .stdout.split()
+    )  # fmt: skip
+    assert not imported("report", "info", "new") & {"torch", "mpi4py", "matplotlib"}
+    late = {"torch._dynamo", "torch._inductor", "sympy", "torchvision", "sklearn", "scipy", "matplotlib", "phi", "mpi4py", "PIL"}
+    assert not imported("train", "prune", "certify", "simulate", "evaluate") & late
+
+
 def test_no_module_is_long_and_no_class_does_everything(project):
     modules = {path: path.read_text() for path in (project / "dzhpc").rglob("*.py")}
     assert {str(path): n for path, text in modules.items() if (n := text.count("\n")) > 300} == {}
