@@ -52,10 +52,13 @@ def blocks(project: Path, *languages: str) -> Iterator[Block]:
                 yield Block(page, language, title, re.sub(f"^{indent}", "", inside, flags=re.M), reason)
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command of a bash block. Of a ``for`` loop the first round; $(...) stays as it is written."""
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a bash block. Of a ``for`` loop the first round; $(...) stays as it is written.
+
+    A block with a title is a job script: the command is to submit it.
+    """
     values: dict[str, str] = {}
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in [f"sbatch {block.title}"] if block.title else block.text.replace("\\\n", " ").splitlines():
         line = re.sub(r"\$(\w+)", lambda m: values.get(m[1], m[0]), line.strip())
         if loop := re.match(r"for (\w+) in (\S+).*; do$", line):
             values[loop[1]] = loop[2]

@@ -50,7 +50,7 @@ def place(tmp_path_factory, project):
             (folder / block.title).write_text(block.text)
     (folder / "data").mkdir()
     order = sorted(pages.blocks(project, "bash"), key=lambda block: block.page not in FIRST and 1 + ("recipes" not in block.page))
-    words = dict.fromkeys(tuple(w) for block in order for w in pages.commands(block.text) if not pages.why_not(w))
+    words = dict.fromkeys(tuple(w) for block in order for w in pages.commands(block) if not pages.why_not(w))
     ours = dict.fromkeys((verb, tuple(args)) for verb, args in map(pages.verb, filter(pages.verb, words)))
     cases = [Case(named(k, verb, args), verb, cut(verb, args), {"DZHPC_DATA": "data"}) for k, (verb, args) in enumerate(ours)]
     results = batch(1, folder, cases, timeout=120)

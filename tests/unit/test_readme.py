@@ -56,11 +56,11 @@ def test_blocks_are_valid(project, tmp_path, monkeypatch):
 def test_commands_are_ours_or_known_and_marked_where_they_are_not_run(project):
     used = set()
     for block in pages.blocks(project, "bash"):
-        reasons = {why for words in pages.commands(block.text) if (why := pages.why_not(words))}
+        reasons = {why for words in pages.commands(block) if (why := pages.why_not(words))}
         assert bool(reasons) == bool(block.reason), f"{block.page}: mark this block <!-- not run: {reasons} -->\n{block.text}"
         assert not reasons or block.reason in reasons, f"{block.page}: {block.reason}, expected one of {reasons}"
         used |= reasons
-        for words in pages.commands(block.text):
+        for words in pages.commands(block):
             if not pages.why_not(words):
                 assert pages.verb(words) or words[0] in ("mkdir", "touch") or words[:2] == ["bash", "slurm/studies/fig5.sh"], (
                     words
@@ -71,7 +71,7 @@ def test_commands_are_ours_or_known_and_marked_where_they_are_not_run(project):
 def test_arguments_of_verbs_are_read(project, monkeypatch):
     monkeypatch.chdir(project)
     monkeypatch.setenv("SLURM_JOB_ID", "")
-    commands = [words for block in pages.blocks(project, "bash") for words in pages.commands(block.text) if pages.verb(words)]
+    commands = [words for block in pages.blocks(project, "bash") for words in pages.commands(block) if pages.verb(words)]
     assert len(commands) > 40
     for words in commands:
         read(project, words[: words.index("&")] if "&" in words else words)
@@ -81,7 +81,7 @@ def test_arguments_of_job_scripts_are_read(project, monkeypatch):
     monkeypatch.chdir(project)
     scripts = set()
     for block in pages.blocks(project, "bash"):
-        for words in pages.commands(block.text):
+        for words in pages.commands(block):
             at = next((k for k, word in enumerate(words) if word.startswith("slurm/")), None)
             if at is None:
                 continue
