@@ -26,7 +26,7 @@ lint: venv
 	$(VENV)/bin/ruff format --diff .
 
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "written: site/index.html"
 
 $(VENV)/installed-docs: $(VENV)/installed

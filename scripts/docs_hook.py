@@ -77,7 +77,7 @@ def on_page_content(text: str, page, config, files) -> str:
         return f"<{match[1]} class='equation'>{convert(tex[2:-2], display='block' if block else 'inline')}</{match[1]}>"
 
     if page.file.src_uri == "reference/python.md":  # a line for each argument, as in the source
-        text = re.sub(r"\n(?=\w+(?:, \w+)*(?: \[[^\]\n]*\])?: )", "<br>", text)
+        text = re.sub(r"\n(?=\w+(?:, \w+)*(?: \[[^\]\n]*\])?: |Raises )", "<br>", text)
     text = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', drawn, text, flags=re.S)
     return re.sub(r":(?:class|func|mod|meth):(?=<code>)", "", text)
 
