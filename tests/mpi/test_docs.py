@@ -16,13 +16,14 @@ import pytest
 from mpi_launch import Case, batch
 
 FIRST = ("docs/tutorials/classification.md", "docs/tutorials/defense.md", "docs/tutorials/solver.md")
-SMALL = "sparsity.q=2 data.batch_size=32 data.train_limit=320 eval.batch_size=360"
-SHORT = {  # input -> keys
+SMALL = "zo.engine=reuse sparsity.q=2 data.batch_size=32 data.train_limit=320 eval.batch_size=360"
+SHORT = {  # input -> keys; engine delta would trace its passes, a second or more for each network
     "inputs/digits.toml": f"{SMALL} sparsity.ratio=0.95",
     "inputs/resnet20.toml": f"{SMALL} sparsity.ratio=0.95 data.name=digits model.name=cnn",
     "inputs/defense-small.toml": "data.batch_size=8 data.train_limit=80 data.test_limit=40",
     "inputs/sol-small.toml": "task.resolution=8 task.warm_up=2 task.frames=20 task.unroll=2 task.train_parameters=[160000.0] "
     "task.valid_parameters=[900000.0] task.test_parameters=[240000.0]",
+    "stripes.toml": "zo.engine=reuse",
     "examples/burgers/burgers.toml": "data.batch_size=2 task.unroll=2",
 }
 STEPS = "3"  # of a run, unless its command says how many: then they are 2
