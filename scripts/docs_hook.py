@@ -20,11 +20,17 @@ COPIES = {  # files of the repository that are pages, too; benchmarks/results/NA
     "CHANGELOG.md": "reference/changelog.md",
     "examples/amplifier/README.md": "examples/amplifier.md",
     "examples/plate/README.md": "examples/plate.md",
-    "LICENSE": None,
 } | {f"benchmarks/results/{path.name}": f"results/{path.name}" for path in sorted((ROOT / "benchmarks/results").glob("*.md"))}
-PAGES = {page: source for source, page in COPIES.items() if page}  # page -> the file that it shows
+PAGES = {page: source for source, page in COPIES.items()}  # page -> the file that it shows
 LINK = re.compile(r"\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")  # not to other sites, nor within a page
-VERBS = ("train", "prune", "fetch", "certify", "simulate", "evaluate", "new", "report", "bench", "info")
+VERBS = sorted(path.stem for path in (ROOT / "dzhpc").glob("*.py") if "run_verb(" in path.read_text(encoding="utf-8"))
+
+
+def on_config(config):
+    """Every page of results is in the navigation, those that nobody has named there at its end."""
+    section = next(entry["Results"] for entry in config.nav if "Results" in entry)
+    section += [page for page in PAGES if page.startswith("results/") and page not in section]
+    return config
 
 
 def on_files(files: Files, config) -> Files:
@@ -53,7 +59,7 @@ def outside(text: str, page: str) -> list[tuple[str, str]]:
 
 def published(name: str) -> str:
     """Where a file of the repository lies in the site."""
-    return COPIES.get(name) or f"files/{name}"
+    return COPIES.get(name, f"files/{name}")
 
 
 def on_page_markdown(text: str, page, config, files) -> str:

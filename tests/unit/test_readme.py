@@ -108,6 +108,11 @@ def test_links_lead_to_files(project, written):
     assert dead == []
 
 
+def test_every_page_is_in_the_navigation(project, written):
+    nav = (project / "mkdocs.yml").read_text().split("\nnav:")[1]
+    assert [page for page in written if page.startswith("docs/") and f" {page.removeprefix('docs/')}\n" not in f"{nav}\n"] == []
+
+
 def test_paths_that_are_named_exist(project, written):
     missing = []
     for page, text in written.items():
