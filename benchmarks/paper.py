@@ -28,7 +28,10 @@ RESULTS = HERE / "results"
 KEPT = RESULTS / "studies.json"
 PUBLISHED = HERE.parent / "slurm" / "studies" / "published.tsv"
 SIZES = ("paper", "small", "look")
-PICTURES = {"fig6": "evaluation/errors.png", "table2": "report/certified.png", "standin": "report/standin.png"}
+PICTURES = {  # of the other studies' reports
+    "fig6": "evaluation/errors.png", "table2": "report/certified.png", "standin": "report/standin.png", "a1": "report/bench.png",
+    "a6": "report/bench.png",
+}  # fmt: skip
 RADII = (0.0, 0.25, 0.5, 0.75)
 
 
@@ -135,9 +138,11 @@ def take_in(runs: Path, about: dict, kept: dict) -> None:
             if not rows:
                 continue
             kept.setdefault(name, {})[size] = {"rows": rows, "dates": dates(folder)}
-            pictures = [folder / PICTURES.get(name, "report/curves.png"), folder / "report" / "bench.png"]
-            for picture in [path for path in pictures if path.exists()][:1]:
-                shutil.copy(picture, RESULTS / f"study-{name}-{size}.png")
+            picture = RESULTS / f"study-{name}-{size}.png"
+            if entry.get("read", "runs") == "runs":
+                study.plot(study.groups(folder, entry["over"]), study.published(PUBLISHED, name), entry["over"], picture)
+            elif (drawn := folder / PICTURES[name]).exists():
+                shutil.copy(drawn, picture)
 
 
 def dates(folder: Path) -> str:

@@ -134,12 +134,15 @@ def table(found: list[Group], beside: list[Published], over: str) -> str:
 
 
 def plot(found: list[Group], beside: list[Published], over: str, path: Path) -> None:
-    """Accuracy, and rank-hours, against the key, whose values stand side by side; error bars: standard errors over seeds."""
+    """Accuracy, and rank-hours, against the key, whose values stand side by side; error bars: standard errors over seeds.
+
+    Published numbers of methods that nothing was run of are in the table only.
+    """
     plt = drawing.pyplot()
-    beside = [one for one in beside if not math.isnan(one.accuracy)]
+    methods = sorted({one.method for one in found})
+    beside = [one for one in beside if one.method in methods and not math.isnan(one.accuracy)]
     places = sorted({one.place for one in found} | {one.place for one in beside if one.place}, key=_order)
-    methods = sorted({one.method for one in [*found, *beside]})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for n, method in enumerate(methods):
         color = f"C{n % 10}"
         ours = [group for group in found if group.method == method]
@@ -153,7 +156,7 @@ def plot(found: list[Group], beside: list[Published], over: str, path: Path) -> 
         )
         right.plot(at, [one.hours for one in theirs], color=color, ls=":", marker="x")
         at = [places.index(group.place) for group in ours]
-        shift = [k + 0.04 * (n - len(methods) / 2) for k in at]
+        shift = [k + 0.2 * ((n + 0.5) / len(methods) - 0.5) for k in at]
         errors = [0 if math.isnan(group.error) else group.error for group in ours]
         line = "-" if len(set(at)) == len(at) else ""
         for axis, x, name in ((left, shift, "value"), (right, at, "hours")):
@@ -168,7 +171,7 @@ def plot(found: list[Group], beside: list[Published], over: str, path: Path) -> 
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     right.set_yscale("log")
-    left.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
