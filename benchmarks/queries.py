@@ -31,12 +31,12 @@ RGE = ["zo.estimator=rge"]
 METHODS = {  # name -> (whose rates, keys)
     "sgd": ("sgd", []),
     "adam": ("adam", ["optim.name=adam"]),
-    "gauss-newton": ("gauss-newton", ["optim.name=gauss-newton", "optim.damping=0.03"]),
+    "gauss-newton": ("gauss-newton", ["optim.name=gauss-newton", "optim.damping=0.01"]),
     "sgd-adaptive": ("sgd", ["sparsity.pattern=adaptive"]),
-    "gauss-newton-adaptive": ("gauss-newton", ["optim.name=gauss-newton", "optim.damping=0.03", "sparsity.pattern=adaptive"]),
+    "gauss-newton-adaptive": ("gauss-newton", ["optim.name=gauss-newton", "optim.damping=0.01", "sparsity.pattern=adaptive"]),
     "gauss-newton-decrease": (
         "gauss-newton",
-        ["optim.name=gauss-newton", "optim.damping=0.03", "sparsity.pattern=adaptive", "sparsity.measure=decrease"],
+        ["optim.name=gauss-newton", "optim.damping=0.01", "sparsity.pattern=adaptive", "sparsity.measure=decrease"],
     ),
     **{f"rge-{q}": ("rge", [*RGE, f"zo.q={q}", "sparsity.ratio=0.0"]) for q in (1, 16, 192)},
     **{f"rge-{q}-plain": ("rge", [*RGE, f"zo.q={q}", "sparsity.ratio=0.0", "optim.momentum=0.0"]) for q in (1, 16, 192)},

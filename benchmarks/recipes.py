@@ -3,6 +3,7 @@
     python benchmarks/recipes.py sgd --steps 360 --seeds 0,1,2            # stand-in: autograd's gradient on the S of CGE
     python benchmarks/recipes.py gauss-newton --steps 120                 # by CGE, engine delta
     python benchmarks/recipes.py rate --steps 240 --seeds 0,1             # the best rate against sparsity, stand-in
+    python benchmarks/recipes.py table                                    # of all that FILE (--out) has
 
 A simple CNN of depth 2 (3,700 parameters) on CIFAR-10 at 16 x 16 pixels, 10,000 training and all 10,000 test images, 5 % of the
 coordinates drawn anew at each step, cosine rate after a short warm-up. Every run also gives that of the mean of its weights
@@ -15,6 +16,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -163,14 +165,42 @@ def made(model: nn.Module, o: dict) -> list[torch.optim.Optimizer]:
     return [muon, sgd([p for p in parameters if p.ndim == 1])]
 
 
+def spread(seeds: dict[str, list[float]], k: int) -> str:
+    """Mean and standard deviation of number k over seeds."""
+    values = [numbers[k] for numbers in seeds.values()]
+    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.2g}"
+
+
+def table(lines: list[str]) -> str:
+    """Mean over seeds and standard deviation, and the difference to the first recipe of a kind, paired by seed."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for line in lines:
+        kind, name, seed, steps, *numbers = (cell.strip() for cell in line.strip("|\n ").split("|"))
+        found.setdefault((kind, steps, name), {})[seed] = [float(number) for number in numbers]
+    rows = [
+        "| update | steps | recipe | seeds | accuracy in % | against the first | loss | accuracy of the mean of weights |",
+        "|---" * 8 + "|",
+    ]
+    first: dict[str, dict[str, list[float]]] = {}
+    for (kind, steps, name), seeds in found.items():
+        base = first.setdefault(kind, seeds)
+        paired = [seeds[s][0] - base[s][0] for s in seeds if s in base]
+        numbers = " | ".join([spread(seeds, 0), f"{np.mean(paired):+.2f}", spread(seeds, 1), spread(seeds, 2)])
+        rows.append(f"| {kind} | {steps} | {name} | {len(seeds)} | {numbers} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("kind", choices=["sgd", "gauss-newton", "rate"])
+    p.add_argument("kind", choices=["sgd", "gauss-newton", "rate", "table"])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--only", default="", help="recipes that begin with this")
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = p.parse_args()
+    if args.kind == "table":
+        print(table(args.out.read_text().splitlines()))
+        return
     torch.set_num_threads(1)
     images, base = Images(), NEWTON if args.kind == "gauss-newton" else SGD
     recipes = RECIPES.get(args.kind) or {
