@@ -54,7 +54,7 @@ def place(tmp_path_factory, project):
     words = dict.fromkeys(tuple(w) for block in order for w in pages.commands(block) if not pages.why_not(w))
     ours = dict.fromkeys((verb, tuple(args)) for verb, args in map(pages.verb, filter(pages.verb, words)))
     cases = [Case(named(k, verb, args), verb, cut(verb, args), {"DZHPC_DATA": "data"}) for k, (verb, args) in enumerate(ours)]
-    results = batch(1, folder, cases, timeout=120)
+    results = batch(1, folder, cases)
     for w in words:
         if not pages.verb(w):
             done = subprocess.run(w, cwd=folder, capture_output=True, text=True, timeout=60)
