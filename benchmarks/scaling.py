@@ -6,7 +6,8 @@
 
 ``forecast`` times pieces of a step by the CPU time of this process, so that the load of the machine matters little, on one
 thread. The simulation deals work out as a run does, by what a coordinate of each parameter was seen to cost at least; what each
-chunk really takes is what was measured of its neighbours, times a random factor of the measured spread.
+chunk really takes is what was measured of its neighbours, times a random factor of the measured spread. A base pass, which is
+longer, varies less, as a sum of as many independent parts as it is chunks long.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def forecast(args: argparse.Namespace) -> None:
         plain, best = model.step(ranks, found.given), model.best(ranks)
         row = {"ranks": ranks, "hours": found.run_s(best) / 3600, "best": best.shards, "bottleneck": best.bottleneck}
         for name, step in (("plain", plain), ("sharded", best)):
-            row |= {f"{name}_s": step.seconds, f"{name}_efficiency": model.efficiency(step)}
+            row |= {f"{name}_s": step.seconds}
             row[f"{name}_simulated_s"] = simulated(task, found, ranks, step.shards, spread)
         rows.append(row)
         print(row, flush=True)
@@ -107,13 +108,15 @@ def simulated(task, found: Forecast, ranks: int, count: int, spread: float) -> f
     least = np.full(owner.max() + 1, np.inf)
     np.minimum.at(least, owner, shard.each)
     slices = deal(shard.chunks, least[owner], count, ranks, shard.base_s if count > 1 else 0.0)
+    even = min(1.0, (shard.work_s / count / len(shard.chunks) / shard.base_s) ** 0.5)
     units, ends, busy = len(shard.each), np.concatenate([[0.0], np.cumsum(shard.each)]), np.zeros((DRAWS, ranks))
     for rank, own in enumerate(slices):
         starts = np.array([piece.start % units for piece in own], int)
         expected = ends[starts + np.array([len(piece) for piece in own], int)] - ends[starts]
         bases = np.full(len({piece.start // units for piece in own}) if count > 1 else 1, shard.base_s)
         for k in range(DRAWS):
-            busy[k, rank] = sum((t * draw.lognormal(0, spread, len(t))).sum() for t in (expected, bases))
+            busy[k, rank] = (expected * draw.lognormal(0, spread, len(expected))).sum()
+            busy[k, rank] += (bases * draw.lognormal(0, spread * even, len(bases))).sum()
     return float(busy.max(1).mean() + step.join_s + step.update_s)
 
 

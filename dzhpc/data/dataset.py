@@ -41,6 +41,11 @@ class DataSet:
         splits = {"train": self.train, "test": self.test}
         return {f"{n}/{k}": t for n, s in splits.items() for k, t in (("images", s.images), ("labels", s.labels))}
 
+    @property
+    def bytes(self) -> int:
+        """Of all images and labels."""
+        return sum(t.nbytes for t in self.tensors().values())
+
     def normalise(self, images: Tensor) -> Tensor:
         """float32 inputs [B, C, ...], new ones: (pixels - mean) / std, of uint8 after they were divided by 255.
 

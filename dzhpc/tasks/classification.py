@@ -28,6 +28,7 @@ class Classification(Task):
         self._check_sizes(sizes)
         self.model = fitting.build(self.config, device, **sizes)
         self.data = data_set.to(device)
+        self.data_bytes = data_set.bytes
         whole = config.data.batch_size == len(self.data.train)  # a search compares losses of one batch; order moves last bits
         shuffled = not (whole and config.zo.estimator == "pattern")
         self.batches = data.Batches(self.data, config.data.batch_size, config.run.seed, config.data.augment, shuffled)

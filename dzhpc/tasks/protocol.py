@@ -43,6 +43,7 @@ class Task(ABC):
     steps_per_epoch: at least 1. evaluation_parts: pieces of an evaluation that ranks may share, at least 1.
     summed: whether the loss of a batch is a sum over its examples; else it is their mean.
     in_shards: whether ``bind`` and ``bind_for_scores`` take a shard, so that the input may say data.shards = n above 1.
+    data_bytes: of the data set, which a node holds once; 0 where each rank has its own.
     shared: the step of a first-order estimator in parts that ranks share; None: each rank binds and differentiates the whole.
 
     Methods may raise InputError for what cannot work, NumericalError for what has stopped working, BlackBoxError where the black
@@ -57,6 +58,7 @@ class Task(ABC):
     cost: Cost = Cost()
     summed: bool = False
     in_shards: bool = False
+    data_bytes: int = 0
     shared: SharedGradient | None = None
 
     @classmethod

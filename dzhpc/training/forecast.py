@@ -78,7 +78,8 @@ class Forecast:
         """Queries, memory, engine, and the table; hours: within which the run should end. source: the input file."""
         task, index, shard = self._task, self._task.engine.index, self.model.shards[self.given]
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        cores = os.cpu_count() or 1
+        cores, data = os.cpu_count() or 1, task.data_bytes / 2**20
+        node = (cores * max(0.0, resident - data) + data) / 1024  # which holds the data once
         trials = f" and 1 to {TRIES} of {task.cost.query:,} for trials" if task.config.optim.tries else ""
         lines = [
             f"coordinates {index.size:,}, active |S| {len(self.coords):,}, "
@@ -86,8 +87,8 @@ class Forecast:
             f"queries: {self.per_step:,} a step{trials}, {self.scores:,} for scores, {self.asked:,} for evaluations, "
             f"{self.per_step * self.steps + self.scores + self.asked:,} in all",
             f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
-            f"kept features {task.engine.peak_bytes / 2**20:.1f} MiB, process {resident:.0f} MiB a rank, "
-            f"{resident * cores / 1024:.1f} GiB a node of {cores} cores",
+            f"kept features {task.engine.peak_bytes / 2**20:.1f} MiB, process {resident:.0f} MiB a rank, of which data "
+            f"{data:.0f} MiB that a node holds once, {node:.1f} GiB a node of {cores} cores",
             task.engine.explain(),
             f"timed: base pass {1e3 * shard.base_s:.1f} ms, {1e3 * self._query_s:.2f} ms a query",
             *([self._newton.text] if self._newton else []),
@@ -104,12 +105,13 @@ class Forecast:
         head = f"| ranks | s a step, {given} shard{'s' if given > 1 else ''} | efficiency |"
         head += " best shards | s a step | efficiency |" if several else ""
         lines = [f"{head} run | core-hours | held back by |", "|---" * (9 if several else 6) + "|"]
+        one, least = self.model.step(1, given), self.model.best(1)
         for n in ranks:
             plain = self.model.step(n, given)
             best = self.model.best(n) if several else plain
-            row = [str(n), f"{plain.seconds:.3g}", f"{100 * self.model.efficiency(plain):.0f} %"]
+            row = [str(n), f"{plain.seconds:.3g}", f"{100 * self.model.efficiency(plain, one):.0f} %"]
             if several:
-                row += [str(best.shards), f"{best.seconds:.3g}", f"{100 * self.model.efficiency(best):.0f} %"]
+                row += [str(best.shards), f"{best.seconds:.3g}", f"{100 * self.model.efficiency(best, least):.0f} %"]
             hours = self.run_s(best) / 3600
             row += [duration(3600 * hours), f"{hours * n * self._task.config.run.threads:.3g}", best.bottleneck]
             lines.append(f"| {' | '.join(row)} |")

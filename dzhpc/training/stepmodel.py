@@ -149,9 +149,9 @@ class StepModel:
         shortest = min(step.seconds for step in steps)
         return next(step for step in steps if step.seconds <= 1.02 * shortest)
 
-    def efficiency(self, step: Step) -> float:
-        """The time of a step on one rank, with the batch whole where that was timed, over the core-seconds of this one."""
-        return self.step(1, min(self.shards)).seconds / (step.ranks * step.seconds)
+    def efficiency(self, step: Step, one: Step) -> float:
+        """The seconds of ``one``, a step on one rank, over the rank-seconds of this one."""
+        return one.seconds / (step.ranks * step.seconds)
 
 
 def measure(

@@ -37,6 +37,7 @@ class DefenseTask(Task):
         self.config = config.model_copy(deep=True)
         seed, task = config.run.seed, config.task
         self.data = as_pixels(data_set).to(device)
+        self.data_bytes = data_set.bytes
         self.model, self._layout = build_denoiser(self.config, self.data, device)
         self.batches = data.Batches(self.data, config.data.batch_size, seed, config.data.augment)
         self.box = self._network = None

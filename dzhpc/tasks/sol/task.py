@@ -42,6 +42,7 @@ class SolTask(Task):
         self.config = config.model_copy(deep=True)
         task, zo, batch = config.task, config.zo, config.data.batch_size
         self.reference = data_set.to(device)
+        self.data_bytes = sum(getattr(data_set, split).states.nbytes for split in reference.SPLITS)
         self._where = self.reference.where()
         self.simulator = make_simulator(task, self.reference, device, threads=config.run.threads)
         self._check_keys()
