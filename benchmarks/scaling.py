@@ -128,33 +128,26 @@ def table(args: argparse.Namespace) -> None:
     figure = Figure(figsize=(9, 3.2 * -(-len(files) // 2)), layout="constrained")
     for k, file in enumerate(files, 1):
         about = json.loads(file.read_text())
+        name, size, first = about["problem"], f"{about['coordinates']:,}", about["rows"][0]
         print(
-            f"\n### {about['problem']}\n\n|S| = {about['coordinates']:,}; network: {about['network']}; a chunk varies by", end=" "
+            f"\n### {name}\n\n|S| = {size}; network {about['network']}; a chunk's time varies by {100 * about['spread']:.1f} %.\n"
         )
-        print(
-            f"{100 * about['spread']:.1f} %.\n\n| shards | base pass of one, s | queries of one, s | chunks |\n|---|---|---|---|"
-        )
+        print("| shards | base pass of one, s | queries of one, s | chunks |\n|---|---|---|---|")
         for n, p in about["pieces"].items():
             print(f"| {n} | {p['base_s']:.3g} | {p['queries_s']:.4g} | {p['chunks']:,} |")
+        of_each = "s a step | simulated | efficiency"
         print(
-            "\n| ranks | s a step, shards as given | simulated | efficiency | best shards | s a step | simulated | efficiency |",
-            end="",
+            f"\n| ranks | shards as given: {of_each} | best shards | {of_each} | run, hours | held back by |",
+            "|---" * 10 + "|",
+            sep="\n",
         )
-        print(" run, hours | held back by |\n" + "|---" * 10 + "|")
         for r in about["rows"]:
-            row = [
-                f"{r['ranks']:,}",
-                f"{r['plain_s']:.3g}",
-                f"{r['plain_simulated_s']:.3g}",
-                f"{100 * r['plain_efficiency']:.0f} %",
-            ]
-            row += [
-                r["best"],
-                f"{r['sharded_s']:.3g}",
-                f"{r['sharded_simulated_s']:.3g}",
-                f"{100 * r['sharded_efficiency']:.0f} %",
-            ]
-            print(f"| {' | '.join(map(str, row))} | {r['hours']:.3g} | {r['bottleneck']} |")
+            row = [f"{r['ranks']:,}"]
+            for kind in ("plain", "sharded"):
+                seconds, efficiency = r[f"{kind}_s"], first[f"{kind}_s"] / r[f"{kind}_s"] / r["ranks"]
+                row += [str(r["best"])] if kind == "sharded" else []
+                row += [f"{seconds:.3g}", f"{r[f'{kind}_simulated_s']:.3g}", f"{100 * efficiency:.0f} %"]
+            print(f"| {' | '.join(row)} | {r['hours']:.3g} | {r['bottleneck']} |")
         axes = figure.add_subplot(-(-len(files) // 2), 2, k)
         for n, seconds in about["series"].items():
             axes.loglog(stepmodel.RANKS, seconds, marker=".", label=f"{n} shard{'s' if n != '1' else ''}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from dzhpc.engines.pinned import Pinned
 from dzhpc.job import device as devices
@@ -22,8 +23,8 @@ from dzhpc.tasks import Task
 from dzhpc.training.dealing import deal, pieces
 
 CHUNKS = 12  # timed, spread evenly over the network
-SMALLEST = 32  # examples in a shard that the model proposes: fewer are too few for a BatchNorm
-SHARDS = (1, 2, 4, 8, 16, 32)
+SMALLEST = 32  # examples in a shard that the model proposes where a BatchNorm sees them: fewer are too few for it
+MOST = 32  # shards that it proposes
 RANKS = [2**k for k in range(15)]
 
 
@@ -161,15 +162,24 @@ def measure(
 
     Parameters, buffers and random numbers are left as they were. A black box is asked for it.
     """
-    size, given = task.config.data.batch_size, task.config.data.shards
-    possible = [n for n in SHARDS if every and task.in_shards and size % n == 0 and size // n >= SMALLEST]
     shards = {}
-    for count in sorted({given, *possible}):
+    for count in sorted({task.config.data.shards, *(possible(task) if every and task.in_shards else [])}):
         with _shards(task, count), Pinned(task.model, task.engine.index.device).unchanged():
             shards[count] = _timed(task, estimator, coords, count)
     buffers = sum(b.numel() for b in task.model.buffers())
     update_s = 0.0 if task.config.optim.name == "gauss-newton" else _update_s(task)
     return StepModel(shards, buffers, update_s, network, task.engine.index.parameters[0].element_size(), solve)
+
+
+def possible(task: Task) -> list[int]:
+    """Numbers of shards that make sense, each at least twice the one before. A batch is bound."""
+    norms = [m for m in task.model.modules() if isinstance(m, _NormBase)]
+    smallest = SMALLEST if any(m.training or m.running_mean is None for m in norms) else 1
+    size, found = task.config.data.batch_size, [1]
+    for n in range(2, min(MOST, size // smallest) + 1):
+        if size % n == 0 and n >= 2 * found[-1]:
+            found.append(n)
+    return found
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """The model of a step: beside an event simulation of the actual slices, and by hand where that is possible."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from dzhpc.training.stepmodel import INFINIBAND, Network, Shard, StepModel
+from dzhpc import config
+from dzhpc.training.stepmodel import INFINIBAND, Network, Shard, StepModel, possible
 
 RANDOM = np.random.default_rng(0)
 CHUNKS = [range(k, min(k + 8, 3000)) for k in range(0, 3000, 8)]
@@ -37,6 +41,13 @@ def test_shards_pay_where_the_base_pass_holds_back():
     assert model().best(1).shards == 1
     one = model().best(1)
     assert model().efficiency(best, one) > 2 * model().efficiency(plain, one)
+
+
+@pytest.mark.parametrize(("size", "norm", "numbers"), [(512, True, [1, 2, 4, 8, 16]), (48, True, [1]), (3, False, [1, 3])])
+def test_shards_that_are_proposed_divide_the_batch_and_leave_a_batchnorm_enough(size, norm, numbers):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3)).train(norm)
+    task = SimpleNamespace(model=model, config=config.load(None, [f"data.batch_size={size}"]))
+    assert possible(task) == numbers
 
 
 def test_a_join_takes_latency_and_bandwidth():
