@@ -170,6 +170,7 @@ def test_the_stop_file_in_a_long_step(place):
 
     def meanwhile(_) -> None:
         until(lambda: at(place, 0, 1), "step 1")
+        time.sleep(0.6)  # what comes first may be an evaluation
         (place / "file" / "STOP").touch()
 
     result = train(place, 1, "file", *args, meanwhile=meanwhile)
