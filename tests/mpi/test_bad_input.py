@@ -31,7 +31,7 @@ BEFORE_ANYTHING = {
     "not-together": ("digits.toml", sets(sparsity__target="weights"), 2, ["digits.toml", "sparsity.target", '"static"']),
     "no-such-choice": ("digits.toml", sets(zo__estimator="spsa"), 2, ["zo.estimator = 'spsa'", "cge", "rge"]),
     "no-file": ("nowhere.toml", [], 2, ["nowhere.toml", "No such file"]),
-    "a-folder": (".", [], 2, ["Is a directory"]),
+    "a-folder": ("empty", [], 2, ["empty", "Is a directory"]),
     "bad-toml": ("broken.toml", [], 2, ["broken.toml", "not valid TOML", "line 2"]),
     "not-text": ("binary.toml", [], 2, ["binary.toml", "not valid TOML"]),
     "no-data": ("cifar.toml", sets(data__root="empty"), 2, ["empty/cifar10", "python -m dzhpc.fetch cifar10 --root empty"]),
