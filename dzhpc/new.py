@@ -4,6 +4,8 @@
 """
 
 import argparse
+import importlib.util
+import keyword
 from pathlib import Path
 
 from dzhpc.config import paths
@@ -40,6 +42,12 @@ def write(given: str, kind: str) -> str:
     """Write the folder; what to do next. Raises InputError where it cannot be."""
     if not given.isidentifier():
         raise InputError(f"{given}: expected a name that Python can import: letters, digits, underscores, no digit first")
+    if paths.absolute(given).exists():
+        raise InputError(f"{given}: is there already; choose another name")
+    if keyword.iskeyword(given) or given == "dzhpc" or importlib.util.find_spec(given):
+        raise InputError(
+            f"{given}: is a word or a module of Python's, which yours would hide or be hidden by; choose another name"
+        )
     folder = paths.absolute(given)
     texts = {path.name.removesuffix(".in"): path.read_text(encoding="utf-8") for path in (SKELETONS / kind).iterdir()}
     files = {name.replace("NAME", given): text for name, text in texts.items()}
@@ -48,8 +56,6 @@ def write(given: str, kind: str) -> str:
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(text.replace("NAME", given), encoding="utf-8")
-    except FileExistsError:
-        raise InputError(f"{given}: is there already; choose another name") from None
     except OSError as error:
         raise InputError(f"{given}: cannot be written ({error.strerror})") from None
     run = next(line for line in files[f"{given}.toml"].splitlines() if line.startswith("# Run")).removeprefix("# Run").strip()

@@ -26,7 +26,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("dzhpc.train", description="Train by function queries alone; restart where a run was left.")
     p.add_argument("input", nargs="?", help="TOML input file; without one the defaults of inputs/resnet20.toml")
     p.add_argument("--run-dir", type=paths.option, help="the run folder (default: run.dir/run.name)")
-    p.add_argument("--restart", default="auto", metavar="auto|never|FILE", help="auto: from the newest valid checkpoint, if any")
+    p.add_argument(
+        "--restart",
+        default="auto",
+        metavar="auto|never|FILE",
+        help="auto: from the newest valid checkpoint, if any; FILE: a checkpoint or a run folder",
+    )
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. zo.mu=1e-3; may be repeated"
     )

@@ -142,7 +142,12 @@ def _read(path: Path) -> dict[str, Any]:
     if path == Path():  # $INPUT, with INPUT unset
         raise InputError('"": an empty name; give the path of a TOML input file')
     try:
-        text = paths.content(path).decode("utf-8-sig")
+        content = paths.content(path)
+        if content.startswith(b"dzhpc sha256 "):
+            raise InputError(
+                f"{paths.shown(path)}: is a file that dzhpc wrote (`python -m dzhpc.info` shows it), no TOML input file"
+            )
+        text = content.decode("utf-8-sig")
         return tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise InputError(f"{paths.shown(path)}: cannot be read ({error.strerror}); give the path of a TOML input file") from None

@@ -38,7 +38,7 @@ def read(folder: Path) -> Curves:
     """One run. Raises InputError if the folder holds no metrics."""
     path = folder / "metrics.h5"
     if not path.exists():
-        raise InputError(f"{folder}: no metrics.h5; expected a run folder that has trained at least one step")
+        raise InputError(f"{shown(folder)}: no metrics.h5; expected a run folder that has trained at least one step")
     return Curves(folder.resolve().name, *load_columns(path))
 
 

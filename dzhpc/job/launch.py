@@ -108,7 +108,7 @@ def start(
         if stops:
             tell_job_script("LISTENING")
         tasks = os.environ.get("SLURM_NTASKS", "1")
-        if tasks.isdigit() and int(tasks) > 1 and not process.launched():
+        if tasks.isdecimal() and int(tasks) > 1 and not process.launched():
             log.warning("SLURM_NTASKS = %s, but this is one process; start with mpirun to use them all", tasks)
     return loaded
 

@@ -92,7 +92,7 @@ def read(path: Path) -> dict | None:
         except ValueError:
             time.sleep(0.05)  # being written just now
             continue
-        if isinstance(found, dict) and set(process.identity()) <= set(found) and str(found["pid"]).isdigit():
+        if isinstance(found, dict) and set(process.identity()) <= set(found) and str(found["pid"]).isdecimal():
             return found
         raise LaunchError(f"{shown(path)}: is no lock that dzhpc wrote; remove it if nobody is at work there")
     return None

@@ -62,7 +62,7 @@ def unsized_rank() -> tuple[str, int] | None:
 
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0
 
 
 def mapped_segments() -> list[str]:

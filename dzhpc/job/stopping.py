@@ -120,7 +120,7 @@ class Requests:
     def __init__(self, config: Config, folder: Path | None):
         self._start, self._walltime = time.monotonic(), config.stop.walltime
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._deadline = float(end) - config.run.deadline_margin if end.isdigit() else None
+        self._deadline = float(end) - config.run.deadline_margin if end.isdecimal() else None
         self._file, self._next_look = folder / "STOP" if folder else None, 0.0
         self._patience = min(LONG_STEP, config.run.deadline_margin / 2)
         self._found, self._since = Reason.NONE, 0.0

@@ -19,8 +19,8 @@ from dzhpc.engines import selfcheck
 from dzhpc.engines.full import Full
 from dzhpc.engines.pinned import Pinned, seed
 from dzhpc.errors import message_of
-from dzhpc.files.checkpoint import State, load_checkpoint
-from dzhpc.files.runfolder import RunFolder
+from dzhpc.files.checkpoint import State
+from dzhpc.files.runfolder import RunFolder, load_state
 from dzhpc.files.tensors import check_tensors
 from dzhpc.job import device as devices
 from dzhpc.job import process
@@ -72,7 +72,7 @@ def task_of(world: World, config: Config, device: torch.device, restarts: bool) 
 def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] | None, report: Report, quiet: bool) -> Reason:
     """Start or restart in the run folder ``path`` and train; why it ended. Collective. Meanwhile the root holds its lock.
 
-    restart: "auto", "never" or a checkpoint. ranks: where they run, on the root. report: writes that of the run folder.
+    restart: "auto", "never", a checkpoint or run folder. ranks: where they run, on the root. report: draws.
     """
     folder = RunFolder(path)
     lock = Lock(folder.path)
@@ -138,7 +138,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
     elif restart == "never":
         source, state = "", None
     else:
-        source, state = restart, load_checkpoint(restart)
+        source, state = load_state(restart)
     if state is not None:
         check_restart(state, source, task)
     if state is None:

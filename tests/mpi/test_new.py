@@ -17,6 +17,7 @@ def written(tmp_path_factory):
     (folder / "data").mkdir()
     cases = [Case(f"new-{kind}", "new", [f"my_{kind}", "--kind", kind]) for kind in KINDS]
     cases += [Case("again", "new", ["my_sol", "--kind", "sol"]), Case("digit", "new", ["2-fast"])]
+    cases += [Case(name, "new", [name]) for name in ("dzhpc", "json", "class")]
     cases += [Case("simulate", "simulate", ["my_sol/my_sol.toml", "-o", "data/my_sol.h5"])]
     cases += [Case(kind, "train", [f"my_{kind}/my_{kind}.toml", *sets(stop__steps=2, data__root="data")]) for kind in KINDS]
     return folder, batch(1, folder, cases, timeout=120)
@@ -35,6 +36,9 @@ def test_a_new_problem_runs_at_once(written, kind):
 
 def test_what_is_there_already_is_left_alone(written):
     written[1]["again"].error(2, "my_sol: is there already")
+    for name in ("dzhpc", "json", "class"):  # a folder dzhpc/ would hide this package
+        written[1][name].error(2, f"{name}: is a word or a module of Python's")
+        assert not (written[0] / name).exists()
     written[1]["digit"].error(2, "2-fast: expected a name that Python can import")
 
 

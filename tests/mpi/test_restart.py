@@ -133,7 +133,7 @@ HALVES = {
     "frozen-epochs": (nothing, sets(stop__epochs=5)),
     "frozen-data": (nothing, sets(data__train_limit=300)),
     "refused": (nothing, [*restart("refused", 2), *sets(sparsity__ratio=0.6)]),
-    "refused-fresh": (shutil.rmtree, [*restart("half/sgd", N), *sets(optim__lr=0.06)]),
+    "refused-fresh": (shutil.rmtree, ["--restart", "half/sgd", *sets(optim__lr=0.06)]),
     "free": (
         nothing,
         sets(checkpoint__keep=2, checkpoint__every_steps=3, checkpoint__every_minutes=5.0, data__root="/elsewhere"),
@@ -278,7 +278,7 @@ def test_restart_from_a_file_of_another_folder(first, second):
         ("frozen-epochs", ["stop.epochs = 4.0, now 5.0"]),
         ("frozen-data", ["data.train_limit = 336, now 300"]),
         ("refused", ["sparsity.ratio = 0.5, now 0.6", "frozen keys cannot change on restart"]),
-        ("refused-fresh", ["optim.lr = 0.05, now 0.06"]),
+        ("refused-fresh", [f"half/sgd/checkpoints/step-0000000{N}.h5", "optim.lr = 0.05, now 0.06"]),
         ("changing", ["changing/checkpoints/step-00000005.h5", "another model", "changing:Net"]),
     ],
 )

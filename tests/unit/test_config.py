@@ -465,6 +465,8 @@ def test_an_input_may_be_a_pipe_and_what_never_begins_or_ends_is_refused(tmp_pat
     assert (found.zo.q, found.run.name) == (7, "a")
     with pytest.raises(InputError, match=r"/dev/zero: more than 16 MiB, so it is no input file"):
         config.load("/dev/zero")
+    with pytest.raises(InputError, match=r"b\.h5: is a file that dzhpc wrote .*, no TOML input file"):
+        config.load(write(tmp_path, "dzhpc sha256 0123", "b.h5"))
     with pytest.raises(InputError, match="an empty name; give the path of a TOML input file"):
         config.load("")  # $INPUT, unset
 
