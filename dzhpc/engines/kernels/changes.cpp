@@ -548,26 +548,40 @@ struct Worker {
 
     long across() const { return std::max(1L, RUN / (lanes * s.pool * s.pool)); }  // pixels that leave, in a tile
 
+    // work(coordinates, channels: begin and end of both), of which each goes over all pixels: so that memory is read on and on, and
+    // what coordinates share is at hand.
+    template <class Work>
+    void in_order(const Work& work) const {
+        if (s.source == 2) return work(begin, end, 0, s.channels);  // what planes have at a place serves all channels
+        for (long c = 0; s.source == 0 && c < s.channels; ++c) work(begin, end, c, c + 1);
+        for (long p = begin, next; s.source == 1 && p < end; p = next) {
+            for (next = p + 1; next < end && s.channel[next] == s.channel[p];) ++next;
+            work(p, next, 0, 1);
+        }
+    }
+
     // Sums over pixels and the slice -> [P, C (1 for planes), slices, 2].
     void sum(double* sums, long slice, long slices) {
         const long own = own_channels(), wide = std::max(1L, RUN / lanes);
         std::vector<Sums> found((end - begin) * own);
         const V factor = all(static_cast<float>(s.factor));
-        for (long h = 0; h < s.height; ++h)
-            for (long x = 0; x < s.width; x += wide)
-                for (long p = begin; p < end; ++p)
-                    for (long c = 0; c < own; ++c) {
-                        long step, count = std::min(wide, s.width - x);
-                        const D* d = changes(p, c, h, x, count, step, rows.data);
-                        const X* centred = static_cast<const X*>(s.centred) +
-                                           ((channel(p, c) * s.height + h) * s.width + x) * s.batch + first;
-                        Sums& to = found[(p - begin) * own + c];
-                        if (step == lanes && s.batch == lanes) {
-                            add_up(d, centred, count * lanes, factor, to);
-                        } else {
-                            for (long k = 0; k < count; ++k) add_up(d + k * step, centred + k * s.batch, lanes, factor, to);
+        in_order([&](long p_begin, long p_end, long c_begin, long c_end) {
+            for (long h = 0; h < s.height; ++h)
+                for (long x = 0; x < s.width; x += wide)
+                    for (long p = p_begin; p < p_end; ++p)
+                        for (long c = c_begin; c < c_end; ++c) {
+                            long step, count = std::min(wide, s.width - x);
+                            const D* d = changes(p, c, h, x, count, step, rows.data);
+                            const X* centred = static_cast<const X*>(s.centred) +
+                                               ((channel(p, c) * s.height + h) * s.width + x) * s.batch + first;
+                            Sums& to = found[(p - begin) * own + c];
+                            if (step == lanes && s.batch == lanes) {
+                                add_up(d, centred, count * lanes, factor, to);
+                            } else {
+                                for (long k = 0; k < count; ++k) add_up(d + k * step, centred + k * s.batch, lanes, factor, to);
+                            }
                         }
-                    }
+        });
         for (long k = 0; k < (end - begin) * own; ++k) {
             double* to = sums + ((begin * own + k) * slices + slice) * 2;
             to[0] = total(found[k].plain), to[1] = total(found[k].crossed);
@@ -578,15 +592,13 @@ struct Worker {
     template <int POOL>
     void apply(const Coefficients* coefficients) {
         const long own = own_channels(), wide = across(), pool = POOL ? POOL : s.pool;
-        const auto area = [&](long p_begin, long p_end, long c_begin, long c_end) {
+        in_order([&](long p_begin, long p_end, long c_begin, long c_end) {
             for (long y = 0; y < s.rows; ++y)
                 for (long x = 0; x < s.columns; x += wide)
                     for (long p = p_begin; p < p_end; ++p)
                         for (long c = c_begin; c < c_end; ++c)
                             tile<POOL>(p, c, y, x, std::min(wide, s.columns - x), pool, coefficients[p * own + c]);
-        };
-        if (s.source == 2) area(begin, end, 0, own);  // what planes have at a place serves all channels
-        for (long c = 0; s.source != 2 && c < own; ++c) area(begin, end, c, c + 1);  // memory is read on and on
+        });
         if (!s.mean) return;
         const V part = all(1.0f / (s.rows * s.columns));
         for (long p = begin; p < end; ++p)
