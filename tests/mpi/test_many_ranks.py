@@ -8,7 +8,7 @@ pytestmark = pytest.mark.long
 CONTINUED = {3: 8, 8: 5}  # ranks on which a step is left -> ranks that complete it
 SMALL = ["digits.toml", *sets(stop__steps=2, run__deadline_margin=0.01, sparsity__scores="random", checkpoint__every_steps=9)]
 KINDS = {
-    "delta": sets(zo__estimator="userland:LeftCGE", zo__engine="delta", zo__memory_mb=0.05, sparsity__ratio=0.3),
+    "delta": sets(zo__estimator="userland:LeftCGE", zo__engine="delta", zo__memory_mb=0.175, sparsity__ratio=0.3),
     "full": sets(zo__estimator="userland:LeftCGE", zo__engine="full", sparsity__ratio=0.95),
     "rge": sets(zo__estimator="userland:LeftRGE", zo__engine="delta", zo__q=25),
 }

@@ -43,6 +43,12 @@ def test_a_rank_without_a_compiler_is_refused_unless_nodes_may_be_mixed(place):
     difference = ("rank 1 on host ", "compiled = False", "; rank 0 on host ", "compiled = True")
     train(place, "uncompiled", *delta, second=bare).said_once(4, *difference, "run.mixed_nodes")
     assert not (place / "uncompiled").exists()
+    failing = place / "failing"
+    failing.write_text("#!/bin/sh\necho 'error: no space left' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    lacks = ("rank 1 on host ", "kernels = none", "; rank 0 on host ", "kernels = winograd", "run.mixed_nodes")
+    train(place, "uncompiled", *delta, second=[f"CXX={failing}"]).said_once(4, *lacks)
+    assert not (place / "uncompiled").exists()
     mixed = train(place, "mixed", *delta, *sets(run__mixed_nodes=True), second=bare)
     mixed.error(0, *difference, "bits may depend on the number of ranks")
     assert attributes(checkpoints(place / "mixed")[-1], "state")["step"] == 2

@@ -99,7 +99,7 @@ CASES = dict([
     train("delta-autograd", "digits", SMALL + FIRST_ORDER),
     train("delta-norms", "norms", SMALL),
     train("delta-vit", "digits", SMALL + VIT),
-    train("delta-memory", "digits", SMALL + "zo.memory_mb=0.1 stop.steps=2"),
+    train("delta-memory", "digits", SMALL + "zo.memory_mb=0.35 stop.steps=2"),
     train("delta-weights", "digits", SMALL + "model.weights=written/digits",
           ["--set", 'model.trainable=["fc.*","features.4.*"]']),
     train("delta-bf16", "digits", SMALL + "zo.precision=bf16", bf16=True, **FEW),

@@ -35,6 +35,7 @@ from dzhpc.method.coordinates import ParameterIndex, cut
 
 log = logging.getLogger("dzhpc")
 COPIES = 4  # of the largest change downstream that are alive at once
+PLAIN_COPIES = 14  # where nothing is compiled: an operation's intermediate values, too
 NAMED = 6  # operations of a route in an explanation
 LARGEST = 64  # coordinates in a chunk: more would save little
 
@@ -215,7 +216,8 @@ class Delta(BatchEngine):
     def _size(self, owner: int) -> int:
         """How many coordinates of a parameter fit into the budget. Raises InputError if not one does."""
         every, sized = self.index.parameters[owner].numel(), self._sized(owner)
-        bytes_each = max(1, COPIES * sized.widest if sized else 0)
+        promised = self._limit is not None and not self._kernels.compiling  # a cache need not hold all of it
+        bytes_each = max(1, (PLAIN_COPIES if promised else COPIES) * sized.widest if sized else 0)
         if self._limit is not None and bytes_each > self._limit:
             raise InputError(
                 f"zo.memory_mb = {self._limit / 2**20:g}: one coordinate of {self.index.names[owner]} needs "

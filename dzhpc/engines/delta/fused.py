@@ -74,6 +74,8 @@ class Fused:
 
     def advance(self, run: Run, changes: dict[fx.Node, Change | Origin | list[Change]]) -> None:
         """Add to ``changes`` those that leave the run; each a :class:`Change` of [P, ...]."""
+        if not self._kernels.compiling:
+            return self._plainly(run, changes)
         inputs = (a for node in run.nodes for a in node.all_input_nodes if a in changes and a not in run.nodes)
         given = {a: self._laid_out(changes[a]) for a in inputs}
         moving = _tensors(given)
@@ -90,6 +92,21 @@ class Fused:
         for left, data in zip(passes.leaving, out, strict=False):
             channel = None if left.channel is None else channels[left.channel]
             changes[left.node] = Change(data if channel is None else self._for_readers(left.node, data), channel, left.axis)
+
+    def _plainly(self, run: Run, changes: dict[fx.Node, Change | Origin | list[Change]]) -> None:
+        """The same, operation by operation: tracing takes seconds that no compiler earns back."""
+        operations = self._operations
+        inputs = {a: changes[a] for node in run.nodes for a in node.all_input_nodes if a in changes}
+        known = {a: c.now() if isinstance(c, Origin) else c for a, c in inputs.items()}
+        known = {a: Change(c.data.to(operations.dtype), c.channel, c.axis, c.means) for a, c in known.items()}
+        last = {a: node for node in run.nodes for a in node.all_input_nodes}
+        for node in run.nodes:
+            incoming = operations.incoming(node, known)
+            known[node] = operations.rule(node, incoming).function(operations.at_hand(node, incoming))
+            if node in run.leaving:
+                changes[node] = operations.travelling(known[node])
+            for a in [a for a, reader in last.items() if reader is node]:
+                known.pop(a, None)
 
     def _trace(self, run: Run, given: Given, moving: dict[Key, Tensor], axes: list[int | None]) -> _Passes:
         """The programs for incoming changes like these; axes: where each of ``moving`` has its coordinates."""

@@ -24,7 +24,7 @@ from dzhpc.engines.kernels.symbolic import Range, alone, any_count, for_count, f
 from dzhpc.job import processor
 
 SMALL = 2**11  # elements a coordinate: less work than this is not worth a compiler's second
-WORTH = 4e12  # queries of a run times bytes of a base pass's values that pay for a compiler: two million queries of the digits
+WORTH = 1e12  # queries of a run times bytes of a base pass's values that pay for a compiler: see benchmarks/results/delta.md
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
