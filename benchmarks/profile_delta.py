@@ -1,6 +1,7 @@
 """Where the time of a gradient by engine ``delta`` goes: FLOPs and bytes a query, against what the machine can do.
 
-``python benchmarks/profile_delta.py --model resnet20 --batch 128 --precision bf16``
+``python benchmarks/profile_delta.py --model resnet20 --batch 128 --precision bf16 --device cuda``
+For a GPU: on a CPU most convolutions are part of the passes behind them, which ``benchmarks/engines.py`` counts.
 Convolutions count 2 k^2 C_in O H W B FLOPs a coordinate (C_in = 1 where a change lives in one channel). The fused passes count
 the bytes of the changes that enter them (twice: for the sums and for the rest) and that leave them; base values come on top.
 """
@@ -47,11 +48,11 @@ def measured(args: argparse.Namespace) -> tuple[dict, float, int]:
     advance = Propagation.advance
 
     def timed(self, run, changes):
-        before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if a in changes}
+        before = {a: changes[a] for n in run.nodes for a in n.all_input_nodes if isinstance(changes.get(a), Change)}
         seconds = taken(device, lambda: advance(self, run, changes))
-        out = [changes[n].data for n in run.nodes if n in changes]
+        out = [changes[n].data for n in run.nodes if isinstance(changes.get(n), Change)]
         module = self.operations.module(run.nodes[0])
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, torch.nn.Conv2d) and out:
             one = next(iter(before.values())).channel is not None
             work = 2 * module.weight[0].numel() * out[0].numel() / (module.in_channels if one else 1)
             found_add("convolutions, one channel in" if one else "convolutions", seconds, work, 0)
