@@ -668,7 +668,7 @@ struct Worker {
 };
 
 template <class D, class O, class X>
-void pass(const Pass& s) {
+void pass_at_once(const Pass& s) {
     const long slices = slices_of(s.batch, SLICE), own = s.source == 1 ? 1 : s.channels;
     // coordinates that share base values in cache: those whose planes fit there, or all
     const long plane = s.source == 2 ? s.plane_height * s.plane_width * std::min<long>(s.batch, SLICE) * 4 : 0;
@@ -710,6 +710,19 @@ void pass(const Pass& s) {
         else
             worker.template apply<0>(found.data());
     });
+}
+
+template <class D, class O, class X>
+void pass(Pass s) {
+    if (s.source != 1 || !s.normalised || s.threads > 1) return pass_at_once<D, O, X>(s);
+    const long coords = s.coords, out = s.mean ? s.batch : s.rows * s.columns * s.batch;
+    for (long p = 0; p < coords; p += s.coords) {  // those of one channel: the pass finds what the sums have read in a cache
+        s.coords = 1;
+        while (p + s.coords < coords && s.channel[s.coords] == s.channel[0]) ++s.coords;
+        pass_at_once<D, O, X>(s);
+        s.offsets += s.coords, s.channel += s.coords;
+        s.outs = static_cast<float*>(s.outs) + s.coords * out;
+    }
 }
 
 // A convolution and the pass behind it, few coordinates at a time: what the convolution makes stays in a cache.
