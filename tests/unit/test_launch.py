@@ -79,7 +79,7 @@ def test_what_started_this_process(monkeypatch, launched, rank, environment):
 def test_a_rank_alone_gets_what_it_gives():
     world = World()
     assert (world.rank, world.size, world.local_rank, world.local_size, world.is_root) == (0, 1, 0, 1, True)
-    assert [world.bcast(3), world.scatter([4]), world.maximum(5)] == [3, 4, 5]
+    assert [world.bcast(3), world.scatter_numbers([np.array([4, 7])]).tolist(), world.maximum(5)] == [3, [4, 7], 5]
     assert world.gather(6) == world.allgather(6) == [6]
     negative_zero = world.join(np.array([-0.0, -1.5, np.nan]))
     assert not np.signbit(negative_zero[0]) and negative_zero[1] == -1.5 and np.isnan(negative_zero[2])
