@@ -140,7 +140,7 @@ def parse_written(text: str, source: str) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     if path == Path():  # $INPUT, with INPUT unset
-        raise InputError('"": an empty name; give the path of a TOML input file')
+        raise InputError('an empty name or "." is no file; give the path of a TOML input file')
     try:
         content = paths.content(path)
         if content.startswith(b"dzhpc sha256 "):
