@@ -82,6 +82,11 @@ class World:
             self._comm.Bcast(out)
         return out
 
+    def bcast_into(self, values: np.ndarray) -> None:
+        """Overwrite ``values`` by the root's, of the same shape and dtype."""
+        with self._timed():
+            self._comm.Bcast(values)
+
     def scatter_numbers(self, pieces: list[np.ndarray] | None) -> np.ndarray:
         """``pieces[rank]`` of root's list: whole numbers [n], int64, n being each piece's own."""
         with self._timed():

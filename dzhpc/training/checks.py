@@ -66,6 +66,17 @@ def check_replicas(world: World, step: int, tensors: dict[str, torch.Tensor]) ->
         )
 
 
+@torch.no_grad()
+def follow_root(world: World, config: configuration.Config, tensors: dict[str, torch.Tensor]) -> None:
+    """With run.mixed_nodes replicas become the root's: other processors draw and update them in other last digits. Collective."""
+    if not config.run.mixed_nodes or world.size == 1:
+        return
+    for tensor in tensors.values():
+        held = tensor.detach().cpu().contiguous()
+        world.bcast_into(held.reshape(-1).view(torch.uint8).numpy())
+        tensor.copy_(held)
+
+
 def check_finite(
     step: int, loss: float, estimate: torch.Tensor, estimator: Estimator, distribution: Distribution, advice: Callable[..., str]
 ) -> None:

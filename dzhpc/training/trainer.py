@@ -72,6 +72,7 @@ class Trainer:
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""
+        checks.follow_root(self.world, self.config, self.state.replicated())
         checks.check_replicas(self.world, self.state.step, self.state.replicated())
         record = self._record
         found = self.world.bcast((record.evaluated_step, record.accuracy, record.on_record))  # the root read them
@@ -138,6 +139,7 @@ class Trainer:
         )  # fmt: skip
         self._record.add_step(made)
         progress.show(made, self.budget.steps_left(step, n), self._pattern.scorings(step, self.budget.last_step))
+        checks.follow_root(self.world, self.config, state.replicated())
         if state.step % self.config.run.check_every == 0:
             checks.check_replicas(self.world, state.step, state.replicated())
         if state.step % self._evaluation_interval == 0:

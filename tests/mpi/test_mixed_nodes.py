@@ -27,6 +27,13 @@ def test_another_processor_is_refused(place):
 
 
 @narrower
+def test_mixed_nodes_are_let_in_and_stay_replicas(place):
+    mixed = sets(run__mixed_nodes=True, run__check_every=1)
+    train(place, "let-in", *mixed, second=["ATEN_CPU_CAPABILITY=default"]).said_once(0, "bits may depend on the number of ranks")
+    assert attributes(checkpoints(place / "let-in")[-1], "state")["step"] == 2
+
+
+@narrower
 def test_a_restart_on_another_processor_warns(place):
     command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", "moved"]
     run([*command, *FEW], place).succeeded()
