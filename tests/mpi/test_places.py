@@ -2,11 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
-from mpi_launch import Case, Result, batch, checkpoints, column, sets, tensor
+from mpi_launch import MPIRUN, Case, Result, batch, checkpoints, column, sets, tensor
 
 USER = """
-import multiprocessing, os, tempfile, time
+import multiprocessing, os, subprocess, sys, tempfile, time
 import numpy as np
 
 
@@ -34,6 +35,21 @@ class Forks:
         child.start(), child.terminate(), child.join()
         with fork.Pool(2) as pool:
             return np.array(pool.map(value, list(thetas)))
+
+
+class Launches:  # a program by an mpirun of its own, in the first call
+    target = None
+
+    def initial(self):
+        return np.linspace(0.1, 1, 6)
+
+    def __call__(self, thetas, step):
+        if self.target is None:
+            command = [os.environ["LAUNCHER"], "-n", "2", "--oversubscribe", sys.executable, "-c"]
+            program = "from mpi4py import MPI; print(MPI.COMM_WORLD.size)"
+            said = subprocess.run([*command, program], check=True, capture_output=True, text=True, timeout=60).stdout
+            self.target = sum(int(size) for size in said.split()) / 4
+        return ((thetas - self.target) ** 2).sum(1)
 """
 SHORT = sets(stop__epochs=3, task__retries=0, checkpoint__every_steps=1)
 
@@ -42,7 +58,7 @@ SHORT = sets(stop__epochs=3, task__retries=0, checkpoint__every_steps=1)
 def done(place) -> dict[str, Result]:
     """First starts, whose files are then taken away."""
     (place / "user.py").write_text(USER)
-    objective = lambda name, *args: Case(name, "train", ["objective.toml", *SHORT, *args])  # noqa: E731
+    objective = lambda name, *args, env={}: Case(name, "train", ["objective.toml", *SHORT, *args], env)  # noqa: E731
     start = ["digits.toml", *sets(model__weights="start", sparsity__lpr="lpr.h5")]
     cases = [
         Case("lpr", "prune", ["digits.toml", "-o", "lpr.h5"]),
@@ -50,6 +66,7 @@ def done(place) -> dict[str, Result]:
         Case("first", "train", [*start, "--run-dir", "again", *sets(stop__steps=3)]),
         Case("whole", "train", [*start, "--run-dir", "whole", *sets(stop__steps=6)]),
         objective("wanders", *sets(task__function="user:Wanders", run__name="rel")),
+        objective("launches", *sets(task__function="user:Launches"), "--run-dir", "launches", env={"LAUNCHER": MPIRUN}),
         objective("forks", *sets(task__function="user:Forks"), "--run-dir", "forks"),
     ]
     found = batch(2, place, cases)
@@ -94,6 +111,12 @@ def test_user_code_may_change_the_working_directory(place, done):
 def test_user_code_may_fork(place, done):
     done["forks"].succeeded()
     assert column(place / "forks", "train/step") == [1, 2, 3]
+
+
+def test_user_code_may_start_mpi_jobs(place, done):
+    done["launches"].succeeded()
+    expected = ((np.linspace(0.1, 1, 6) - 1) ** 2).sum()  # by two ranks
+    assert column(place / "launches", "train/loss")[0] == pytest.approx(expected)
 
 
 def test_paths_are_expanded_and_names_are_not(place, done):
