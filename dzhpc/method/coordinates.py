@@ -82,8 +82,8 @@ class ParameterIndex:
         return np.arange(self.offsets[k], self.offsets[k + 1])
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One vector [d] from tensors in the parameters' order."""
-        return torch.cat([t.reshape(-1) for t in tensors])
+        """One vector [d] from tensors in the parameters' order; gradients of nn.Embedding(sparse=True) are filled up."""
+        return torch.cat([(t.to_dense() if t.is_sparse else t).reshape(-1) for t in tensors])
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """name -> tensor of the parameter's shape (views of ``flat`` [d])."""

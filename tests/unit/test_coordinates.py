@@ -103,3 +103,10 @@ def test_the_longest_chunks_are_given_out_first():
 def test_more_ranks_than_chunks_leave_some_slices_empty():
     assert sorted(balance([3.0, 1.0], 4)) == [[], [], [0], [1]]
     assert balance([], 2) == [[], []]
+
+
+def test_gradients_that_are_kept_sparse_are_filled_up():
+    table = nn.Embedding(5, 2, sparse=True)
+    index = ParameterIndex.of(table)
+    (gradient,) = torch.autograd.grad(table(torch.tensor([1, 3, 3])).sum(), index.parameters)
+    assert gradient.is_sparse and index.flatten([gradient]).tolist() == [0, 0, 1, 1, 0, 0, 2, 2, 0, 0]
