@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dzhpc.engines.pinned import Moment, Pinned, kept
 from dzhpc.errors import InputError
+from dzhpc.job import device as devices
 from dzhpc.method.arrays import on_device
 from dzhpc.method.coordinates import ParameterIndex
 
@@ -25,6 +26,8 @@ class NetworkEngine(ABC):
     """
 
     def __init__(self, index: ParameterIndex, model: object):
+        if index.device.type == "cpu":
+            devices.keep_memory()
         self.index = index
         self.queries = 0
         self._pinned = Pinned(model, index.device)

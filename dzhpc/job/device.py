@@ -15,6 +15,7 @@ from dzhpc.errors import LaunchError
 from dzhpc.job import processor
 
 log = logging.getLogger("dzhpc")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GPUS_ASKED_FOR = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK")
 
 
@@ -162,6 +163,14 @@ class Stopwatch:
         if self._events:
             self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._until - self._from
+
+
+def keep_memory() -> None:
+    """Let what is freed stay with this process (glibc): changes come and go, megabytes each, and fresh pages take their time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 class PeakMemory:

@@ -6,9 +6,6 @@
 // it nor on the number of threads.
 
 #include <stdlib.h>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -816,14 +813,6 @@ double cross_entropy(const float* d, const float* log_p, const float* p, const i
 }
 
 }  // namespace
-
-// Changes come and go, megabytes each: memory that is freed stays, or a quarter of the time goes into the system's fresh pages.
-extern "C" void keep_memory() {
-#ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 32 << 20);
-    mallopt(M_TRIM_THRESHOLD, 256 << 20);
-#endif
-}
 
 // 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3): 36 products for 16 outputs instead of 144 (Lavin and Gray, Fast Algorithms for
 // Convolutional Neural Networks, CVPR 2016). kernels [O / 8, 36, C, 8], O filled up by zeros.

@@ -264,7 +264,6 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
         library = shared_library(SOURCE, compiler, ("-ffp-contract=fast", "-Wno-psabi", *flags))
     except OSError as error:
         return str(error)
-    library.keep_memory()
     for name in ("winograd_slices", "direct_slices"):
         getattr(library, name).restype = ctypes.c_int64
     return library
