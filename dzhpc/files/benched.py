@@ -28,7 +28,7 @@ def write(files: list[Path], out: Path) -> tuple[str, list[Path]]:
     kinds = {one["options"]["kind"] for one in found}
     if len(kinds) > 1:
         raise InputError(f"{', '.join(map(shown, files))}: are of {' and '.join(sorted(kinds))}; report them one by one")
-    text, draw = (_stages(found), _draw_stages) if kinds == {"stages"} else (_scaling(found), _draw_scaling)
+    text, draw = (stages_table(found), _draw_stages) if kinds == {"stages"} else (_scaling(found), _draw_scaling)
     try:
         out.mkdir(parents=True, exist_ok=True)
         report, picture = owned.places(out, ("bench.md", "bench.png"), lambda path: owned.holds(path, MARK))
@@ -39,7 +39,8 @@ def write(files: list[Path], out: Path) -> tuple[str, list[Path]]:
         raise InputError(f"{shown(out)}: cannot be written ({error.strerror}); choose another folder with -o") from None
 
 
-def _stages(found: list[dict]) -> str:
+def stages_table(found: list[dict]) -> str:
+    """A Markdown table, a row for each estimate of each file."""
     parts = list(found[0]["rows"][0]["parts"])
     lines = [f"| parameters | estimate | engine | {' | '.join(parts)} | seconds in all |", "|---" * 8 + "|"]
     for one in found:

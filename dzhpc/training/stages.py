@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dzhpc.engines import make_engine
+from dzhpc.files.benched import stages_table
 from dzhpc.method.estimators import cge, directions, rge_slopes, rge_sum
 from dzhpc.training.benchmark import choose, problem, timed
 
@@ -58,18 +59,10 @@ def stages(args: argparse.Namespace) -> tuple[dict[str, object], str]:
         f"{args.model}, {size} parameters, batch {args.batch}, {device}, {args.threads} thread(s); "
         f"seconds an estimate, from {n} queries, median of {args.repeats}"
     )
-    return {"parameters": size, "rows": rows}, f"{head}\n\n{table(rows)}"
+    found = {"parameters": size, "rows": rows}
+    return found, f"{head}\n\n{stages_table([found])}"
 
 
 def _row(estimate: str, engine: str, total: float, vectors: float, forward: float, other: float) -> dict:
     parts = [vectors, total - vectors - forward - other, forward, other]
     return {"estimate": estimate, "engine": engine, "parts": dict(zip(PARTS, parts, strict=True)), "seconds": total}
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table, a row an estimate."""
-    lines = [f"| estimate | engine | {' | '.join(PARTS)} | in all |", "|---" * 7 + "|"]
-    for row in rows:
-        parts = [f"{row['parts'][part]:.3g}" for part in PARTS] if row["parts"] else [""] * 4
-        lines.append(f"| {row['estimate']} | {row['engine']} | {' | '.join(parts)} | {row['seconds']:.3g} |")
-    return "\n".join(lines)
