@@ -90,7 +90,7 @@ def main(runs: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     accuracy(axes[0], runs, "epoch")
     accuracy(axes[1], runs, "seconds")
-    axes[1].set(xlabel="seconds in training steps, one busy core", ylabel="")
+    axes[1].set(xlabel="seconds in training steps, two ranks", ylabel="")
     save(figure, "classification")
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     certified(axes, runs)
