@@ -26,7 +26,7 @@ def runs(place):
     case = lambda what, folder, name, **env: Case(f"{what}-{name}", "train", [*CASES[name], "--run-dir", f"{folder}/{name}"], env)  # noqa: E731
     results, known = batch(1, place, [case("whole", "1", name) for name in CASES]), {}
     for ranks, others in CONTINUED.items():
-        left = batch(ranks, place, [case("left", ranks, name, LEAVE=f"{ranks // 2} 1") for name in CASES])
+        left = batch(ranks, place, [case("left", ranks, name, LEAVE="1") for name in CASES])
         files = {name: checkpoints(place / str(ranks) / name)[-1] for name in CASES}
         known |= {(ranks, name): tensor(file, "partial/done") for name, file in files.items() if "partial/done" in contents(file)}
         rest = batch(others, place, [case("rest", ranks, name) for name in CASES])
