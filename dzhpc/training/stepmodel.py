@@ -23,7 +23,7 @@ from dzhpc.tasks import Task
 from dzhpc.training.dealing import deal, pieces
 
 CHUNKS = 12  # timed, spread evenly over the network
-WHOLE_S = 2.0  # a shard's queries that take less are timed all, in a run's order: what lies in the caches is then what a run finds there
+WHOLE_S = 2.0  # a shard whose queries take less is timed whole, in the order of a run: caches then hold what they hold there
 PASSES = 5  # over those, at most, and within WHOLE_S but for the first two
 SMALLEST = 32  # examples in a shard that the model proposes where a BatchNorm sees them: fewer are too few for it
 MOST = 32  # shards that it proposes

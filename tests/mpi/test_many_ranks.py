@@ -5,7 +5,7 @@ import pytest
 from mpi_launch import Case, assert_same, batch, bits, checkpoints, column, contents, sets, tensor
 
 pytestmark = pytest.mark.long
-CONTINUED = {3: 8, 8: 5}  # ranks on which a step is left -> ranks that complete it
+CONTINUED = {2: 3, 3: 8, 8: 5}  # ranks on which a step is left -> ranks that complete it
 SMALL = ["digits.toml", *sets(stop__steps=2, run__deadline_margin=0.01, sparsity__scores="random", checkpoint__every_steps=9)]
 KINDS = {
     "delta": sets(zo__estimator="userland:LeftCGE", zo__engine="delta", zo__memory_mb=0.175, sparsity__ratio=0.3),
