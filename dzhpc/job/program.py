@@ -24,26 +24,20 @@ LAUNCHERS = (  # whose variables say what this rank is in its job; a program tha
 )  # fmt: skip
 USERS = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")  # of these, what the user has set, but for
 MPIRUNS = ("num_procs", "initial_wdir", "cpu_type", "PREFIXES", "ess", "orte", "prte", "pmix", "shmem", "schizo")  # mpirun's
-STEPS = (
-    "STEP", "PROCID", "LOCALID", "NODEID", "TASK_PID", "NTASKS", "NPROCS", "SRUN_", "GTIDS", "LAUNCH_NODE", "DISTRIBUTION",
-    "CPU_BIND", "MEM_BIND", "PMI", "UMASK", "CPUS_PER_TASK", "TASKS_PER_NODE",
-)  # fmt: skip
+SLURMS = ("SLURM_JOB_ID", "SLURM_CONF", "SLURM_WORKING_CLUSTER")  # by which srun finds this job; mpirun looks for SLURM_JOBID
 SLACK = 30.0  # seconds beyond a time limit after which a keeper that says nothing is given up
 
 
-def environment(command: Sequence[str] = ()) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's environment without what its launcher has put there; DZHPC_RANK says the rank.
 
-    A program then runs where this rank does, on its share of the node. ``srun`` alone keeps the job that it belongs to.
+    A program then runs where this rank does, on its share of the node. ``srun`` finds the job, and no step of it.
     """
-    keeps_job = bool(command) and Path(command[0]).name == "srun"
 
     def passes(name: str) -> bool:
-        if name.startswith("SLURM_") and keeps_job:
-            return not name.removeprefix("SLURM_").startswith(STEPS)
         if name.startswith(USERS):
             return not name.partition("_MCA_")[2].startswith(MPIRUNS)
-        return not name.startswith(LAUNCHERS)
+        return name in SLURMS or not name.startswith(LAUNCHERS)
 
     return {name: value for name, value in os.environ.items() if passes(name)} | {"DZHPC_RANK": str(process.launch_rank())}
 
@@ -72,7 +66,7 @@ class Keeper:
 
     def run(self, command: Sequence[str], folder: Path, seconds: float) -> int:
         """The program's exit code, or minus the signal that ended it. Raises OutsideError, also when ``seconds`` are over."""
-        self.ask(command, folder, seconds, environment(command))
+        self.ask(command, folder, seconds, environment())
         if not select.select([self._process.stdout], [], [], seconds + keeper.GRACE + keeper.STUBBORN + SLACK)[0]:
             self.close()
         line = b"" if self._process.stdout.closed else self._process.stdout.readline()

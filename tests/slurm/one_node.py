@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
-DEBIAN = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+DEBIAN = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge libpmix-dev"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "SIGNALING")
 CONF = """\
 ClusterName=test
