@@ -44,7 +44,8 @@ epochs = 1
 @pytest.mark.long
 def test_an_mpi_program_within_a_rank_is_a_step_of_its_own(cluster, clone):
     """Whatever starts the ranks and the program; a step for which there is no room, or that hangs, ends by task.timeout."""
-    there = subprocess.run(["srun", "--mpi=pmix", "true"], env=cluster.env, capture_output=True, text=True, timeout=60, check=False)
+    loads = ["srun", "--mpi=pmix", "true"]
+    there = subprocess.run(loads, env=cluster.env, capture_output=True, text=True, timeout=60, check=False)
     if "can not load PMIx library" in there.stderr:
         reason = "Slurm's pmix plug-in finds no libpmix.so; apt-get install libpmix-dev"
         (pytest.fail if os.environ.get("DZHPC_SLURM") == "required" else pytest.skip)(reason)

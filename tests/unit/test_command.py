@@ -204,8 +204,13 @@ def test_scratch_of_ranks_that_are_gone_is_swept(scratch):
 
 
 def test_variables_of_the_launcher_do_not_reach_a_program(monkeypatch):
-    passes = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_btl": "self",
-              "SLURM_JOB_ID": "7", "SLURM_CONF": "/c"}
+    passes = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_btl": "self",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CONF": "/c",
+    }
     stays = {"OMPI_COMM_WORLD_RANK": "3", "PMIX_RANK": "3", "OMPI_MCA_num_procs": "4", "PRTE_LAUNCHED": "1", "OPAL_PREFIX": "/x",
              "PMI_FD": "5", "SLURM_PROCID": "3", "SLURM_JOBID": "7", "SLURM_MPI_TYPE": "none", "DZHPC_STATUS": "/s"}  # fmt: skip
     for name in [name for name in os.environ if name.startswith(program.LAUNCHERS)]:
