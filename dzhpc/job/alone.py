@@ -25,10 +25,6 @@ class Comm:
         """The root's value."""
         return value
 
-    def alltoall(self, values: list) -> list:
-        """This rank's one of all ranks' values."""
-        return values
-
     def gather(self, value) -> list:
         """All ranks' values."""
         return [value]
@@ -45,6 +41,14 @@ class Comm:
     def Scatterv(self, sent, received) -> None:
         """This rank's of the root's numbers; sent: (numbers, (how many for each, where they begin))."""
         received[:] = sent[0]
+
+    def Gatherv(self, sent, received) -> None:
+        """The root gets all ranks' numbers; received: (numbers, (how many of each, where they begin))."""
+        received[0][:] = sent.ravel()
+
+    def Alltoallv(self, sent, received) -> None:
+        """This rank gets all ranks' numbers for it; both as in :meth:`Gatherv`."""
+        received[0][:] = sent[0]
 
     def Allreduce(self, send, receive, op) -> None:
         """The same in place: ``receive`` holds the result already."""

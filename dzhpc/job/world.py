@@ -6,7 +6,7 @@ MPI starts when a :class:`World` is made, never on import. All buffers are host 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ class World:
             size = np.zeros(1, np.int64)
             self._comm.Scatter(sizes, size)
             out = np.zeros(size[0], np.int64)
-            sent = [np.concatenate(pieces).astype(np.int64), (sizes, np.cumsum(sizes) - sizes)] if self.is_root else None
+            sent = [np.concatenate(pieces).astype(np.int64), _places(sizes)] if self.is_root else None
             self._comm.Scatterv(sent, out)
         return out
 
@@ -108,10 +108,25 @@ class World:
         with self._timed():
             return self._comm.allgather(value)
 
-    def alltoall(self, pieces: list) -> list:
-        """``pieces[rank]`` of every rank's list, in rank order."""
+    def gather_numbers(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray | None:
+        """Root: all ranks' numbers [sum of counts], one rank after another; others None.
+
+        values: counts[rank] numbers, of the same dtype on all ranks.
+        """
+        out = np.empty(counts.sum(), values.dtype) if self.is_root else None
         with self._timed():
-            return self._comm.alltoall(pieces)
+            self._comm.Gatherv(np.ascontiguousarray(values), [out, _places(counts)] if self.is_root else None)
+        return out
+
+    def exchange_numbers(self, pieces: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
+        """``pieces[rank]`` of all ranks' lists [sum of counts], one rank after another.
+
+        counts: how many numbers each rank has for this one; of the same dtype on all ranks.
+        """
+        sent, out = np.concatenate([piece.ravel() for piece in pieces]), np.empty(counts.sum(), pieces[0].dtype)
+        with self._timed():
+            self._comm.Alltoallv([sent, _places(np.array([piece.size for piece in pieces]))], [out, _places(counts)])
+        return out
 
     def join(self, pieces: np.ndarray) -> np.ndarray:
         """Allreduce of arrays with disjoint supports: each entry is one rank's number plus zeros, so the sum is exact.
@@ -183,6 +198,21 @@ class World:
                 value = function()
         return self.bcast(value)
 
+    def numbers_of_root(self, function: Callable[[], Sequence[float]], n: int) -> np.ndarray:
+        """``function()`` evaluated by the root, its ``n`` numbers or its error on every rank; only an error is pickled."""
+        out, error = np.zeros(n + 1), None
+        if self.is_root:
+            try:
+                out[1:] = function()
+            except BaseException as caught:
+                error, out[0] = caught, 1
+        self.bcast_into(out)
+        if out[0]:
+            with self.together():
+                if error:
+                    raise error
+        return out[1:]
+
     def _keep_traceback(self, error: BaseException) -> str:
         return failure.keep_traceback(error, self.rank, self.crash_folder)
 
@@ -224,6 +254,11 @@ class Counters:
         self._window.Fetch_and_op(given, found, rank, turn, operation)
         self._window.Flush(rank)
         return int(found[0])
+
+
+def _places(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many numbers of an array are each rank's, and where they begin."""
+    return counts, np.cumsum(counts) - counts
 
 
 def _mpi():

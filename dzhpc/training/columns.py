@@ -13,43 +13,54 @@ AT_ONCE = 2**28  # bytes that the root is sent at once, of all ranks together: M
 class Columns:
     """The columns of the coordinates of S that this rank has: (positions [k], their slope, H_jj and column [k, 2 + M]), ...
 
-    joined [n, 2]: slopes and diag H of all coordinates, on all ranks.
+    joined [n, 2]: slopes and diag H of all coordinates, on all ranks. owners [n]: the rank that has each, -1 where none does.
     """
 
-    def __init__(self, found: list[tuple[np.ndarray, np.ndarray]], joined: np.ndarray):
-        self._found, self.joined = found, joined
+    def __init__(self, found: list[tuple[np.ndarray, np.ndarray]], joined: np.ndarray, owners: np.ndarray):
+        self._found, self.joined, self._owners = found, joined, owners
+        self._order = np.argsort(np.concatenate([places for places, _ in found])) if found else np.zeros(0, np.int64)
 
     def part(self, world: World, pieces: list[slice]) -> Tensor | None:
         """Of the ``pieces`` of the rows, one a rank, this rank's for all coordinates [n, ...]. Collective."""
-        sent = [[(places, values[:, 2:][:, piece]) for places, values in self._found] for piece in pieces]
-        received = world.alltoall(sent + [None] * (world.size - len(pieces)))
-        if world.rank >= len(pieces):
-            return None
-        piece = pieces[world.rank]
-        return self._put(received, self._empty(piece.stop - piece.start))
+        none = slice(0, 0)
+        all_ranks = [*pieces, *[none] * (world.size - len(pieces))]
+        width = all_ranks[world.rank].stop - all_ranks[world.rank].start
+        received = world.exchange_numbers([self._rows(piece) for piece in all_ranks], self._counts(world) * width)
+        return self._put(received, self._empty(width)) if world.rank < len(pieces) else None
 
     def whole(self, world: World) -> Tensor | None:
         """All columns [n, M], on the root; M = 0 where nothing is known. Collective."""
         width = world.maximum(max((values.shape[1] - 2 for _, values in self._found), default=0))
         out = self._empty(width) if world.is_root else None
         for piece in slices(width, len(self.joined) * self.joined.itemsize):
-            received = world.gather([(places, values[:, 2:][:, piece]) for places, values in self._found])
+            received = world.gather_numbers(self._rows(piece), self._counts(world) * (piece.stop - piece.start))
             if received is not None:
                 self._put(received, out[:, piece])
         return out
 
-    def partial(self, world: World, done: np.ndarray) -> Partial:
-        """What is known of a step, where ``done`` [n]: whole on the root, others have the first two numbers. Collective."""
+    def partial(self, world: World) -> Partial:
+        """What is known of a step: whole on the root, others have the first two numbers. Collective."""
         whole = self.whole(world)
-        return Partial(self.joined if whole is None else np.concatenate([self.joined, whole.numpy()], 1), done)
+        values = self.joined if whole is None else np.concatenate([self.joined, whole.numpy()], 1)
+        return Partial(values, self._owners >= 0)
+
+    def _rows(self, piece: slice) -> np.ndarray:
+        """A piece of the columns that this rank has [k, ...], in the order of S."""
+        if not self._found:
+            return self._empty(0).numpy()[:0]
+        return np.concatenate([values[:, 2:][:, piece] for _, values in self._found])[self._order]
+
+    def _counts(self, world: World) -> np.ndarray:
+        """How many columns each rank has."""
+        return np.bincount(self._owners[self._owners >= 0], minlength=world.size)
 
     def _empty(self, width: int) -> Tensor:
         return torch.zeros(len(self.joined), width, dtype=torch.from_numpy(self.joined).dtype)
 
-    @staticmethod
-    def _put(received: list, out: Tensor) -> Tensor:
-        for places, values in (piece for some in received for piece in some):
-            out[torch.from_numpy(places)] = torch.from_numpy(np.ascontiguousarray(values))
+    def _put(self, received: np.ndarray, out: Tensor) -> Tensor:
+        """received: the ranks' rows, one rank after another."""
+        places = np.argsort(self._owners, kind="stable")[np.count_nonzero(self._owners < 0) :]
+        out[torch.from_numpy(places)] = torch.from_numpy(received.reshape(len(places), out.shape[1]))
         return out
 
 

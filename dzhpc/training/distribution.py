@@ -120,13 +120,14 @@ class Distribution:
         if self._counters:
             self._counters.turn()
         self._costs.note()
-        joined, done = np.zeros((n + 1, 2), torch.empty(0, dtype=self.index.dtype).numpy().dtype), np.zeros(n, bool)
+        joined = np.zeros((n + 1, 3), torch.empty(0, dtype=self.index.dtype).numpy().dtype)
         for places, values in found:
-            joined[places], done[places] = values[:, :2], True
+            joined[places, :2], joined[places, 2] = values[:, :2], world.rank + 1
         joined[n] = self._cancellation.cancelled()
         joined = world.join(joined)
-        if (columns := Columns(found, joined[:n])) and joined[n, 0] > 0:
-            raise Interrupted(columns.partial(world, world.join(done.astype(np.uint8)) > 0), self.failure())
+        columns = Columns(found, joined[:n, :2], joined[:n, 2].astype(np.int64) - 1)
+        if joined[n, 0] > 0:
+            raise Interrupted(columns.partial(world), self.failure())
         self.bad_unit = next(iter(np.flatnonzero(~np.isfinite(columns.joined[:, 0])).tolist()), None)
         return shards.settle(shards.rows), columns
 

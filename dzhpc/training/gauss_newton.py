@@ -98,13 +98,13 @@ class Newton:
         """(delta [n] in the parameters' dtype, what it should change the loss by, the least lambda), from the root's system."""
         start, before = time.perf_counter(), self._world.comm_s
 
-        def solve() -> tuple[np.ndarray, float, float]:
+        def solve() -> np.ndarray:
             delta = system.within(damping, self._config.optim.trust)
             predicted = system.predicted(delta, self._optimizer.param_groups[0]["lr"])
-            return delta.numpy(), predicted, method.LOWEST * system.scale
+            return np.concatenate([[predicted, method.LOWEST * system.scale], delta.numpy()])
 
-        delta, predicted, least = self._world.on_root(solve)
-        delta = torch.from_numpy(delta)
+        found = self._world.numbers_of_root(solve, 2 + len(self._distribution.coords))
+        (predicted, least), delta = found[:2].tolist(), torch.from_numpy(found[2:])
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         if not torch.isfinite(delta).all():
             raise NumericalError("the Gauss-Newton step is not finite: raise optim.damping")
@@ -116,12 +116,14 @@ class Newton:
         flat[torch.from_numpy(self._distribution.coords).to(flat.device)] = delta
         steps = list(self._index.split(flat).values())
         move = self._index.flatten(self._optimizer.move(steps))
-        ask = lambda: float(self._task.engine.directional([move], 1.0)[0])  # noqa: E731
-        change = self._distribution.attempt(ask, None) if self._world.is_root else 0.0
-        change = self._world.bcast(change)
-        if change is None:
+
+        def ask() -> tuple[float, float]:
+            return 1.0, float(self._task.engine.directional([move], 1.0)[0])
+
+        answered, change = self._world.numbers_of_root(lambda: self._distribution.attempt(ask, (0.0, 0.0)), 2).tolist()
+        if not answered:
             failure = self._distribution.failure()
-            raise Interrupted(self._columns.partial(self._world, np.ones(len(self._columns.joined), bool)), failure)
+            raise Interrupted(self._columns.partial(self._world), failure)
         return change if math.isfinite(change) else math.inf
 
     def _system(self) -> method.System | None:
@@ -148,12 +150,14 @@ class Newton:
         world, pieces, n = self._world, method.parts(self._size), len(columns.joined)
         total = torch.zeros(n, n, dtype=torch.float64) if world.is_root else None
         for first in range(0, len(pieces), world.size):
-            block = columns.part(world, pieces[first : first + world.size])
-            product = None if block is None else method.gram(block)
+            now = pieces[first : first + world.size]
+            block = columns.part(world, now)
+            product = torch.zeros(0, n, dtype=torch.float64) if block is None else method.gram(block)
             for rows in slices(n, 8 * n * world.size):
-                for found in world.gather(None if product is None else product[rows]) or ():
-                    if found is not None:
-                        total[rows] += found
+                counts = np.where(np.arange(world.size) < len(now), (rows.stop - rows.start) * n, 0)
+                found = world.gather_numbers(product[rows].numpy(), counts)
+                for one in () if found is None else found.reshape(len(now), -1, n):
+                    total[rows] += torch.from_numpy(one)
         return total
 
 

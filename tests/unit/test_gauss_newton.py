@@ -248,11 +248,11 @@ def test_columns_reach_the_root_in_pieces_of_a_bounded_size(monkeypatch):
     assert columns.slices(10, 2**26) == [slice(0, 4), slice(4, 8), slice(8, 10)] and columns.slices(2, 2**40)[1] == slice(1, 2)
     monkeypatch.setattr(columns, "AT_ONCE", 64)
     values, places = np.random.default_rng(0).standard_normal((5, 2 + 9)), np.array([4, 0, 3, 1, 2])
-    found = columns.Columns([(places[:2], values[:2]), (places[2:], values[2:])], np.zeros((5, 2)))
+    found = columns.Columns([(places[:2], values[:2]), (places[2:], values[2:])], np.zeros((5, 2)), np.zeros(5, int))
     expected = torch.from_numpy(values[np.argsort(places), 2:])
     assert torch.equal(found.whole(World(alone=True)), expected)
     assert torch.equal(found.part(World(alone=True), [slice(3, 7)]), expected[:, 3:7])
-    assert columns.Columns([], np.zeros((5, 2))).whole(World(alone=True)).shape == (5, 0)
+    assert columns.Columns([], np.zeros((5, 2)), np.full(5, -1)).whole(World(alone=True)).shape == (5, 0)
 
 
 def test_averages_begin_anew_with_a_new_set():
