@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dzhpc.config import paths
 from dzhpc.config.options import number
-from dzhpc.config.sections import Count, Positive, Ratio, Seed, Threads
+from dzhpc.config.values import Count, Positive, Ratio, Seed, Threads
 from dzhpc.errors import InputError
 from dzhpc.job.launch import run_verb
 from dzhpc.job.log import show

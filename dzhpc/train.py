@@ -10,7 +10,7 @@ import argparse
 from dzhpc import config as configuration
 from dzhpc.config import paths
 from dzhpc.config.options import number
-from dzhpc.config.sections import Positive
+from dzhpc.config.values import Positive
 from dzhpc.files import curves
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey

@@ -1,32 +1,31 @@
 """The sections of an input file but [task]: every key with its type, its default and its meaning."""
 
-import datetime
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from dzhpc.config import rivals
 from dzhpc.config.names import is_function
+from dzhpc.config.values import (
+    LARGEST,
+    Count,
+    Directions,
+    Epochs,
+    Finite,
+    Kept,
+    Mu,
+    Pixels,
+    Positive,
+    Ratio,
+    Seconds,
+    Seed,
+    Threads,
+    Total,
+)
 
-TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", re.ASCII)
 ESTIMATORS = ("cge", "rge", "autograd", "latent", "pattern", *rivals.SEE_THE_NETWORK)
-
-
-def _seconds(value: Any) -> Any:
-    """Seconds from a number, "MM:SS", "H:MM:SS" or "D-HH:MM[:SS]" as Slurm has them, or a TOML local time."""
-    if isinstance(value, datetime.time):
-        return value.hour * 3600.0 + value.minute * 60 + value.second
-    if isinstance(value, str) and (found := TIME.fullmatch(value)):
-        days, *parts = (int(part or 0) for part in found.groups())
-        hours, minutes, seconds = parts if found[1] or found[4] else [0, *parts[:2]]
-        value = days * 86400 + hours * 3600 + minutes * 60 + seconds
-    try:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    except OverflowError:
-        return float("inf")
 
 
 def _estimator(value: str) -> str:
@@ -34,22 +33,6 @@ def _estimator(value: str) -> str:
         return value
     names = ", ".join(f"'{name}'" for name in ESTIMATORS)
     raise PydanticCustomError("estimator", f"Input should be {names} or 'package.module:Class'")
-
-
-LARGEST = 2**31 - 1  # of what is counted at once: more fits no array
-MANY = 2**53  # of what is counted over a run: metrics.h5 holds it exactly
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Kept = Annotated[float, Field(ge=0, lt=1)]  # of an exponential average
-Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Total = Annotated[int, Field(ge=1, le=MANY)]
-Directions = Annotated[int, Field(ge=1, le=10**8)]  # every rank holds a number of each
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Threads = Annotated[int, Field(ge=1, le=4096)]
-Ratio = Annotated[float, Field(ge=0, lt=1)]
-Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
 
 
 class Section(BaseModel):
@@ -141,7 +124,7 @@ class Zo(Section):
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"
     )
-    mu: Positive = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
+    mu: Mu = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
     q: Directions | None = Field(
         None,
         description="rge: directions per step; None: the number of active coordinates; fg-w, lg-fg-a: passes per step; None: 1; "

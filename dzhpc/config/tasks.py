@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
 from dzhpc.config.rivals import SEE_THE_NETWORK
-from dzhpc.config.sections import LARGEST, Count, Finite, Pixels, Positive, Seconds, Section, Total
+from dzhpc.config.sections import Section
+from dzhpc.config.values import LARGEST, Count, Finite, Pixels, Positive, Seconds, Total
 
 OWN = "package.module:Class"
 PROGRAMS = ("template", "input", "result", "pattern", "pointer", "concurrency", "scratch")  # which need a command

@@ -104,11 +104,12 @@ def _make_out_of_place(module: fx.GraphModule, node: fx.Node, name: str, engine:
         return False
     method = node.op == "call_method"
     target = node.target if method else getattr(node.target, "__name__", "")
-    if target != "setitem" and "out" not in node.kwargs and (not target.endswith("_") or target.endswith("__")):
+    out = node.kwargs.get("out") is not None
+    if target != "setitem" and not out and (not target.endswith("_") or target.endswith("__")):
         return False
     homes = [Tensor] if method else [torch, torch.nn.functional]
     plain = next((getattr(home, target[:-1]) for home in homes if callable(getattr(home, target[:-1], None))), None)
-    if plain is None or "out" in node.kwargs:
+    if plain is None or out:
         raise InputError(
             f'{name} overwrites a tensor by {target} (node {node.name}), which engine "{engine}" cannot undo; use engine = "full"'
         )

@@ -19,7 +19,7 @@ from dzhpc.engines.moved import Moved, address_of, closure, differ, name_of, sca
 from dzhpc.engines.outofplace import remove_in_place, take_by_position
 from dzhpc.engines.pinned import OWN_STATE, Moment, Pinned
 from dzhpc.engines.tracing import trace
-from dzhpc.errors import InputError
+from dzhpc.errors import InputError, is_out_of_memory
 
 
 class Traced:
@@ -188,7 +188,7 @@ class Traces:
 
         if (generator := self._pinned.drawn(start)) and not generator.startswith("torch"):
             random.append(f"from {generator}")  # the trace itself has drawn, and would repeat its numbers for ever
-        outputs = None if random else traced.watch(inputs, wanted, note_random)
+        outputs = None if random else self._watched(traced, inputs, start, wanted, note_random)
         if random:
             raise InputError(
                 f"{name} draws random numbers {random[0]}, which a partial pass "
@@ -212,6 +212,20 @@ class Traces:
             if differ(buffer, value):
                 raise InputError(f'engine "{self._engine}": the trace of {name} leaves another {key}; use engine = "full"')
         self._compare_elsewhere(traced, inputs, start)
+
+    def _watched(self, traced: Traced, inputs: Tensor, start: Moment, *how: object) -> Tensor:
+        """The first pass of a trace, which may fail where the model does not: ``with torch.enable_grad()`` leaves no trace."""
+        try:
+            return traced.watch(inputs, *how)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._pinned.rewind(start)
+            self._model(inputs)  # a fault of its own is raised as it is
+            text = " ".join(str(error).partition("While executing")[0].split())
+            raise InputError(
+                f'engine "{self._engine}": the trace of {type(self._model).__name__} does not run ({text}); use engine = "full"'
+            ) from None
 
     def _compare_elsewhere(self, traced: Traced, inputs: Tensor, start: Moment) -> None:
         """The same for other inputs: a trace may hold values of the batch that the network saw last, kept by a hook, say."""

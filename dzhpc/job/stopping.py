@@ -53,7 +53,8 @@ class Reason(IntEnum):
 
 
 received_signals: list[tuple[int, float]] = []  # received so far, and when (time.monotonic)
-
+_heard: set[int] = set()  # signals that are ours to answer
+_replaced: set[int] = set()  # those of them for which user code had a handler of its own
 
 _masks = threading.local()  # of a thread that forks: which signals it had blocked before
 
@@ -64,6 +65,26 @@ def listen() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _note)
+            _heard.add(number)
+
+
+def listen_again() -> None:
+    """Put our handlers back in place of those that user code has set since, by which the run would end without a checkpoint.
+
+    It is said once for each signal. Nothing is done outside the main thread, or where nobody listened.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in _heard:
+        other = signal.getsignal(number)
+        if other is _note:
+            continue
+        signal.signal(number, _note)
+        if number not in _replaced:
+            _replaced.add(number)
+            name = getattr(other, "__qualname__", getattr(other, "name", None)) or repr(other)
+            text = "user code has set a handler (%s), which is replaced, since this signal stops the run with a checkpoint"
+            log.warning(f"%s: {text}", signal.Signals(number).name, name)
 
 
 @functools.cache
@@ -127,6 +148,7 @@ class Requests:
 
     def reason(self) -> Reason:
         """This rank's reason to stop after the step under way."""
+        listen_again()
         found = self._look()
         if found and not self._found:
             self._since = received_signals[0][1] if received_signals else time.monotonic()

@@ -9,24 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dzhpc import config as configuration
 from dzhpc.engines.pinned import Pinned
 from dzhpc.errors import InputError, NumericalError
-from dzhpc.files.checkpoint import load_checkpoint, save_checkpoint
+from dzhpc.files.checkpoint import State, load_checkpoint, save_checkpoint
 from dzhpc.job.world import World
 from dzhpc.method.arrays import to_tensor
 from dzhpc.method.estimators import Partial, make_estimator
-from dzhpc.tasks.objective import Blocks, ObjectiveEngine
-from dzhpc.tasks.protocol import Cost, Task
 from dzhpc.training import checks
 from dzhpc.training.active_set import Pattern
+from dzhpc.training.asked import Asked, config_of
 from dzhpc.training.budget import Budget
 from dzhpc.training.distribution import Distribution
 from dzhpc.training.first_look import look, sides
 from dzhpc.training.state import TrainingState
 
 log = logging.getLogger("dzhpc")
-ASKED = "dzhpc:Loop"  # what a checkpoint calls the loss
 
 
 class Loop:
@@ -54,7 +51,7 @@ class Loop:
         keys: Mapping[str, object] | None = None,
         check: bool = False,
     ):
-        self.config = _config(estimator, float(mu), optimizer, float(lr), seed, keys or {})
+        self.config = config_of(estimator, float(mu), optimizer, float(lr), seed, keys or {})
         if self.config.data.shards > 1:
             raise InputError("keys: data.shards: there is no batch to cut; leave the key out")
         if self.config.optim.name not in ("sgd", "adam"):
@@ -152,13 +149,20 @@ class Loop:
     def save(self, file: str | Path) -> None:
         """Write a checkpoint, in the middle of a step, too: what was told of whole units is kept. Raises CheckpointError."""
         self._state.partial = self._partial if self._partial.done.any() else None
-        save_checkpoint(Path(file), self._state.checkpoint())
+        save_checkpoint(Path(file), self.state())
         self._state.partial = None
 
     def load(self, file: str | Path) -> None:
         """Go on from a checkpoint of a loop with the same keys and blocks. Raises CheckpointError."""
-        found = load_checkpoint(file)
-        checks.check_restart(found, str(file), self._task)
+        self.restore(load_checkpoint(file), str(file))
+
+    def state(self) -> State:
+        """What a checkpoint holds."""
+        return self._state.checkpoint()
+
+    def restore(self, found: State, source: str) -> None:
+        """:meth:`load`, of what :meth:`state` gave; source: what an error calls it."""
+        checks.check_restart(found, source, self._task)
         self._state.restore(found)
         self._schedule = self._state.schedule()
         self._begin(found.partial)
@@ -244,34 +248,6 @@ class Loop:
         return t if isinstance(first, (Tensor, nn.Module)) else t.cpu().numpy()
 
 
-class Asked(Task):
-    """An objective whose losses somebody else is asked for."""
-
-    steps_per_epoch = 1
-    cost = Cost()
-
-    def __init__(self, config: configuration.Config, theta0: object, answer):
-        self.config = config
-        try:
-            self.model = theta0 if isinstance(theta0, nn.Module) else Blocks(theta0)
-        except ValueError as error:
-            raise InputError(f"theta0 is none ({error})") from None
-        self.engine = ObjectiveEngine(answer, self.model, False, 2**31, 0, "the loss")
-
-    @property
-    def lost(self) -> int:
-        return self.engine.lost
-
-    def bind(self, step: int) -> float:
-        return self.engine.bind(step)
-
-    def bind_for_scores(self, number: int) -> float:
-        return self.engine.bind(number)
-
-    def evaluate(self, parts: Sequence[int], step: int) -> np.ndarray:
-        return np.array([[self.engine.bind(step), np.nan, 1.0] for _ in parts]).reshape(len(parts), 3)
-
-
 def _advice(moved: bool = True) -> str:
     return "lower zo.mu or optim.lr, or look at the loss" if moved else "look at the loss, and at theta"
 
@@ -279,21 +255,3 @@ def _advice(moved: bool = True) -> str:
 def _name(theta: Tensor) -> bytes:
     """What tells one theta [d] from another."""
     return hashlib.blake2b(theta.detach().cpu().numpy().tobytes(), digest_size=16).digest()
-
-
-def _config(estimator: str, mu: float, optimizer: str, lr: float, seed: int, keys: Mapping[str, object]) -> configuration.Config:
-    seed = int(seed) if isinstance(seed, np.integer) else seed
-    table: dict[str, dict[str, object]] = {
-        "run": {"name": "loop", "seed": seed}, "task": {"kind": "objective", "function": ASKED},
-        "zo": {"estimator": estimator, "mu": mu}, "sparsity": {"ratio": 0.0},
-        "optim": {"name": optimizer, "lr": lr, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0,
-                  "schedule": "constant"},
-    }  # fmt: skip
-    for key, value in keys.items():
-        section, dot, name = key.partition(".")
-        if not dot or section in ("task", "sparsity"):
-            raise InputError(
-                f'keys: {key!r}: expected SECTION.KEY of a section but [task] and [sparsity], such as "optim.momentum"'
-            )
-        table.setdefault(section, {})[name] = value
-    return configuration.parse(table, "dzhpc.Loop")

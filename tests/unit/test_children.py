@@ -29,6 +29,10 @@ assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGHUP)  # the rank itself takes note and lives
 from dzhpc.job import stopping
 assert [number for number, _ in stopping.received_signals] == [signal.SIGTERM, signal.SIGHUP]
+signal.signal(signal.SIGTERM, lambda *_: os._exit(9)), signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # a user's own, later
+for _ in range(2):
+    stopping.listen_again(), os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGUSR1)
+assert len(stopping.received_signals) == 6
 print("all ended")
 """
 COMES_BACK = """
@@ -67,7 +71,9 @@ def run(code):
 
 def test_a_child_ends_by_sigterm_and_a_pool_too_while_the_rank_only_takes_note():
     done = run(TERMINATED)
-    assert (done.stdout, done.stderr) == ("all ended\n", "")
+    said = sorted(line.partition(", which is replaced")[0] for line in done.stderr.splitlines())
+    replaced = ["SIGTERM: user code has set a handler (<lambda>)", "SIGUSR1: user code has set a handler (SIG_DFL)"]
+    assert (done.stdout, said) == ("all ended\n", replaced)
 
 
 @pytest.mark.parametrize("leave", ["return", "sys.exit(0)", "raise ValueError('in the child')"])

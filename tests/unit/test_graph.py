@@ -146,3 +146,34 @@ def test_other_arguments_have_their_defaults_and_wrappers_are_looked_through():
             found[name] = engine.differences([0, 33, 66], 0.01)
         assert torch.allclose(found["delta"], found["full"], rtol=1e-9, atol=1e-14) and type(model) is kind
         assert torch.equal(found["reuse"], found["full"]) and found["full"].all()
+
+
+class Cosines(nn.Module):
+    """A cosine classifier; with ``descend``, of features that a step along an energy's gradient has moved."""
+
+    def __init__(self, descend):
+        super().__init__()
+        self.a, self.w, self.descend = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8)), descend
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.descend:
+            with torch.enable_grad():
+                z = torch.ones(5, 8, dtype=torch.float64, requires_grad=True)
+                h = h - torch.autograd.grad((z * h).sum() + (z**4).sum(), z)[0]
+        return nn.functional.normalize(h, dim=1) @ nn.functional.normalize(self.w, dim=1).T
+
+
+@pytest.mark.parametrize("kind", ["reuse", "delta"])
+def test_an_argument_out_that_is_none_overwrites_nothing_and_a_trace_that_does_not_run_is_refused(kind):
+    x, y, found = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64), []
+    torch.manual_seed(0)
+    model = Cosines(False).double()
+    for name in ("full", kind):
+        engine = dzhpc.make_engine(name, model, "mse")
+        engine.bind(x, y)
+        found.append(engine.differences([0, 35, 50], 0.01))
+    assert torch.allclose(*found, rtol=1e-9, atol=1e-14) and found[0].all()
+    model.descend = True
+    with pytest.raises(InputError, match=r"the trace of Cosines does not run \(element 0 of tensors does not"):
+        dzhpc.make_engine(kind, model, "mse").bind(x, y)

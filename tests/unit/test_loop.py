@@ -1,5 +1,8 @@
 """Ask and tell: the numbers of the trainer, to the last bit; saved in mid-step; the optimiser with a closure."""
 
+import copy
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +161,36 @@ def test_an_optimiser_with_a_closure_makes_the_same_steps():
         assert loss == pytest.approx(exact.item(), rel=1e-4)
     torch.testing.assert_close(net.weight, other.weight, rtol=1e-3, atol=1e-4)
     assert optimizer.loop.step == 4 and optimizer.loop.queries == 16
+
+
+def test_the_optimisers_state_dict_goes_on_as_torchs_does():
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+
+    def made():
+        torch.manual_seed(1)
+        net = torch.nn.Linear(3, 1).double()
+        optimizer = ZO(net.parameters(), mu=1e-5, estimator="rge", optimizer="adam", keys={"zo.q": 3})
+        return net, optimizer, lambda: (net(x) - 1).square().mean()
+
+    net, optimizer, closure = made()
+    for _ in range(2):
+        optimizer.step(closure)
+    optimizer.param_groups[0]["lr"] = 0.05
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    other, again, asked = made()
+    found = torch.load(file, weights_only=True)
+    other.load_state_dict(found["net"]), again.load_state_dict(found["optimizer"])
+    for _ in range(2):
+        optimizer.step(closure), again.step(asked)
+    assert torch.equal(net.weight, other.weight) and again.loop.step == 4 and again.loop.queries == optimizer.loop.queries == 16
+    for wrong, said in ((lambda: again.load_state_dict(torch.optim.Adam(other.parameters()).state_dict()), "of a dzhpc.optim.ZO"),
+                        (lambda: again.add_param_group({"params": [torch.ones(1)]}), "has one group"),
+                        (lambda: copy.deepcopy(again), "cannot be copied"),
+                        (lambda: again.step(lambda: asked().backward()), "needs none")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            wrong()
 
 
 def test_the_first_estimate_checks_itself(caplog):

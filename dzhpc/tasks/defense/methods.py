@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dzhpc.config import paths
-from dzhpc.config.sections import LARGEST
+from dzhpc.config.values import LARGEST
 from dzhpc.errors import InputError, message_of
 from dzhpc.job import device as devices
 from dzhpc.job.launch import add_user_modules, stopped, survey

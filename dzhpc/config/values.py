@@ -1,0 +1,47 @@
+"""The kinds of values that keys have: numbers and their bounds, times."""
+
+import datetime
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", re.ASCII)
+
+
+def _seconds(value: Any) -> Any:
+    """Seconds from a number, "MM:SS", "H:MM:SS" or "D-HH:MM[:SS]" as Slurm has them, or a TOML local time."""
+    if isinstance(value, datetime.time):
+        return value.hour * 3600.0 + value.minute * 60 + value.second
+    if isinstance(value, str) and (found := TIME.fullmatch(value)):
+        days, *parts = (int(part or 0) for part in found.groups())
+        hours, minutes, seconds = parts if found[1] or found[4] else [0, *parts[:2]]
+        value = days * 86400 + hours * 3600 + minutes * 60 + seconds
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError:
+        return float("inf")
+
+
+def _mu(value: float) -> float:
+    if 1e-30 <= value <= 1e30:
+        return value
+    raise PydanticCustomError("mu", "Input should be between 1e-30 and 1e30, of which float32 holds the inverse, too")
+
+
+LARGEST = 2**31 - 1  # of what is counted at once: more fits no array
+MANY = 2**53  # of what is counted over a run: metrics.h5 holds it exactly
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kept = Annotated[float, Field(ge=0, lt=1)]  # of an exponential average
+Epochs = Annotated[float, Field(ge=0, le=1e9)]  # a step number has to be counted up to
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Total = Annotated[int, Field(ge=1, le=MANY)]
+Directions = Annotated[int, Field(ge=1, le=10**8)]  # every rank holds a number of each
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
+Mu = Annotated[Positive, AfterValidator(_mu)]
