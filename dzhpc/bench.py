@@ -11,7 +11,7 @@ from dzhpc.config import paths
 from dzhpc.config.options import number
 from dzhpc.config.values import Count, Positive, Ratio, Seed, Threads
 from dzhpc.errors import InputError
-from dzhpc.job.launch import run_verb
+from dzhpc.job.launch import add_user_modules, run_verb
 from dzhpc.job.log import show
 from dzhpc.job.world import World
 from dzhpc.training import benchmark, scaling, stages
@@ -64,6 +64,7 @@ def main(world: World, args: argparse.Namespace) -> int:
         raise InputError(f"--plot {paths.shown(args.plot)}: expected a name that ends in {', '.join(PICTURES)}")
     for file in filter(None, (args.json, getattr(args, "plot", None))):
         _write(file, "a")  # before all that is measured
+    add_user_modules(getattr(args, "input", None))
     measure = {"gradient": benchmark.gradient, "stages": stages.stages, "scaling": scaling.scaling}
     measured, text = measure[args.kind](args)
     show(text)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -54,7 +55,10 @@ def test_stages(place):
 
 @pytest.mark.long
 def test_scaling(place):
-    result = bench(place, "scaling", "digits.toml", "--ranks", "1,2", "--steps", 3, *sets(sparsity__scores="random"))
+    (place / "sub").mkdir()
+    (place / "sub" / "own.toml").write_text((place / "own.toml").read_text().replace("userland:", "beside:"))
+    shutil.copy(place / "userland.py", place / "sub" / "beside.py")  # a user's module may lie beside the input
+    result = bench(place, "scaling", "sub/own.toml", "--ranks", "1,2", "--steps", 3, *sets(sparsity__scores="random"))
     assert result.code == 0, result.err
     rows = json.loads((place / "out.json").read_text())["rows"]
     assert [r["ranks"] for r in rows] == [1, 2]
