@@ -82,6 +82,8 @@ class BlackBoxKeys(TaskKeys):
             yield 'task.batched: needs task.input = "NAME.npy", ".json" or ".h5"'
         if not self.command or not self.command[0]:
             yield "task.command = []: expected a program and its arguments"
+        if self.pointer and not self.pointer.startswith("/"):
+            yield f'task.pointer = "{self.pointer}": expected "/{self.pointer}"'
         if self.pattern is not None and self.pointer is not None:
             yield "task.pattern and task.pointer: expected one of them"
         if is_function(self.result) and (self.pattern is not None or self.pointer is not None):
@@ -121,7 +123,7 @@ class ObjectiveKeys(BlackBoxKeys):
     units: dict[str, Positive] = Field(
         {}, description="command: what is written is theta times its unit, so that all of theta is of the size of 1"
     )
-    infeasible: list[int] = INFEASIBLE
+    infeasible: list[Annotated[int, Field(ge=1, le=255)]] = INFEASIBLE
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
@@ -185,7 +187,7 @@ class SolKeys(BlackBoxKeys):
         description="the coarse solver: projected (PhiFlow's step, its pressure operator factorised once), phiflow, or "
         '"package.module:function", numpy states [N, ...] and parameters [N] -> the next states',
     )
-    infeasible: list[int] = INFEASIBLE
+    infeasible: list[Annotated[int, Field(ge=1, le=255)]] = INFEASIBLE
     batched: bool = BATCHED
     unroll: Count = Field(16, description="steps of corrected solver in the loss (A3); 1: pre-generated pairs (NON)")
     resolution: Pixels = Field(32, description="wake: cells across the coarse solver's domain, twice as many along")
@@ -295,6 +297,5 @@ def idle(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def first_order(config) -> bool:
     """Whether gradients by autograd are wanted, of the loss or for scores."""
-    return config.zo.estimator in ("autograd", *SEE_THE_NETWORK) or (
-        config.sparsity.scores == "fo-grasp" and config.sparsity.ratio > 0
-    )
+    scores = config.sparsity.scores == "fo-grasp" and config.sparsity.ratio > 0
+    return scores or config.zo.estimator in ("autograd", *SEE_THE_NETWORK)

@@ -1,6 +1,7 @@
 """Programs that a rank starts: their environment, their scratch folder, their time limit; see :mod:`dzhpc.job.keeper`."""
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -75,7 +76,8 @@ class Keeper:
             raise OutsideError("the process that watched over it has ended")
         answer = json.loads(line)
         if "errno" in answer:
-            raise OutsideError(f"cannot be started ({os.strerror(answer['errno'])})")
+            script = "; if it is a script, is its first line right?" if answer["errno"] in (errno.ENOENT, errno.ENOEXEC) else ""
+            raise OutsideError(f"cannot be started ({os.strerror(answer['errno'])}{script})")
         if "late" in answer:
             raise OutsideError(f"had not ended after {seconds:g} s (task.timeout), and was killed")
         return os.waitstatus_to_exitcode(answer["status"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import re
 import shutil
@@ -21,10 +22,12 @@ from dzhpc.files import h5
 from dzhpc.job.program import Keeper, described, sweep
 from dzhpc.job.worker import Worker
 from dzhpc.method.arrays import to_tensor
+from dzhpc.tasks.template import Files, Shape, Text
 
 LONGEST = 3600.0  # seconds of a program without task.timeout
-FIELD = re.compile(r"\{([A-Za-z_]\w*)(?:\[([\d, ]+)\])?(?::([^{}\n]*))?\}")  # {name}, {name[3]}, {name[0,2]}, {name:.6e}
-Shape = tuple[int, ...]
+LITTLE = 2**16  # bytes free on a disk that is full
+CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # colours, and what moves a cursor
+EXPONENT = re.compile(r"(?<=[0-9.])(?:[dD](?=[-+0-9])|(?=[-+]\d{3}$))")  # Fortran's 1.5D-3, and 1.5-105 where no letter fits in
 
 
 def function_of(task: BlackBoxKeys, name: str, key: str, threads: int, makes: bool = False) -> Callable:
@@ -35,76 +38,6 @@ def function_of(task: BlackBoxKeys, name: str, key: str, threads: int, makes: bo
     if task.timeout is not None:
         return Worker(name, key, task.timeout, threads, makes)
     return (product if makes else import_object)(name, key)
-
-
-class Text:
-    """A text with fields, cut up once. Braces that hold no known name, with or without an index and a format, stay as they are.
-
-    shapes: of the arrays that fields may name. Raises InputError for an index or a format that does not fit.
-    """
-
-    def __init__(self, text: str, shapes: Mapping[str, Shape], source: str):
-        self.names: set[str] = set()
-        self._parts: list[str | tuple[str, tuple[int, ...], str]] = []
-        position = 0
-        for match in FIELD.finditer(text):
-            name, index, form = match[1], tuple(int(k) for k in (match[2] or "").replace(" ", "").split(",") if k), match[3] or ""
-            if name not in shapes:
-                continue
-            try:
-                self._written(np.zeros(shapes[name]), index, form)
-            except (IndexError, ValueError, TypeError) as error:
-                raise InputError(f"{source}: {match[0]} does not fit {name} {list(shapes[name])} ({error})") from None
-            self.names.add(name)
-            self._parts += [text[position : match.start()], (name, index, form)]
-            position = match.end()
-        self._parts.append(text[position:])
-
-    def filled(self, values: Mapping[str, np.ndarray | str]) -> str:
-        """With numbers; an array is written as its entries with spaces between."""
-        return "".join(p if isinstance(p, str) else self._written(values[p[0]], *p[1:]) for p in self._parts)
-
-    @staticmethod
-    def _written(array: np.ndarray | str, index: tuple[int, ...], form: str) -> str:
-        if isinstance(array, str):
-            return array
-        entries = np.asarray(array[index] if index else array, np.float64).ravel().tolist()
-        return " ".join(format(value, form) if form else repr(value) for value in entries)
-
-
-class Files:
-    """The files of ``task.template``, read once; each call gets its own."""
-
-    def __init__(self, names: Sequence[str], shapes: Mapping[str, Shape]):
-        self.raw: dict[str, bytes] = {}
-        self._modes: dict[str, int] = {}
-        for name in names:
-            path = paths.absolute(name, f"task.template = {name}")
-            if not path.exists():
-                raise InputError(f"task.template = {name}: does not exist")
-            for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-                place = str(file.relative_to(path)) if path.is_dir() else file.name
-                try:
-                    self.raw[place], self._modes[place] = file.read_bytes(), file.stat().st_mode & 0o777 | 0o600
-                except OSError as error:
-                    raise InputError(f"task.template = {name}: {file} cannot be read ({error.strerror})") from None
-        self._texts = {place: text for place, raw in self.raw.items() if (text := self._text(place, raw, shapes)) and text.names}
-        self.names = set().union(*(text.names for text in self._texts.values()))
-
-    @staticmethod
-    def _text(place: str, raw: bytes, shapes: Mapping[str, Shape]) -> Text | None:
-        try:
-            return Text(raw.decode(), shapes, f"task.template: {place}")
-        except UnicodeDecodeError:
-            return None
-
-    def write(self, folder: Path, values: Mapping[str, np.ndarray | str]) -> None:
-        """Put them into a folder."""
-        for place, raw in self.raw.items():
-            path = folder / place
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._texts[place].filled(values).encode() if place in self._texts else raw)
-            path.chmod(self._modes[place])
 
 
 @dataclass(frozen=True)
@@ -140,9 +73,11 @@ class Program:
                 f"task.command: the program never learns {', '.join(missing)}: write {{{missing[0]}}} into task.template or "
                 "task.command, or name a file in task.input"
             )
-        self._program = _located(task.command[0])
+        self._program = None if self._words[0].names else _located(task.command[0])  # None: it lies in the folder
         self._infeasible = getattr(task, "infeasible", [])
         self._own = import_object(task.result, "task.result") if is_function(task.result) else None
+        if self._base and not os.access(self._base, os.W_OK | os.X_OK):
+            raise InputError(f"task.scratch = {task.scratch}: is no folder that may be written")
         self._keepers: queue.SimpleQueue[Keeper | None] = queue.SimpleQueue()
         for _ in range(task.concurrency):
             self._keepers.put(None)  # started when they are needed
@@ -199,7 +134,7 @@ class Program:
         self._files.write(folder, values)
         if self._task.input:
             _write(folder / self._task.input, query)
-        words = [self._program, *(word.filled(values) for word in self._words[1:])]
+        words = [self._program or self._words[0].filled(values), *(word.filled(values) for word in self._words[1:])]
         try:
             code = keeper.run(words, folder, self._task.timeout or LONGEST)
         except OutsideError as error:
@@ -221,6 +156,8 @@ class Program:
         if self._own is not None:
             return _shaped(self._own(folder), shape)
         path, pattern, pointer = folder / self._task.result, self._task.pattern, self._task.pointer
+        if path.exists() and not path.is_file():
+            raise Malformed("is no regular file")  # to read a pipe would take for ever
         if path.suffix == ".npy":
             try:
                 return _shaped(np.load(path, allow_pickle=False), shape)
@@ -258,7 +195,7 @@ def _write(path: Path, query: Query) -> None:
 
 def _number(word: str) -> float:
     try:
-        return float(re.sub("(?<=[0-9.])[dD](?=[-+0-9])", "e", word))  # Fortran's double precision
+        return float(EXPONENT.sub("e", word))
     except ValueError:
         raise Malformed(f"{word[:60]!r} is no number") from None
 
@@ -272,7 +209,7 @@ def _pointed(text: str, pointer: str) -> object:
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         try:
-            found = found[int(key)] if isinstance(found, list) else found[key]
+            found = found[int(key) if isinstance(found, list) and key.isdecimal() else key]
         except (KeyError, IndexError, ValueError, TypeError):
             raise Malformed(f"has nothing at task.pointer = {pointer!r}") from None
     return found
@@ -291,10 +228,14 @@ def _shaped(found: object, shape: Shape) -> np.ndarray:
 
 
 def _last_words(folder: Path) -> str:
-    """The last line that a program has said."""
+    """The last line that a program has said, without control characters."""
     for name in ("stderr.txt", "stdout.txt"):
-        with contextlib.suppress(OSError):
-            text = (folder / name).read_bytes()[-4096:].decode(errors="replace")
+        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            text = CONTROL.sub(" ", file.read().decode(errors="replace"))
             if lines := [" ".join(line.split()) for line in text.splitlines() if line.strip()]:
                 return f"; its last words: {lines[-1][:200]}"
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < LITTLE:
+            return f"; it said nothing, and no space is left in {folder.parent.parent}"
     return "; it said nothing"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.files.checkpoint import load_checkpoint
-from dzhpc.tasks.command import Files
+from dzhpc.tasks.template import Files
 
 HIDDEN = 32
 CIRCUIT = Path(__file__).with_name("amplifier.cir")

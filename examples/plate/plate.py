@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.files.checkpoint import load_checkpoint
-from dzhpc.tasks.command import Files
+from dzhpc.tasks.template import Files
 
 CASE = Path(__file__).with_name("case")
 UNITS = {"long": 1e11, "across": 1e10, "shear": 5e9}  # Pa, as in plate.toml

@@ -20,7 +20,7 @@ from dzhpc.errors import BlackBoxError, InputError, OutsideError
 from dzhpc.job import keeper, program
 from dzhpc.job.failure import keep_traceback
 from dzhpc.job.worker import Worker
-from dzhpc.tasks import make_task
+from dzhpc.tasks import command, make_task
 from dzhpc.tasks.command import Program, Query
 
 
@@ -53,18 +53,21 @@ def test_files_are_made_of_templates_and_nothing_is_left(scratch):
     case = Path("case/constant")
     case.mkdir(parents=True)
     (case / "properties").write_text("k {k}; short {k:.2e}; second {w[1]}; all {w}; {other} { k } {{k}}\n")
-    (case.parent / "run.sh").write_text("#!/bin/sh\ncat constant/properties $1\n")
+    (case.parent / "run.sh").write_text("#!/bin/sh\ncat grid/properties $1 latin mesh.bin; test -d time\n")
     (case.parent / "run.sh").chmod(0o755)
-    (case.parent / "mesh.bin").write_bytes(b"{k}\xff")
+    (case.parent / "mesh.bin").write_bytes(b"{k}\0")
+    (case.parent / "latin").write_bytes(b"{k} \xb0C")
+    (case.parent / "time").mkdir()
+    (case.parent / "grid").symlink_to(case.absolute())
     Path("one.txt").write_text("one {k} in {folder}")
     Path("reader.py").write_text(
         "import shutil\ndef words(folder):\n    shutil.copy(folder / 'stdout.txt', 'said')\n    return 1.5\n"
     )
-    answer = asked(["case/run.sh", "{folder}/one.txt"], template=["case", "one.txt"], result="reader:words", input=None)
-    words = Path("said").read_text()
+    answer = asked(["{folder}/run.sh", "{folder}/one.txt"], template=["case", "one.txt"], result="reader:words", input=None)
+    words, rest = Path("said").read_bytes().decode("latin").split("/call")
     assert float(answer) == 1.5
     assert words.startswith("k 2.5; short 2.50e+00; second -0.5; all 1.0 -0.5; {other} { k } {2.5}\none 2.5 in /")
-    assert re.search(rf"in {scratch}/dzhpc-scratch-[^/]+/call$", words)
+    assert re.search(rf"in {scratch}/dzhpc-scratch-[^/]+$", words) and rest == "2.5 \xb0C{k}\0"
     assert list(scratch.iterdir()) == []
     del sys.modules["reader"]
 
@@ -77,6 +80,7 @@ def test_what_a_program_is_given_and_what_is_read(scratch):
         assert asked([sys.executable, "-c", code], input=f"x.{kind}") == 3.0
     assert asked("echo loss 1.0; echo loss 2.5D-3", pattern=r"loss (\S+)") == 2.5e-3
     assert asked("echo u=1 u=2; echo u=inf", (3,), pattern=r"u=(\S+)").tolist() == [1, 2, np.inf]
+    assert asked("echo 1.5-105 -2+100 1e-3", (3,)).tolist() == [1.5e-105, -2e100, 1e-3]  # as Fortran writes three digits
     assert asked("echo 1 2; echo 3 4", (2, 2)).tolist() == [[1, 2], [3, 4]]
     assert asked("""echo '{"a/b": [0, {"c": 7}]}' > r.json""", result="r.json", pointer="/a~1b/1/c") == 7
     assert asked("echo '[[1], [2]]' > r.json", (2, 1), result="r.json").tolist() == [[1], [2]]
@@ -89,6 +93,8 @@ def test_what_a_program_is_given_and_what_is_read(scratch):
 FAILURES = {
     "echo started; echo no license >&2; exit 7": "left with exit code 7; its last words: no license",
     "kill -SEGV $$": "was ended by SIGSEGV; it said nothing",
+    "printf '\\033[31mno\\033[0m \\351\\a\\n'; exit 1": "left with exit code 1; its last words: no \ufffd",
+    ("mkfifo r", "result", "r"): "r: is no regular file; it said nothing",
     "echo 1 2": "stdout.txt: holds [2] numbers; expected one; its last words: 1 2",
     "true": "stdout.txt: is empty; it said nothing",
     "echo loss: one": "stdout.txt: 'loss:' is no number; its last words: loss: one",
@@ -97,6 +103,7 @@ FAILURES = {
     ("echo 1 > r.npy", "result", "r.npy"): "r.npy: ",
     ("head -c 99 /dev/urandom > r.json", "result", "r.json"): "r.json: is no JSON (",
     ("echo '{}' > r.json; echo ok", "pointer", "/loss"): "stdout.txt: is no JSON (",
+    ("echo '[1]'", "pointer", "/-1"): "stdout.txt: has nothing at task.pointer = '/-1'; its last words: [1]",
     ("echo '{}'", "pointer", "/loss"): "stdout.txt: has nothing at task.pointer = '/loss'; its last words: {}",
     ("""echo '{"loss": "low"}'""", "pointer", "/loss"): "stdout.txt: holds str; expected numbers; its last words: {",
 }
@@ -232,6 +239,16 @@ def test_an_objective_by_a_program_retries_counts_and_skips(scratch):
     assert list(task.model.state_dict()) == ["k", "w"]
 
 
+def test_why_a_script_does_not_start_and_why_it_is_silent_on_a_full_disk(scratch, monkeypatch):
+    Path("dos.sh").write_text("#!/bin/sh\r\necho 1\r\n")
+    Path("dos.sh").chmod(0o755)
+    with pytest.raises(OutsideError, match=r"^cannot be started \(No such file or directory; if it is a script, "):
+        asked(["./dos.sh"])
+    monkeypatch.setattr(command, "LITTLE", 2**80)  # no disk has so much space
+    with pytest.raises(OutsideError, match=rf"^left with exit code 1; it said nothing, and no space is left in {scratch}$"):
+        asked("exit 1")
+
+
 WRONG = {
     "template": ({"template": "nowhere.txt"}, "task.template = nowhere.txt: does not exist"),
     "unheard": ({"input": None}, "task.command: the program never learns k, w: write {k} into task.template or"),
@@ -244,6 +261,9 @@ WRONG = {
     "regular": ({"pattern": "loss ("}, "input: task.pattern = 'loss (': no regular expression ("),
     "result": ({"result": "../x"}, 'input: task.result = "../x": expected a file in the folder of the call'),
     "suffix": ({"input": "x.dat"}, 'input: task.input = "x.dat": expected a file .npy, .json or .h5'),
+    "scratch": ({"scratch": "nowhere"}, "task.scratch = nowhere: is no folder that may be written"),
+    "pointer": ({"pointer": "loss"}, 'input: task.pointer = "loss": expected "/loss"'),
+    "infeasible": ({"infeasible": [3, 0]}, "input: task.infeasible = 0: expected greater than or equal to 1"),
     "both": ({"function": "a:b"}, 'input: task.kind = "objective": needs task.function = "package.module:Name" or task.command'),
     "alone": ({"command": None, "function": "a:b", "initial": None}, "input: task.input: belongs to task.command"),
     "theta0": ({"initial": None}, "input: task.command: needs task.initial"),

@@ -106,7 +106,7 @@ def test_tasks_do_not_import_each_other(imports):
     kind = lambda name: name.split(".")[1] if name.count(".") else ""  # noqa: E731
     tasks, common = (
         {name for name in imports if name.split(".")[0] == "tasks"},
-        {"", "protocol", "fitting", "agreement", "command"},
+        {"", "protocol", "fitting", "agreement", "command", "template"},
     )
     assert {kind(name) for name in tasks} == {"classification", "objective", "defense", "sol", *common}
     assert [(a, b) for a in tasks for b in imports[a] & tasks if kind(b) not in {kind(a), *common}] == []
