@@ -64,6 +64,8 @@ class Program:
     def __init__(self, task: BlackBoxKeys, shapes: Mapping[str, Shape], needed: Sequence[str]):
         self.name = f"task.command = {task.command[0]}"
         self._task, self._base = task, paths.absolute(task.scratch, "task.scratch") if task.scratch else None
+        if "folder" in shapes:
+            raise InputError("task.initial: {folder} is the folder of the call; call the parameter by another name")
         known = {**shapes, "folder": ()}
         self._files = Files([task.template] if isinstance(task.template, str) else task.template or [], known)
         self._words = [Text(word, known, "task.command") for word in task.command]

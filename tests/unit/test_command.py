@@ -255,6 +255,7 @@ WRONG = {
     "program": ({"command": ["no-such-solver"]}, "task.command = no-such-solver: there is no such program"),
     "units": ({"units": {"q": 1.0}}, "task.units: task.initial has no q; it has k, w"),
     "initial": ({"initial": {"k": "two"}}, "task.initial gave what is no theta0 (block k is str)"),
+    "folder": ({"initial": {"folder": 1.0}}, "task.initial: {folder} is the folder of the call; call the parameter by another"),
     "index": ({"command": ["echo", "{w[2]}"]}, r"task.command: {w[2]} does not fit w [2] ("),
     "format": ({"command": ["echo", "{k:.2q}"]}, r"task.command: {k:.2q} does not fit k [] ("),
     "pattern": ({"pattern": "loss"}, "input: task.pattern = 'loss': expected one group (...)"),
