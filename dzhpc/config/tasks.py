@@ -88,8 +88,7 @@ class BlackBoxKeys(TaskKeys):
             yield "task.pattern and task.pointer: expected one of them"
         if is_function(self.result) and (self.pattern is not None or self.pointer is not None):
             yield f"task.result = {self.result}: a function needs neither task.pattern nor task.pointer"
-        for name in ("input", "result"):
-            value = getattr(self, name)
+        for name, value in (("input", self.input), ("result", self.result)):
             if value and not is_function(value) and (value.startswith("/") or ".." in value.split("/")):
                 yield f'task.{name} = "{value}": expected a file in the folder of the call'
         if self.input and not self.input.endswith((".npy", ".json", ".h5")):
