@@ -20,6 +20,7 @@ from dzhpc.method.seeds import generator
 
 EPS = 0.01  # Marquardt: of the mean curvature, for coordinates that have none
 PARTS = 16  # of the rows M, whose products are summed one after the other: fixed, since it decides bits
+TILE = 128  # rows of H that are multiplied at once
 HARDER = 4.0  # times as large is lambda after a step that was rejected
 TRIES = 8  # dampings tried in a step, at most
 SMALLEST = 1e-10  # of the loss: a step that should lower it by less is not tried
@@ -71,8 +72,13 @@ def parts(rows: int) -> list[slice]:
 
 
 def gram(block: Tensor) -> Tensor:
-    """block block^T in float64, multiplied in its own type [n, n]."""
-    return (block @ block.T).double()
+    """block block^T in float64, multiplied in its own type [n, n]: what lies below the diagonal, and that mirrored."""
+    out = torch.empty(len(block), len(block), dtype=torch.float64)
+    for start in range(0, len(block), TILE):
+        rows, end = slice(start, start + TILE), start + TILE
+        out[rows, :end] = block[rows] @ block[:end].T
+        out[:start, rows] = out[rows, :start].T
+    return out
 
 
 @dataclass
