@@ -31,7 +31,12 @@ def alone_and_in_company(engine, counts) -> dict[int, set[float]]:
     [
         False,
         pytest.param(
-            True, marks=[pytest.mark.compiles, pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")]
+            True,
+            marks=[
+                pytest.mark.long,
+                pytest.mark.compiles,
+                pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler"),
+            ],
         ),
     ],
 )
