@@ -54,9 +54,12 @@ class Blocks:
     def advance(self, nodes: tuple[fx.Node, ...], changes: dict[fx.Node, Change | Origin | list[Change]]) -> bool:
         """Add to ``changes`` what leaves the run, if it is a block that these changes pass; whether it is."""
         block, library = self.block(nodes), self._operations.kernels.library
-        if block is None or not self._operations.has_library(self._operations.network.value(block.first)):
+        if block is None:
             return False
         moving = [a for a in block.first.args if isinstance(a, fx.Node) and a in changes]
+        value = self._operations.network.value(moving[0])  # what goes in: a pool makes less of it
+        if not (isinstance(value, Tensor) and value.ndim == 4 and self._operations.has_library(value)):
+            return False
         beside = [a for a in (block.add.args if block.add else ()) if isinstance(a, fx.Node) and a in changes and a not in nodes]
         if block.first is block.add:
             beside = beside[1:]
@@ -68,7 +71,7 @@ class Blocks:
                 if isinstance(changes[a], Origin) and isinstance(changes[a].source, Layer):
                     changes[a] = changes[a].now()
             return False
-        changes[nodes[-1]] = self._carry(library, block, nodes, changes[moving[0]], source, residual)
+        changes[nodes[-1]] = self._carry(library, block, nodes, value.shape, changes[moving[0]], source, residual)
         return True
 
     def convolved(self, node: fx.Node, change: Change | Origin | list[Change] | None) -> Origin | None:
@@ -158,9 +161,8 @@ class Blocks:
         return residual.data.ndim == 4
 
     def _carry(
-        self, library: Library, block: Block, nodes: tuple[fx.Node, ...], change: Change | Origin,
-        source: Tensor | Planes | Layer,
-        residual: Change | None,
+        self, library: Library, block: Block, nodes: tuple[fx.Node, ...], shape: torch.Size, change: Change | Origin,
+        source: Tensor | Planes | Layer, residual: Change | None,
     ) -> Change:  # fmt: skip
         operations = self._operations
         single = isinstance(source, Planes) and source.columns is None
@@ -180,7 +182,6 @@ class Blocks:
                 value = operations.value(before, layout)
         if residual is not None:
             beside = residual.data if residual.channel is None else (residual.data, residual.channel)
-        shape = operations.network.value(block.first).shape
         data = library.carry(
             source, shape, operations.travel, norm, beside, block.relu is not None, block.size, block.mean, value, left_over
         )
