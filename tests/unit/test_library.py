@@ -238,6 +238,33 @@ def test_a_network_gets_the_same_numbers_by_it_and_without(way, precision, besid
     assert sum(words in line for line in caplog.messages) == (way == "compiler fails")
 
 
+@needs_it
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_begin_anywhere(precision, monkeypatch):
+    """A pool or a mean that follows a convolution, one channel of it, an operation without a rule, or another pool."""
+    monkeypatch.setattr(compiled.Programs, "compile", lambda self, traced, samples: traced.forward)
+    served, carry = [], library.Library.carry
+    monkeypatch.setattr(library.Library, "carry", lambda self, *args: served.append(args[6:8]) or carry(self, *args))
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(17, 3, 11, 9), torch.arange(17) % 3
+    conv, pool, mean = (lambda: nn.Conv2d(4, 4, 3, padding=1)), nn.MaxPool2d, nn.AdaptiveAvgPool2d(1)
+    for behind in (
+        [pool(2)], [pool(3), mean], [mean], [conv(), pool(2)], [conv(), mean], [nn.Hardswish(), pool(2), nn.BatchNorm2d(4)],
+        [nn.Hardswish(), mean], [conv(), pool(2), nn.BatchNorm2d(4), nn.ReLU(), pool(2), conv(), nn.ReLU(), mean],
+    ):  # fmt: skip
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *behind, nn.Flatten(), nn.LazyLinear(3))
+        model(inputs)
+        engine = dzhpc.make_engine("delta", model, "cross_entropy", precision, emulate_bf16=True)
+        coords = list(range(0, engine.index.size, 5))
+        engine.bind(inputs, labels)
+        found, truth = engine.differences(coords, 5e-3).double(), dzhpc.make_engine("full", model.double(), "cross_entropy")
+        truth.bind(inputs.double(), labels)
+        expected = truth.differences(coords, 5e-3)
+        assert served, behind
+        assert float((found - expected).norm() / expected.norm()) < {"fp32": 2e-5, "bf16": 2e-2}[precision], behind
+        served.clear()
+
+
 def test_serves_layers_and_batches_that_fill_it():
     def fits(kind, layer, height=8, width=8, batch=16, dtype=torch.float32):
         return kind.fits(layer, torch.zeros(2, batch, layer.in_channels, height, width, dtype=dtype))
