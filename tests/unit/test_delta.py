@@ -379,7 +379,7 @@ def test_explain_says_for_each_parameter_what_is_done_or_why_it_is_not():
     engine = dzhpc.make_engine("delta", model.double(), "cross_entropy")
     engine.bind(torch.randn(3, 4).double(), torch.arange(3))
     head, chunk, *lines = engine.explain().splitlines()
-    assert chunk == "changes of a chunk: at most 32 MiB (a core's cache), and 64 coordinates"
+    assert chunk == "changes of a chunk: at most 64 MiB (on a CPU), and 64 coordinates"
     assert head == "engine delta, compiled: False, kernels: none"
     assert lines[0] == (
         "first.weight [5, 4]: one coordinate at a time, since gt gives integers or truth values; first gt mul last"

@@ -624,42 +624,75 @@ struct Worker {
         if (s.residual == 2 && s.residual_channel[p] == ch) single = static_cast<const float*>(s.residuals) + p * area * s.batch + beside;
         float* mean = s.mean ? static_cast<float*>(s.outs) + (p * own + c) * s.batch + first : nullptr;
         O* out = s.mean ? nullptr : static_cast<O*>(s.outs) + (p * own + c) * s.rows * s.columns * s.batch + leaves;
-        const V factor = all(k.own * static_cast<float>(s.factor)), shift = all(k.shift), shrink = all(k.shrink), none = {};
-        const bool one = POOL == 1 && s.batch == lanes && step == lanes && !mean;  // one run
-        const long runs = one ? 1 : count, run = one ? count * lanes : lanes;
-        for (long n = 0; n < runs; ++n) {
-            const auto part = [&](long b, auto read, auto write) {
-                V best = {};
+        const Tile t{d, step, row, s.batch, lanes, count, pool, s.relu != 0, centred, value, left_over, dense, single, mean, out,
+                     k.own * static_cast<float>(s.factor), k.shift, k.shrink};
+        const bool known = POOL && !single && (POOL == 2 ? !dense : s.relu);
+        if constexpr (POOL == 1)
+            if (known && dense) return centred ? pixels<1, 4>(t) : pixels<1, 3>(t);
+        if constexpr (POOL != 0)
+            if (known) return centred ? pixels<POOL, 2>(t) : pixels<POOL, 1>(t);
+        pixels<POOL == 1, 0>(t);
+    }
+
+    struct Tile {  // pixels that leave, one behind the other
+        const D* const* changes;  // rows of a pool's window
+        long step, row, batch, lanes, count, pool;
+        bool relu;
+        const X *centred, *value, *left_over;
+        const O* dense;
+        const float* single;
+        float* mean;
+        O* out;
+        float factor, shift, shrink;
+    };
+
+    // KIND: what the compiler knows, so that the innermost loop tests nothing. 0: nothing. Bent by a ReLU or pool: 1, behind a
+    // BatchNorm: 2; the same with a dense residual: 3, 4.
+    template <int POOL, int KIND>
+    static void pixels(const Tile& t) {
+        const D* d[8];
+        const long size = POOL ? POOL : t.pool, step = t.step, row = t.row, batch = t.batch;
+        for (long i = 0; i < size; ++i) d[i] = t.changes[i];
+        const X *centred = t.centred, *value = t.value, *left_over = t.left_over;
+        const O* dense = t.dense;
+        const float* single = t.single;
+        const V factor = all(t.factor), shift = all(t.shift), shrink = all(t.shrink), none = {};
+        const bool relu = KIND || t.relu;
+        const auto leaving = [&](long n, long b, auto read) {
+            V best = {};
 #pragma GCC unroll 4
-                for (long i = 0; i < pool; ++i)
+            for (long i = 0; i < size; ++i)
 #pragma GCC unroll 4
-                    for (long j = 0; j < pool; ++j) {
-                        const long q = i * row + (n * pool + j) * s.batch + b;
-                        V z = read(d[i] + (n * pool + j) * step + b) * factor;
-                        if (centred) z += shift - read(centred + q) * shrink;
-                        if (dense) z += read(dense + q);
-                        if (single) z += read(single + q);
-                        if (POOL == 1) {
-                            if (s.relu) {
-                                const V v = read(value + q);
-                                z = largest(z + smallest(v, none), -largest(v, none));
-                            }
-                            best = z;
-                        } else {
-                            z += read(value + q);
-                            best = i + j == 0 ? z : largest(best, z);
-                        }
+                for (long j = 0; j < size; ++j) {
+                    const long q = i * row + (n * size + j) * batch + b;
+                    V z = read(d[i] + (n * size + j) * step + b) * factor;
+                    if (KIND ? KIND % 2 == 0 : centred != nullptr) z += shift - read(centred + q) * shrink;
+                    if (KIND ? KIND > 2 : dense != nullptr) z += read(dense + q);
+                    if (!KIND && single) z += read(single + q);
+                    if (POOL != 1) {
+                        z += read(value + q);
+                    } else if (relu) {
+                        const V v = read(value + q);
+                        z = largest(z + smallest(v, none), -largest(v, none));
                     }
-                if (POOL != 1 && s.relu) best = largest(best, -read(left_over + n * s.batch + b));
-                if (mean)
-                    write(mean + b, read(mean + b) + best);
-                else
-                    write(out + n * s.batch + b, best);
-            };
+                    best = i + j == 0 ? z : largest(best, z);
+                }
+            return POOL != 1 && left_over ? largest(best, -read(left_over + n * batch + b)) : best;
+        };
+        const bool one = POOL == 1 && batch == t.lanes && step == t.lanes && !t.mean;  // one run
+        const long runs = one ? 1 : t.count, run = one ? t.count * t.lanes : t.lanes;
+        float* mean = t.mean;
+        O* out = t.out;
+        const auto leave = [&](long n, long b, long some, V v) {
+            if (mean)
+                store(mean + b, load(mean + b, some) + v, some);
+            else
+                store(out + n * batch + b, v, some);
+        };
+        for (long n = 0; n < runs; ++n) {
             long b = 0;
-            for (; b + LANES <= run; b += LANES)
-                part(b, [](auto* p) { return load(p); }, [](auto* p, V v) { store(p, v); });
-            if (b < run) part(b, [&](auto* p) { return load(p, run - b); }, [&](auto* p, V v) { store(p, v, run - b); });
+            for (; b + LANES <= run; b += LANES) leave(n, b, LANES, leaving(n, b, [](auto* p) { return load(p); }));
+            if (b < run) leave(n, b, run - b, leaving(n, b, [&](auto* p) { return load(p, run - b); }));
         }
     }
 };
