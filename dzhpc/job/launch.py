@@ -14,7 +14,7 @@ from dzhpc.errors import DzhpcError, LaunchError
 from dzhpc.job import process
 from dzhpc.job.failure import say_error
 from dzhpc.job.log import close_streams, let_go, log, open_streams, set_up_log
-from dzhpc.job.stopping import Reason, listen, tell_job_script
+from dzhpc.job.stopping import Reason, ignore_warnings, listen, tell_job_script
 from dzhpc.job.world import World
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def run_verb(parser: argparse.ArgumentParser, main: Callable[[World, argparse.Na
         code = world.fail(error)
     let_go()
     close_streams()
+    ignore_warnings()
     sys.exit(code)
 
 

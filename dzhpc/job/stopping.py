@@ -68,6 +68,12 @@ def listen() -> None:
             _heard.add(number)
 
 
+def ignore_warnings() -> None:
+    """At the end: Python takes its handlers back before the process ends, and a warning would then kill a job that is done."""
+    for number in _heard.intersection((signal.SIGUSR1, signal.SIGUSR2)):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def listen_again() -> None:
     """Put our handlers back in place of those that user code has set since, by which the run would end without a checkpoint.
 
