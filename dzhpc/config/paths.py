@@ -5,11 +5,13 @@ runs, so paths are made absolute against that folder before they are used, and s
 """
 
 import argparse
+import errno
 import os
 import re
 import stat
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from dzhpc.errors import InputError
 
@@ -72,6 +74,15 @@ def shown(path: str | Path) -> str:
 def at_once(path: str, flags: int) -> int:
     """An opener for ``open`` that does not wait for the other end of a named pipe, which then is an empty file."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file to read. Raises OSError for what has no end, or never begins: a pipe, a device, a folder."""
+    file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def content(path: Path) -> bytes:

@@ -218,7 +218,8 @@ def starting_point(task: ObjectiveKeys) -> object:
         return called(f"task.initial = {task.initial}", import_object(task.initial, "task.initial"))
     path = paths.absolute(task.initial, f"task.initial = {task.initial}")
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else np.load(path, allow_pickle=False)
+        with paths.opened(path) as file:
+            return json.load(file) if path.suffix == ".json" else np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"task.initial = {task.initial}: cannot be read as .npy or .json ({reason})") from None

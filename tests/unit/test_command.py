@@ -267,6 +267,7 @@ WRONG = {
     "infeasible": ({"infeasible": [3, 0]}, "input: task.infeasible = 0: expected greater than or equal to 1"),
     "both": ({"function": "a:b"}, 'input: task.kind = "objective": needs task.function = "package.module:Name" or task.command'),
     "alone": ({"command": None, "function": "a:b", "initial": None}, "input: task.input: belongs to task.command"),
+    "numbers": ({"initial": "/dev/zero"}, "task.initial = /dev/zero: cannot be read as .npy or .json (it is no regular file)"),
     "theta0": ({"initial": None}, "input: task.command: needs task.initial"),
 }  # fmt: skip
 
