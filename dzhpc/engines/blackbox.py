@@ -14,6 +14,7 @@ from dzhpc.method.arrays import to_tensor
 
 log = logging.getLogger("dzhpc")
 LONGEST_WAIT = 30  # seconds between two attempts
+COMPANY = 1e-4  # of the answers' spread: what rounding may change in float32, where a call holds more or fewer of them
 
 
 class BlackBox:
@@ -117,3 +118,27 @@ class BlackBoxLoss:
             raise InputError(f"the criterion gave {list(losses.shape)} for {len(answers)} answers; expected a loss for each")
         self.answered = answers.unflatten(0, (p, -1))
         return losses.double().view(p, -1).mean(1)
+
+
+@torch.no_grad()
+def check_company(box: BlackBox, *inputs: Tensor, most: float) -> None:
+    """Ask a black box about its inputs [N, ...] together, then about each half: no answer may depend on what else is in a call.
+
+    Perturbed and unperturbed ones are asked together, in calls that depend on the number of ranks. most: what answers may change
+    by, of how far they are from each other (r.m.s.); above that raises InputError, what is beyond rounding is a warning.
+    """
+    half, asked = len(inputs[0]) // 2, box.queries
+    if not half:
+        return
+    together = box(*inputs).double()
+    apart = torch.cat([box(*(x[part] for x in inputs)) for part in (slice(half), slice(half, None))]).double()
+    box.queries = asked
+    usual = torch.isfinite(together) & torch.isfinite(apart)
+    together, apart = torch.where(usual, together, 0), torch.where(usual, apart, 0)
+    error, spread = float((together - apart).square().mean().sqrt()), float((together - together.mean(0)).square().mean().sqrt())
+    if error <= min(most, COMPANY) * spread:
+        return
+    text = f"{box.name}: answers change, by {error / (spread or error):.0e} of their spread, with what else is in the call"
+    if error > most * spread:
+        raise InputError(f"{text}; each must follow from its own input alone: is a network in training mode?")
+    log.warning("%s; bits may depend on the number of ranks", text)

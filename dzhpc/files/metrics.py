@@ -1,11 +1,13 @@
 """``metrics.h5``: what a run was like, a row a training step and a row an evaluation."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files import h5
 
@@ -34,12 +36,21 @@ class Metrics:
         try:
             self.train, self.eval = load_metrics(self.path)
         except InputError as error:
-            log.warning("the record of steps before %d is lost: %s", step, error)
+            kept = self._set_aside()
+            log.warning("the record of steps before %d is lost: %s%s", step, error, f"; kept as {kept}" if kept else "")
             return False
         evaluated = bool((self.eval[:, 0] == step).any())
         self.train = self.train[self.train[:, 0] <= step]
         self.eval = self.eval[[row[0] <= step and keep_eval(row[0]) for row in self.eval]]
         return evaluated
+
+    def _set_aside(self) -> str:
+        """Move what is no record of ours out of the way of the new one; the name it has then, "" where there was nothing."""
+        aside = self.path.with_name("metrics-damaged.h5")
+        with contextlib.suppress(OSError):
+            self.path.replace(aside)
+            return shown(aside)
+        return ""
 
     def add_train(self, *row: float) -> None:
         self._new_train.append(row)

@@ -32,12 +32,13 @@ class Lock:
                 self._create()
             except FileExistsError:
                 found = read(self.path)
-                if found is not None and not is_stale(found):
+                copied = found is not None and is_copy(found, self.path)
+                if found is not None and not copied and not is_stale(found):
                     raise LaunchError(
                         f"{shown(self.path.parent)}: in use by {name(found)}; wait for it, or choose another folder with "
                         f"{self._option}. If that job is dead, delete {shown(self.path)}"
                     ) from None
-                stale = name(found) if found else stale
+                stale = name(found) if found and not copied else stale
                 self._remove(found)
             except OSError as error:
                 raise InputError(
@@ -56,7 +57,7 @@ class Lock:
         with open(self.path, "x") as file:
             self._held_by = os.getpid()
             try:
-                file.write(json.dumps(process.identity()))
+                file.write(json.dumps(process.identity() | {"folder": os.path.realpath(self.path.parent)}))
                 file.flush()
             except OSError:
                 self.release()
@@ -104,7 +105,8 @@ def holder(folder: Path) -> dict | None:
         found = read(folder / "lock.json")
     except LaunchError:
         return None
-    return found if found is not None and not is_stale(found) else None
+    at_work = found is not None and not is_stale(found) and not is_copy(found, folder / "lock.json")
+    return found if at_work else None
 
 
 def name(owner: dict) -> str:
@@ -123,6 +125,18 @@ def is_stale(owner: dict) -> bool:
     if job == process.job_id():  # requeued to another node: a job runs once at a time
         return owner["restart_count"] != os.environ.get("SLURM_RESTART_COUNT", "0")
     return not _runs(job)
+
+
+def is_copy(owner: dict, path: Path) -> bool:
+    """Whether the folder was copied while somebody was at work in the original, whose lock is still there.
+
+    By the number of the file alone: one file system may be mounted twice.
+    """
+    try:
+        original = Path(owner["folder"]) / path.name
+        return original.stat().st_ino != path.stat().st_ino and read(original) == owner
+    except (OSError, KeyError, TypeError, ValueError, LaunchError):
+        return False
 
 
 def _runs(job: str) -> bool:

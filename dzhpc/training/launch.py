@@ -124,6 +124,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
         if not restarts and task.config.sparsity.lpr:
             read_lpr(task)
     check_losses(world, task.config, losses)
+    with world.together(), Pinned(task.model, task.engine.index.device).unchanged():
+        task.try_box()
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:

@@ -210,3 +210,20 @@ def test_a_defence_costs_what_its_classifier_is_asked(tmp_path, monkeypatch, eng
     assert asked(lambda: task.bind(1)) == task.cost.bind == 14
     assert asked(lambda: task.engine.differences(np.arange(40, 45), 1e-2)) == 5 * task.cost.query == 35
     assert asked(lambda: task.evaluate(range(task.evaluation_parts), 1)) == task.cost.evaluation == 22
+
+
+def test_an_answer_that_depends_on_what_else_is_in_the_call_is_refused(caplog, monkeypatch):
+    monkeypatch.setattr(blackbox.log, "propagate", True)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+    images = torch.rand(8, 3, 8, 8)
+    box = BlackBox(lambda x: net(torch.from_numpy(x)).numpy(), numpy=True, name="cls:f")
+    with pytest.raises(InputError, match=r"^cls:f: answers change, by \de-0[12] of their spread, .*training mode"):
+        blackbox.check_company(box, images, most=0.02)
+    net.eval()
+    blackbox.check_company(box, images, most=0.02)
+    assert box.queries == 0 and caplog.messages == []
+    blackbox.check_company(BlackBox(lambda x: x - 0.001 * x.mean(0), name="s"), images, most=0.02)
+    assert "s: answers change, by 4e-04 of their spread" in caplog.text
+    blackbox.check_company(BlackBox(lambda x: x[:, 0, 0, 0] * 0), images, most=0.0)
+    blackbox.check_company(BlackBox(lambda x: 1 / x.mean(0)), images[:1], most=0.0)

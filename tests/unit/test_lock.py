@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,10 @@ def test_a_living_holder_is_named_and_a_killed_one_is_followed(tmp_path, other):
     with pytest.raises(LaunchError, match=rf"{tmp_path}: in use by process {other.pid} on host .*--run-dir.*delete .*lock\.json"):
         mine.acquire()
     assert lock.holder(tmp_path)["pid"] == other.pid
+    shutil.copytree(tmp_path, copy := tmp_path.with_name(f"{tmp_path.name}-copy"))  # nobody is at work in the copy
+    assert lock.holder(copy) is None and lock.Lock(copy).acquire() == ""
+    (link := tmp_path.with_name(f"{tmp_path.name}-link")).symlink_to(tmp_path)
+    assert lock.holder(link)["pid"] == other.pid
     other.kill()  # and not waited for: a zombie has ended, too
     end = time.monotonic() + 10
     while lock.holder(tmp_path) is not None:

@@ -24,3 +24,15 @@ def test_metrics_come_back_and_lose_the_rows_after_a_restored_step(tmp_path):
     train, evaluation = load_metrics(tmp_path / "metrics.h5")
     assert train[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert evaluation[:, 0].tolist() == [4]
+
+
+def test_a_record_that_cannot_be_read_is_kept_under_another_name(tmp_path, caplog):
+    for k, spoil in enumerate((lambda path: path.write_bytes(b"cut"), lambda path: path.mkdir())):
+        spoil(tmp_path / "metrics.h5")
+        metrics = Metrics(tmp_path / "metrics.h5")
+        assert not metrics.restore(6, keep_eval=lambda step: True)
+        assert (tmp_path / "metrics-damaged.h5").exists() and "metrics-damaged.h5" in caplog.text
+        metrics.add_train(7, *[0.0] * 8)
+        metrics.flush()
+        assert len(load_metrics(tmp_path / "metrics.h5")[0]) == 1
+        (tmp_path / "metrics.h5").unlink(), (tmp_path / "metrics-damaged.h5").rename(tmp_path / f"seen-{k}")

@@ -124,6 +124,12 @@ def as_pixels(data_set: data.DataSet) -> data.DataSet:
     return data.DataSet(data_set.train, data_set.test, zero, zero + 1, data_set.classes)
 
 
+def few(pixels: data.DataSet) -> Tensor:
+    """Up to eight training images in [0, 1], spread over the set."""
+    images = pixels.train.images
+    return pixels.normalise(images[torch.arange(min(8, len(images))) * len(images) // min(8, len(images))]).contiguous()
+
+
 def evaluation_noise(images: Tensor, numbers: range, config: Config) -> Tensor:
     """sigma times standard normal noise for each image, a function of (seed, its number in the test set)."""
     seed, shape = config.run.seed, images.shape[1:]

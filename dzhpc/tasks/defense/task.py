@@ -18,8 +18,8 @@ from dzhpc.errors import InputError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
 from dzhpc.tasks import fitting
-from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_box, load_network
-from dzhpc.tasks.defense.inference import Defense, as_pixels, build_denoiser, evaluation_noise
+from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_box, load_network, try_box
+from dzhpc.tasks.defense.inference import Defense, as_pixels, build_denoiser, evaluation_noise, few
 from dzhpc.tasks.defense.latent import QueriedLoss
 from dzhpc.tasks.protocol import Cost, Task
 
@@ -120,6 +120,9 @@ class DefenseTask(Task):
                     loss = self.answers.cross_entropy(answers, self.targets(images)).sum()
             rows[k] = float(loss), correct, len(labels)
         return rows
+
+    def try_box(self) -> None:
+        try_box(self.box, self.config.task, few(self.data))
 
     def _latent_loss(self) -> QueriedLoss:
         if not hasattr(self.model, "encode") or not hasattr(self.model, "decode"):

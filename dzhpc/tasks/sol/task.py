@@ -9,6 +9,7 @@ import torch
 
 from dzhpc.config import Config
 from dzhpc.data import Order, shard
+from dzhpc.engines.blackbox import check_company
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
@@ -19,7 +20,7 @@ from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.loss import Diverged, Windows
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
-from dzhpc.tasks.sol.simulators import make_simulator
+from dzhpc.tasks.sol.simulators import OwnSimulator, make_simulator
 from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta
 
 log = logging.getLogger("dzhpc")
@@ -117,6 +118,11 @@ class SolTask(Task):
             rows[k] = float(found.capped(self._steps)), np.nan, 1
         return rows
 
+    def try_box(self) -> None:
+        if isinstance(self.simulator, OwnSimulator) and (self.config.task.batched or not self.config.task.command):
+            windows = self.windows.spread(8)
+            check_company(self.simulator, windows.states[:, 0], windows.parameters, most=1e-3)
+
     def _check_keys(self) -> None:
         """Raise InputError for keys that do not fit the reference or the simulator."""
         task, zo, sparsity = self.config.task, self.config.zo, self.config.sparsity
@@ -163,6 +169,11 @@ class AllWindows:
         """The ``number``-th batch for pruning scores."""
         order = torch.randperm(len(self._numbers), generator=generator(self._seed, "score windows", number))
         return self._of(self._numbers[order[: self._batch_size]])
+
+    def spread(self, count: int) -> Windows:
+        """At most so many, evenly spaced."""
+        count = min(count, len(self._numbers))
+        return self._of(self._numbers[torch.arange(count) * len(self._numbers) // count])
 
     def _of(self, numbers: torch.Tensor) -> Windows:
         pairs = [divmod(number, self._starts) for number in numbers.tolist()]
