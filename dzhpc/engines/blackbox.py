@@ -131,14 +131,25 @@ def check_company(box: BlackBox, *inputs: Tensor, most: float) -> None:
     if not half:
         return
     together = box(*inputs).double()
+    spread = float(_finite(together - together.mean(0)).square().mean().sqrt())
     apart = torch.cat([box(*(x[part] for x in inputs)) for part in (slice(half), slice(half, None))]).double()
+    again, what = box(*inputs).double() if _rms(apart, together) > most * spread else together, "what else is in the call"
     box.queries = asked
-    usual = torch.isfinite(together) & torch.isfinite(apart)
-    together, apart = torch.where(usual, together, 0), torch.where(usual, apart, 0)
-    error, spread = float((together - apart).square().mean().sqrt()), float((together - together.mean(0)).square().mean().sqrt())
+    if _rms(again, together) > most * spread:
+        apart, what = again, "each call (dropout, or other random numbers)"
+    error = _rms(apart, together)
     if error <= min(most, COMPANY) * spread:
         return
-    text = f"{box.name}: answers change, by {error / (spread or error):.0e} of their spread, with what else is in the call"
+    text = f"{box.name}: answers change, by {error / (spread or error):.0e} of their spread, with {what}"
     if error > most * spread:
         raise InputError(f"{text}; each must follow from its own input alone: is a network in training mode?")
     log.warning("%s; bits may depend on the number of ranks", text)
+
+
+def _rms(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the difference where both are finite."""
+    return float(_finite(a - b).square().mean().sqrt())
+
+
+def _finite(a: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(a), a, 0)

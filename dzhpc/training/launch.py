@@ -111,6 +111,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():
         check_tensors({**dict(task.model.named_parameters()), **dict(task.model.named_buffers())})
+        with Pinned(task.model, task.engine.index.device).unchanged():
+            task.try_box()
         for k in range(2 if user_code(task.config) else 1):
             with Pinned(task.model, task.engine.index.device).unchanged():
                 seed(derive(task.config.run.seed, "model", 0 if may_draw else k))
@@ -124,8 +126,6 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
         if not restarts and task.config.sparsity.lpr:
             read_lpr(task)
     check_losses(world, task.config, losses)
-    with world.together(), Pinned(task.model, task.engine.index.device).unchanged():
-        task.try_box()
 
 
 def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tuple[State | None, str, str]:

@@ -220,6 +220,9 @@ def test_an_answer_that_depends_on_what_else_is_in_the_call_is_refused(caplog, m
     box = BlackBox(lambda x: net(torch.from_numpy(x)).numpy(), numpy=True, name="cls:f")
     with pytest.raises(InputError, match=r"^cls:f: answers change, by \de-0[12] of their spread, .*training mode"):
         blackbox.check_company(box, images, most=0.02)
+    noisy = BlackBox(lambda x: x + torch.rand(x.shape), name="cls:g")
+    with pytest.raises(InputError, match=r"^cls:g: answers change, by .* with each call \(dropout"):
+        blackbox.check_company(noisy, images, most=0.02)
     net.eval()
     blackbox.check_company(box, images, most=0.02)
     assert box.queries == 0 and caplog.messages == []
