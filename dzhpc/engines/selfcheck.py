@@ -2,6 +2,7 @@
 
 It sees what a trace or a rule gets wrong, and networks that are another one at each query. On copies of the network in float64,
 where rounding is far below what is compared; a mean error of a few percent passes, since no healthy network may be refused.
+What is compiled is another thing, and is looked at once it is there.
 """
 
 import copy
@@ -34,6 +35,11 @@ RELATIVE = 0.02  # of a difference: what two engines may differ by
 ABSOLUTE = 1e-9  # of the loss
 SAME = 1e-4  # of the loss: what two engines may differ by at theta
 NOISE = 5.0  # times by how much mu and -mu do not mirror each other: networks that round some of themselves, or take steps
+COMPILED, LARGER = 0.25, 10.0  # of differences, for mu that many times STEP: what compiled passes may be off by
+ROUNDED = {
+    torch.float32: 1e-8,
+    torch.bfloat16: 3e-6,
+}  # of the loss, by the type that changes travel in: what no effect may look like
 
 
 def check(engine: Engine, seed: int) -> str:
@@ -64,6 +70,34 @@ def check(engine: Engine, seed: int) -> str:
         raise InputError(f"{wrong} (the loss at theta: {found.base:.6g} by full, {found.others:.6g})")
     found.compare(found.other, NOISE * found.noise, wrong)
     return f"engine {kind} agrees with full on {len(found.names)} coordinates to {found.error():.0e}"
+
+
+def check_compiled(engine: Engine, seed: int) -> None:
+    """Compare what is compiled with ``full``, in the precision of the run and on the batch that is bound; on a CPU.
+
+    Two coordinates of the first parameter, whose changes pass all that follows, and of one in the middle; ``full`` on a copy of
+    the network in float64. Nothing moves, as in :func:`check`. Raises InputError where they part.
+    """
+    compiles = isinstance(engine, Delta) and engine.programs.compiling and engine.loss in LOSSES.values()
+    if not compiles or engine.index.device.type != "cpu":
+        return
+    chosen = {key: (elements, LARGER * mu) for key, (elements, mu) in list(_coordinates(engine.index, seed).items())[:2]}
+    asked, batch = engine.queries, [t.double() if t.is_floating_point() else t for t in engine.batch]
+    with Pinned(engine.model, engine.index.device).unchanged(), _quietly():
+        engine.rewind()
+        try:
+            full = Full(_copy(engine.model, chosen), engine.loss)
+            base, expected = full.bind(*batch), torch.cat(_differences(full, chosen))
+        except Exception as error:  # as in check
+            log.debug("what is compiled is not tried: %s", message_of(error))
+            return
+        found = torch.cat(_differences(engine, chosen)).double()
+    engine.queries = asked
+    room = COMPILED * float(torch.maximum(expected.norm(), found.norm())) + ROUNDED.get(engine.travel, 0.0) * abs(base)
+    if float((found - expected).norm()) > room:
+        numbers = "; ".join(f"{a:.4g} by full, {b:.4g}" for a, b in zip(expected.tolist(), found.tolist(), strict=True))
+        what = f'what is compiled for engine "delta" is wrong about {type(engine.model).__name__}; use zo.compile = "off"'
+        raise InputError(f"{what} ({', '.join(chosen)}: differences {numbers})")
 
 
 @dataclass

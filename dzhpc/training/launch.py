@@ -90,6 +90,8 @@ def run(world: World, task: Task, path: Path, restart: str, ranks: list[Place] |
         world.on_failure = lambda message, code: folder.update_manifest(state="failed", reason=message, exit_code=code)
         if not trainer.budget.reason(trainer.state.step, trainer.state.partial is not None, math.nan):
             trainer.compile_s = compile_together(world, task, folder.path)
+            with world.together():
+                selfcheck.check_compiled(task.engine, task.config.run.seed)
         reason = trainer.run()
         if world.is_root:
             end(folder, trainer, reason, report)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import math
 import re
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 import dzhpc
 from dzhpc.engines import selfcheck
 from dzhpc.engines.delta.rules import table
+from dzhpc.engines.kernels import compiled, library
 from dzhpc.engines.moved import Moved
 from dzhpc.engines.traced import Traces
 from dzhpc.errors import InputError
@@ -230,3 +232,35 @@ def test_the_check_begins_where_the_base_pass_began():
     model[1][0].register_forward_hook(lambda m, i, out: out / m.scale)
     with pytest.raises(InputError, match='engine "delta" is wrong about Sequential'):
         selfcheck.check(bound("delta", model, (torch.rand(9, 4), torch.rand(9, 4)), "mse", queries=0), 0)
+
+
+def untraced(monkeypatch):
+    """Compiled but for torch's compiler, which takes seconds."""
+    monkeypatch.setattr(compiled.Programs, "compile", lambda self, traced, samples: traced.forward)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "resnet20" else ()) for n in HEALTHY])
+def test_compiled_passes_agree_on_healthy_networks(name, precision, monkeypatch):
+    untraced(monkeypatch)
+    inputs, labels = images(16, 17)
+    engine = bound(
+        "delta", HEALTHY[name]().float(), (inputs.float(), labels), precision=precision, emulate_bf16=True, queries=math.inf
+    )
+    state = copy.deepcopy(engine.model.state_dict())
+    for seed in range(3):
+        selfcheck.check_compiled(engine, seed)
+    assert engine.queries == 1 and all(torch.equal(t, state[key]) for key, t in engine.model.state_dict().items())
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
+def test_a_compiled_pass_that_is_wrong_is_found(monkeypatch):
+    untraced(monkeypatch)
+    carry = library.Library.carry
+    monkeypatch.setattr(library.Library, "carry", lambda self, *args: carry(self, *args) * 1.5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    engine = bound("delta", model, images(10, 16), queries=math.inf)
+    with pytest.raises(InputError, match=r'compiled for engine "delta" is wrong about Sequential; use zo.compile = "off" \('):
+        selfcheck.check_compiled(engine, 0)

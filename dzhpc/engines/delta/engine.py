@@ -80,8 +80,8 @@ class Delta(BatchEngine):
         self._limit = memory_mb * 2**20 if memory_mb else None
         self._largest = largest
         self._said: set[str] = set()
-        self._travel = travel or (torch.bfloat16 if precision == "bf16" else dtype)
-        self._narrow = self._travel != torch.float32 or dtype != torch.float32  # whether float64 base values gain nothing
+        self.travel = travel or (torch.bfloat16 if precision == "bf16" else dtype)  # the type that changes are kept in
+        self._narrow = self.travel != torch.float32 or dtype != torch.float32  # whether float64 base values gain nothing
         self._kernels = Kernels(self.index.device, dtype, self._say_once)
         self._loss_change = LossChange(self.loss, dtype, self._kernels)
         self._traces = Traces(model, self.index.parameters, self.loss, self._pinned, "delta", whole=table.MODULES)
@@ -198,7 +198,7 @@ class Delta(BatchEngine):
             return
         if self._traced is None:
             self._kernels.weigh(self._queries, traced.kept_bytes)
-        propagation = Propagation(traced, self.index.dtype, self._travel, self._kernels, self._say_once)
+        propagation = Propagation(traced, self.index.dtype, self.travel, self._kernels, self._say_once)
         self._plans = Plans(traced, propagation, self.index, lambda: self._kernels.compiling)
         self._traced, self._propagation, self._tails = traced, propagation, Tails(traced, len(self.index.names))
 
