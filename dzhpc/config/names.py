@@ -21,6 +21,11 @@ def is_function(name: str) -> bool:
 _folders: list[str] = []  # of the inputs at work
 
 
+def looked_in() -> list[str]:
+    """The folders of :func:`look_in`."""
+    return list(_folders)
+
+
 def look_in(*folders: Path) -> None:
     """Look for the user's modules in these folders first, and no more in those of an earlier call.
 

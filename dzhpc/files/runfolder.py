@@ -153,11 +153,26 @@ class RunFolder:
                 found.append((path, json.loads(path.read_text(encoding="utf-8"))))
         return [(path, content) for path, content in found if isinstance(content, dict)]
 
+    def modules(self) -> list[Path]:
+        """The folders in which the newest launch looked for the user's modules, as far as they are still there."""
+        found = self.manifests()[-1:]
+        listed = found[0][1].get("modules") if found else None
+        return (
+            [Path(each) for each in listed if isinstance(each, str) and Path(each).is_dir()] if isinstance(listed, list) else []
+        )
+
     def update_manifest(self, **news: object) -> None:
         """Write down how the newest launch fares; this is for information, so a full disk is no error here."""
         for path, manifest in self.manifests()[-1:]:
             with contextlib.suppress(CheckpointError):
                 _write(path, json.dumps(manifest | news, indent=2) + "\n")
+
+
+def modules_beside(source: Path) -> list[Path]:
+    """Where the user's modules of an input file lie, or those of a run folder or of a checkpoint in one."""
+    if source.suffix == ".toml":
+        return [source.parent]
+    return RunFolder(source if source.is_dir() else source.resolve().parent.parent).modules()
 
 
 def _write(path: Path, text: str) -> None:

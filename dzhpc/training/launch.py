@@ -14,6 +14,7 @@ import torch
 
 from dzhpc import tasks
 from dzhpc.config import Config
+from dzhpc.config.names import looked_in
 from dzhpc.config.paths import shown
 from dzhpc.engines import selfcheck
 from dzhpc.engines.full import Full
@@ -176,7 +177,7 @@ def begin(folder: RunFolder, trainer: Trainer, state: State | None, stale: str, 
     folder.write_input(trainer.config.to_toml())
     folder.write_manifest({
         "command": sys.argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
+        "modules": looked_in(), "git_commit": git_commit(),
         "slurm_job_id": process.job_id(),
         "hosts": devices.grouped(ranks), "state": "running",
         "versions": versions() | {"python": sys.version.split()[0]},

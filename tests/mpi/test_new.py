@@ -20,6 +20,7 @@ def written(tmp_path_factory):
     cases += [Case(name, "new", [name]) for name in ("dzhpc", "json", "class")]
     cases += [Case("simulate", "simulate", ["my_sol/my_sol.toml", "-o", "data/my_sol.h5"])]
     cases += [Case(kind, "train", [f"my_{kind}/my_{kind}.toml", *sets(stop__steps=2, data__root="data")]) for kind in KINDS]
+    cases += [Case("certify", "certify", ["runs/my_defense", "--images", "2", "--n", "20", "--n0", "5"])]
     return folder, batch(1, folder, cases, timeout=120)
 
 
@@ -32,6 +33,10 @@ def test_a_new_problem_runs_at_once(written, kind):
     assert "NAME" not in "".join((folder / name).read_text() for name in named)
     results[kind].succeeded()
     assert len(column(folder / "runs" / f"my_{kind}", "train/loss")) == 2
+
+
+def test_a_run_folder_knows_where_the_modules_of_its_input_lie(written):
+    assert "written: runs/my_defense/certify/" in written[1]["certify"].succeeded().out
 
 
 def test_what_is_there_already_is_left_alone(written):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from dzhpc.config import paths
+from dzhpc.config import look_in, paths
 from dzhpc.config.values import LARGEST
 from dzhpc.errors import InputError, message_of
+from dzhpc.files.runfolder import modules_beside
 from dzhpc.job import device as devices
-from dzhpc.job.launch import add_user_modules, stopped, survey
+from dzhpc.job.launch import stopped, survey
 from dzhpc.job.sharing import read_once
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
@@ -69,7 +70,7 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
     requests, progressed, reason = None, False, Reason.NONE
     for source in args.sources:
         world.crash_folder = out
-        add_user_modules(source)
+        look_in(*world.on_root(lambda source=source: modules_beside(source)) or [])
         found = read_once(world, lambda source=source: read_defense(source))
         with world.together():
             defense = make_defense(*found, device, args.no_denoiser, args.precision)
