@@ -74,7 +74,7 @@ class BlackBoxKeys(TaskKeys):
         """See :class:`Section`."""
         yield from super().conflicts(config)
         if self.command is None:
-            for name in (*PROGRAMS, "infeasible", "initial", "units", "batched"):
+            for name in (*PROGRAMS, "infeasible", "initial", "units", "residuals", "batched"):
                 if name in type(self).model_fields and getattr(self, name) != type(self).model_fields[name].default:
                     yield f"task.{name}: belongs to task.command"
             return
@@ -123,9 +123,9 @@ class ObjectiveKeys(BlackBoxKeys):
         {}, description="command: what is written is theta times its unit, so that all of theta is of the size of 1"
     )
     infeasible: list[Annotated[int, Field(ge=1, le=255)]] = INFEASIBLE
+    residuals: Count | None = Field(None, description="command: the answer is so many residuals; the loss is their mean square")
 
     def conflicts(self, config) -> Iterator[str]:
-        """See :class:`Section`."""
         if bool(self.function) == bool(self.command):
             yield 'task.kind = "objective": needs task.function = "package.module:Name" or task.command, not both'
         if self.command and self.initial is None:

@@ -42,11 +42,12 @@ def function_of(task: BlackBoxKeys, name: str, key: str, threads: int, makes: bo
 
 @dataclass(frozen=True)
 class Query:
-    """What a program is asked: named arrays, the one of a .npy file, and the shape of the answer."""
+    """What a program is asked: named arrays, the one of a .npy file, the shape of the answer, what fills an infeasible one."""
 
     values: Mapping[str, np.ndarray]
     array: np.ndarray
     shape: Shape
+    infeasible: float = np.nan
 
 
 class Malformed(ValueError):
@@ -57,7 +58,7 @@ class Program:
     """``task.command`` as a function: a :class:`Query` -> its answer. Each call has a folder, and its processes end with it.
 
     shapes: of the named arrays, () of a number. needed: those of them that have to reach the program.
-    An exit code of ``task.infeasible`` is answered by +inf, or by NaN where the answer is an array.
+    An exit code of ``task.infeasible`` is answered by ``query.infeasible``.
     Raises InputError for keys, templates and programs that cannot be used.
     """
 
@@ -142,7 +143,7 @@ class Program:
         except OutsideError as error:
             raise OutsideError(f"{error}{_last_words(folder)}") from None
         if code in self._infeasible:
-            return np.full(query.shape, np.nan if query.shape else np.inf)
+            return np.full(query.shape, query.infeasible)
         if code != 0:
             raise OutsideError(described(code) + _last_words(folder))
         try:

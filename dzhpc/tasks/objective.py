@@ -112,7 +112,7 @@ class ObjectiveEngine:
         if not self._has_residuals:
             raise InputError(
                 f'{self._box.name}: gives one number, of which no curvature is known; optim.name = "gauss-newton" needs its '
-                "residuals, a method residuals(thetas, step) -> [P, m]"
+                "residuals, a method residuals(thetas, step) -> [P, m], or a program that gives task.residuals of them"
             )
         return Squares(self._base, 2 / len(self._base))
 
@@ -191,7 +191,10 @@ class ObjectiveEngine:
 
 
 class ProgramLoss:
-    """The losses of thetas [P, d] by ``task.command``, a program for each of them; what it gets is theta times ``task.units``."""
+    """The losses of thetas [P, d] by ``task.command``, a program for each of them; what it gets is theta times ``task.units``.
+
+    With ``task.residuals`` it has a method ``residuals``, which alone is then asked.
+    """
 
     def __init__(self, task: ObjectiveKeys, model: Blocks):
         self._blocks = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -199,15 +202,18 @@ class ProgramLoss:
             raise InputError(f"task.units: task.initial has no {', '.join(sorted(unknown))}; it has {', '.join(self._blocks)}")
         self._units = np.concatenate([np.full(math.prod(s), task.units.get(n, 1.0)) for n, s in self._blocks.items()])
         self.program = Program(task, self._blocks, list(self._blocks))
+        self._shape = (task.residuals,) if task.residuals else ()
+        if task.residuals:
+            self.residuals = self.__call__
 
     def __call__(self, thetas: np.ndarray, step: int) -> np.ndarray:
-        """Losses [P]."""
+        """Losses [P], or residuals [P, m]."""
         return self.program.many([self._query(theta.astype(np.float64) * self._units) for theta in thetas])
 
     def _query(self, numbers: np.ndarray) -> Query:
         ends = np.cumsum([math.prod(shape) for shape in self._blocks.values()])[:-1]
         parts = zip(self._blocks.items(), np.split(numbers, ends), strict=True)
-        return Query({name: part.reshape(shape) for (name, shape), part in parts}, numbers, ())
+        return Query({name: part.reshape(shape) for (name, shape), part in parts}, numbers, self._shape, np.inf)
 
 
 def starting_point(task: ObjectiveKeys) -> object:

@@ -35,7 +35,9 @@ def asked(command, shape=(), **more):
     """The answer of a program to k = 2.5, w = (1, -0.5)."""
     values = {"k": np.array(2.5), "w": np.array([1.0, -0.5])}
     task = keys(["sh", "-c", command] if isinstance(command, str) else command, **{"input": "in.json", **more}).task
-    return Program(task, {"k": (), "w": (2,)}, ["k", "w"])(Query(values, np.array([2.5, 1.0, -0.5]), shape))
+    return Program(task, {"k": (), "w": (2,)}, ["k", "w"])(
+        Query(values, np.array([2.5, 1.0, -0.5]), shape, np.nan if shape else np.inf)
+    )
 
 
 @pytest.fixture
@@ -247,6 +249,16 @@ def test_why_a_script_does_not_start_and_why_it_is_silent_on_a_full_disk(scratch
     monkeypatch.setattr(command, "LITTLE", 2**80)  # no disk has so much space
     with pytest.raises(OutsideError, match=rf"^left with exit code 1; it said nothing, and no space is left in {scratch}$"):
         asked("exit 1")
+
+
+def test_a_program_may_give_residuals_of_which_infeasible_ones_count_as_none(scratch):
+    code = "test {k} = 4.5 && exit 9; echo {k}; awk 'BEGIN { print 1 + {w[0]} }'; echo 3"
+    task = make_task(keys(["sh", "-c", code, "{w}"], infeasible=[9], residuals=3), torch.device("cpu"))
+    assert task.bind(0) == pytest.approx((2.5**2 + 2**2 + 3**2) / 3)
+    np.testing.assert_allclose(task.engine.responses([0, 1, 2], 0.5), [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0]])
+    assert task.engine.responses([0], 2.0).tolist() == [[0, 0, 0]] and task.lost == 1
+    with pytest.raises(BlackBoxError, match=r"stdout.txt: holds \[3\] numbers; expected \[4\]"):
+        make_task(keys(["sh", "-c", code, "{w}"], residuals=4, retries=0), torch.device("cpu")).bind(0)
 
 
 WRONG = {
