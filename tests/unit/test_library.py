@@ -59,12 +59,13 @@ def test_convolutions_and_their_means_are_those_of_float64(kernels, dtype):
         centred = torch.randn(out.shape[1:]).to(dtype)
         means = torch.stack([out.mean((1, 3, 4)), (out * (2 * centred.double() + out)).mean((1, 3, 4))], 2)
         for how in ("winograd", "direct") if window is plain else ("direct",):
-            weights = getattr(library, f"{how}_weights")(weight)
+            weights = getattr(library, f"{how}_weights")(weight, dtype)
             found, sums = kernels.convolve(images, weights, o, window, border, centred, how)
             assert found.dtype == dtype
             close(found, out, dtype)
             size = torch.stack([out.abs().mean((1, 3, 4)), (out * out + out.abs()).mean((1, 3, 4))], 2)
-            assert ((sums - means).abs() / size).max() < 1e-5  # made before rounding
+            rounded = dtype == torch.bfloat16 and library.multiplies_pairs()  # of weights, too
+            assert ((sums - means).abs() / size).max() < (4e-3 if rounded else 1e-5)  # made before outputs are rounded
             alone, sum_of_it = kernels.convolve(images[1:2], weights, o, window, border, centred, how)
             assert torch.equal(alone, found[1:2])
             assert torch.equal(sum_of_it, sums[1:2])
@@ -313,7 +314,7 @@ def test_a_convolution_with_the_pass_behind_it_has_the_bits_of_both(kernels, dty
         ("winograd", (single, torch.tensor([3, 9, 0])), 2, False, True),
         ("direct", None, 1, False, False),
     ):
-        weights = getattr(library, f"{how}_weights")(weight)
+        weights = getattr(library, f"{how}_weights")(weight, dtype)
         out, means = kernels.convolve(images, weights, 10, window, border, centred, how)
         norms = [library.Norm(centred, torch.ones(10), torch.ones(10), m) if normalised else None for m in (means, None)]
         rest = residual, pool == 1, pool, mean, value

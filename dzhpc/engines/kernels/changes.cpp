@@ -15,7 +15,8 @@
 #include <thread>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define PAIRS  // products of two numbers of 16 bits, twice as fast as those of floats
 #include <immintrin.h>
 #endif
 
@@ -30,6 +31,7 @@ constexpr int LANES = 4;  // NEON, SSE
 #endif
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Wholes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 using Half = uint16_t;  // bfloat16
 
@@ -51,7 +53,7 @@ inline To as(const From& from) {
 inline V widened(Halves h) { return as<V>(__builtin_convertvector(h, Bits) << 16); }
 
 inline Halves rounded(V v) {  // to the nearest, to even
-#ifdef __AVX512BF16__
+#ifdef PAIRS
     return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(v)));
 #else
     const Bits bits = as<Bits>(v), up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -174,8 +176,35 @@ constexpr int OUTS = 8;  // outputs times two vectors are sums in registers
 constexpr int OUTS = 4;
 #endif
 
+// What a product adds to a sum. Of floats; of pairs of channels, that are bfloat16 or whole numbers, in the bits of a float.
+struct Floats {
+    static constexpr int CHANNELS = 1;
+    static V add(V sum, const float* weight, V column) { return sum + all(*weight) * column; }
+};
+#ifdef PAIRS
+struct Rounded {
+    static constexpr int CHANNELS = 2;
+    static V add(V sum, const float* weight, V column) {
+        const __m512i w = _mm512_set1_epi32(as<int>(*weight));
+        return as<V>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(column), as<__m512bh>(w)));
+    }
+};
+struct Whole {
+    static constexpr int CHANNELS = 2;
+    static V add(V sum, const float* weight, V column) {
+        return as<V>(_mm512_dpwssd_epi32(as<__m512i>(sum), as<__m512i>(column), _mm512_set1_epi32(as<int>(*weight))));
+    }
+};
+#else
+using Rounded = Floats;
+using Whole = Floats;
+#endif
+constexpr long MANY = 32;  // channels from which on whole numbers are worth making
+template <class T, class Narrow>
+using ProductOf = std::conditional_t<std::is_same<T, Half>::value, Narrow, Floats>;
+
 // out[o][v] = sum over c of kernel[c][o] * column[c][v], for OUT outputs and COUNT vectors that lie one behind the other.
-template <int OUT, int COUNT>
+template <class Product, int OUT, int COUNT>
 inline void multiply(const float* kernel, const float* columns, long depth, float* out) {
     V sum[OUT][COUNT] = {};
     for (long c = 0; c < depth; ++c, columns += WIDE, kernel += PANEL) {
@@ -183,11 +212,9 @@ inline void multiply(const float* kernel, const float* columns, long depth, floa
 #pragma GCC unroll 2
         for (int v = 0; v < COUNT; ++v) column[v] = load(columns + v * LANES);
 #pragma GCC unroll 8
-        for (int o = 0; o < OUT; ++o) {
-            const V w = all(kernel[o]);
+        for (int o = 0; o < OUT; ++o)
 #pragma GCC unroll 2
-            for (int v = 0; v < COUNT; ++v) sum[o][v] += w * column[v];
-        }
+            for (int v = 0; v < COUNT; ++v) sum[o][v] = Product::add(sum[o][v], kernel + o, column[v]);
     }
 #pragma GCC unroll 8
     for (int o = 0; o < OUT; ++o)
@@ -195,17 +222,18 @@ inline void multiply(const float* kernel, const float* columns, long depth, floa
         for (int v = 0; v < COUNT; ++v) store(out + o * WIDE + v * LANES, sum[o][v]);
 }
 
-template <int COUNT>
+template <class Product, int COUNT>
 inline void multiply(const float* kernel, const float* columns, long depth, long outputs, float* out) {
-    if (OUTS == PANEL && outputs > 4) return multiply<OUTS, COUNT>(kernel, columns, depth, out);
-    for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4) multiply<4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
+    if (OUTS == PANEL && outputs > 4) return multiply<Product, OUTS, COUNT>(kernel, columns, depth, out);
+    for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4) multiply<Product, 4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
 }
 
 // The first panel of `outputs` [depth, PANEL] times columns [depth, WIDE], of which `lanes` count -> [PANEL, WIDE].
+template <class Product>
 inline void product(const float* kernel, const float* columns, long depth, long outputs, long lanes, float* out) {
     long b = 0;
-    for (; b + LANES < lanes; b += 2 * LANES) multiply<2>(kernel, columns + b, depth, outputs, out + b);
-    if (b < lanes) multiply<1>(kernel, columns + b, depth, outputs, out + b);
+    for (; b + LANES < lanes; b += 2 * LANES) multiply<Product, 2>(kernel, columns + b, depth, outputs, out + b);
+    if (b < lanes) multiply<Product, 1>(kernel, columns + b, depth, outputs, out + b);
 }
 
 // Transformed tiles lie so far apart that they do not fall into the same places of a cache.
@@ -269,6 +297,32 @@ void transform_tile(const Convolution& s, const T* image, long y, long x, long l
         }
 }
 
+#ifdef PAIRS
+constexpr float STEPS = 4095;  // of the largest of all channels in magnitude: 12 bits and a sign
+
+// Columns of floats [lanes / WIDE, 36, C, WIDE] -> whole numbers in pairs of channels, in the same places [.., C / 2, WIDE], and
+// what one of them means [lanes / WIDE, 36, WIDE], a number for each sample and frequency. NaN and infinity leave as NaN.
+inline void to_whole(float* columns, long channels, long lanes, float* units) {
+    const long step = apart(channels * WIDE);
+    for (long b = 0; b < lanes; b += LANES)
+        for (long n = 0; n < 36; ++n) {
+            float* column = columns + (b / WIDE * 36 + n) * step + b % WIDE;
+            Bits top = as<Bits>(all(1e-30f));
+            for (long c = 0; c < channels; ++c) {
+                const Bits size = as<Bits>(load(column + c * WIDE)) & 0x7fffffff;  // sorted as the numbers are, NaN above all
+                top = size > top ? size : top;
+            }
+            const V unit = as<V>(top) * all(1 / STEPS), scale = all(STEPS) / as<V>(top);
+            store(units + (b / WIDE * 36 + n) * WIDE + b % WIDE, unit + (as<V>(top) - as<V>(top)));
+            for (long c = 0; c < channels; c += 2) {
+                const V even = load(column + c * WIDE) * scale, odd = c + 1 < channels ? load(column + (c + 1) * WIDE) * scale : V{};
+                const __m512i low = _mm512_cvtps_epi32(as<__m512>(even)), high = _mm512_slli_epi32(_mm512_cvtps_epi32(as<__m512>(odd)), 16);
+                store(column + c / 2 * WIDE, as<V>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high)));
+            }
+        }
+}
+#endif
+
 // Values of one output that leave together: up to SIDE x SIDE pixels, one vector each; with `centred` their sums are added up.
 template <int SIDE, class T>
 inline void leave(const Convolution& s, T* out, const T* centred, long high, long wide, long count, const V values[SIDE][SIDE],
@@ -305,8 +359,9 @@ __attribute__((always_inline)) inline void await(const Convolution& s, const T* 
 constexpr long FREQUENCY = PANEL * WIDE + 16;  // floats from one of the 36 products to the next
 
 // The outputs of a panel that begins with o, at (y, x), of `lanes` (WIDE at most) samples that begin with `first`.
-template <class T>
-void transform_panel(const Convolution& s, const float* products, long p, long o, long y, long x, long first, long lanes, Sums* sums) {
+// units: of whole numbers [36, WIDE]; of: the panel's own, an output [PANEL], `between` floats from one frequency to the next.
+template <class Product, class T>
+void transform_panel(const Convolution& s, const float* products, const float* units, const float* of, long between, long p, long o, long y, long x, long first, long lanes, Sums* sums) {
     const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x), count = std::min<long>(PANEL, s.outputs - o);
     const long plane = s.rows * s.columns * s.batch, at = o * plane + (y * s.columns + x) * s.batch + first;
     T* out = static_cast<T*>(s.outs) + p * s.outputs * plane + at;
@@ -318,7 +373,13 @@ void transform_panel(const Convolution& s, const float* products, long p, long o
             for (int j = 0; j < 6; ++j) {
                 V m[6], back[4];
 #pragma GCC unroll 6
-                for (int i = 0; i < 6; ++i) m[i] = load(products + (i * 6 + j) * FREQUENCY + b);
+                for (int i = 0; i < 6; ++i) {
+                    m[i] = load(products + (i * 6 + j) * FREQUENCY + b);
+                    if constexpr (Product::CHANNELS == 2) {
+                        const V unit = load(units + (i * 6 + j) * WIDE + b) * all(of[(i * 6 + j) * between + k]);
+                        m[i] = __builtin_convertvector(as<Wholes>(m[i]), V) * unit;
+                    }
+                }
                 transform_back(m, back);
                 for (int i = 0; i < 4; ++i) r[i][j] = back[i];
             }
@@ -344,12 +405,14 @@ inline void write_sums(const Convolution& s, long p, long slice, long slices, co
     }
 }
 
-template <class T>
-void winograd(const Convolution& s) {
+template <class Product, class T>
+void winograd_by(const Convolution& s) {
+    constexpr bool whole = Product::CHANNELS == 2;
+    const long depth = whole ? (s.channels + 1) / 2 : s.channels, between = (depth + whole) * PANEL;
     const long slice = winograd_slice(s), slices = slices_of(s.batch, slice), plane = s.height * s.width * s.batch;
     const long area = s.rows * s.columns * s.batch;
     parallel(s.coords * slices, s.threads, [&](long begin, long end) {
-        Scratch<float> columns(slice / WIDE * 36 * apart(s.channels * WIDE)), products(36 * FREQUENCY);
+        Scratch<float> columns(slice / WIDE * 36 * apart(s.channels * WIDE)), products(36 * FREQUENCY), units(slice * 36);
         std::vector<Sums> sums(s.outputs);
         for (long k = begin; k < end; ++k) {
             const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first), full = filled(lanes);
@@ -359,19 +422,22 @@ void winograd(const Convolution& s) {
             for (long y = 0; y < s.rows; y += 4)
                 for (long x = 0; x < s.columns; x += 4) {
                     transform_tile(s, image, y, x, lanes, columns.data);
+#ifdef PAIRS
+                    if constexpr (Product::CHANNELS == 2) to_whole(columns.data, s.channels, lanes, units.data);
+#endif
                     for (long o = 0; o < s.outputs; o += PANEL)
                         for (long b = 0; b < full; b += WIDE) {
                             const long wide = std::min<long>(WIDE, full - b), count = std::min<long>(PANEL, s.outputs - o);
+                            const float* kernels = s.kernels + o / PANEL * 36 * between;
                             for (long n = 0; n < 36; ++n) {
                                 if (n / 4 < count && y + n % 4 < s.rows) {
                                     const long at = (o + n / 4) * area + ((y + n % 4) * s.columns + x) * s.batch + first + b;
                                     await(s, out + at, static_cast<const T*>(s.centred) + at, std::min(4L, s.columns - x), wide);
                                 }
-                                product(s.kernels + (o * 36 + n * PANEL) * s.channels,
-                                        columns.data + (b / WIDE * 36 + n) * apart(s.channels * WIDE), s.channels, count, wide,
-                                        products.data + n * FREQUENCY);
+                                product<Product>(kernels + n * between, columns.data + (b / WIDE * 36 + n) * apart(s.channels * WIDE),
+                                                 depth, count, wide, products.data + n * FREQUENCY);
                             }
-                            transform_panel<T>(s, products.data, p, o, y, x, first + b, std::min(wide, lanes - b), &sums[o]);
+                            transform_panel<Product, T>(s, products.data, units.data + b * 36, kernels + depth * PANEL, between, p, o, y, x, first + b, std::min(wide, lanes - b), &sums[o]);
                         }
                 }
             write_sums(s, p, k % slices, slices, sums);
@@ -379,26 +445,40 @@ void winograd(const Convolution& s) {
     });
 }
 
-// [lanes / WIDE, kh kw C, WIDE]: what the outputs at (y, x) are made of, zeros beyond the image.
 template <class T>
-void gather(const Convolution& s, const T* image, long y, long x, long lanes, float* columns) {
-    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row, depth = s.tall * s.wide * s.channels;
+void winograd(const Convolution& s) {
+    if (s.channels >= MANY) return winograd_by<ProductOf<T, Whole>, T>(s);
+    winograd_by<Floats, T>(s);
+}
+
+// [lanes / WIDE, kh kw C, WIDE]: what the outputs at (y, x) are made of, zeros beyond the image.
+template <class Product, class T>
+void gather(const Convolution& s, const T* image, long y, long x, long lanes, long depth, float* columns) {
+    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
     for (long i = 0; i < s.tall; ++i)
         for (long j = 0; j < s.wide; ++j) {
             const long h = y * s.down + i * s.dilate_down - s.top, w = x * s.right + j * s.dilate_right - s.left;
             const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
             const T* from = image + (inside ? h * row + w * pixel : 0);
-            for (long c = 0; c < s.channels; ++c, from += plane, columns += WIDE)
+            for (long c = 0; c < s.channels; c += Product::CHANNELS, from += Product::CHANNELS * plane, columns += WIDE)
                 for (long b = 0; b < lanes; b += LANES) {
-                    store(columns + b / WIDE * depth * WIDE + b % WIDE, inside ? load(from + b, lanes - b) : V{});
+                    V value = inside ? load(from + b, lanes - b) : V{};
                     __builtin_prefetch(from + s.right * pixel + b);  // of the next outputs
+                    if constexpr (Product::CHANNELS == 2) {
+                        const bool two = c + 1 < s.channels;
+                        value = as<V>(as<Bits>(value) >> 16 | as<Bits>(inside && two ? load(from + plane + b, lanes - b) : V{}));
+                        if (two) __builtin_prefetch(from + plane + s.right * pixel + b);
+                    }
+                    store(columns + b / WIDE * depth * WIDE + b % WIDE, value);
                 }
         }
 }
 
 template <class T>
 void direct(const Convolution& s) {
-    const long slice = direct_slice(s), slices = slices_of(s.batch, slice), depth = s.tall * s.wide * s.channels;
+    using Product = ProductOf<T, Rounded>;
+    const long slice = direct_slice(s), slices = slices_of(s.batch, slice);
+    const long depth = s.tall * s.wide * ((s.channels + Product::CHANNELS - 1) / Product::CHANNELS);
     const long plane = s.height * s.width * s.batch, area = s.rows * s.columns * s.batch;
     parallel(s.coords * slices, s.threads, [&](long begin, long end) {
         Scratch<float> columns(depth * slice), products(PANEL * WIDE);
@@ -409,7 +489,7 @@ void direct(const Convolution& s) {
             std::fill(sums.begin(), sums.end(), Sums());
             for (long y = 0; y < s.rows; ++y)
                 for (long x = 0; x < s.columns; ++x) {
-                    gather(s, image, y, x, lanes, columns.data);
+                    gather<Product>(s, image, y, x, lanes, depth, columns.data);
                     for (long o = 0; o < s.outputs; o += PANEL)
                         for (long b = 0; b < full; b += WIDE) {
                             const long wide = std::min<long>(WIDE, full - b), count = std::min<long>(PANEL, s.outputs - o);
@@ -417,7 +497,7 @@ void direct(const Convolution& s) {
                             T* out = static_cast<T*>(s.outs) + p * s.outputs * area + at;
                             const T* centred = static_cast<const T*>(s.centred) + at;
                             for (long n = 0; n < count; ++n) await(s, out + n * area, centred + n * area, 1, wide);
-                            product(s.kernels + o * depth, columns.data + b * depth, depth, s.outputs - o, wide, products.data);
+                            product<Product>(s.kernels + o * depth, columns.data + b * depth, depth, s.outputs - o, wide, products.data);
                             for (long n = 0; n < count; ++n)
                                 for (long v = 0; v < wide; v += LANES) {
                                     const V values[1][1] = {{load(products.data + n * WIDE + v)}};
@@ -848,12 +928,14 @@ double cross_entropy(const float* d, const float* log_p, const float* p, const i
 }  // namespace
 
 // 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3): 36 products for 16 outputs instead of 144 (Lavin and Gray, Fast Algorithms for
-// Convolutional Neural Networks, CVPR 2016). kernels [O / 8, 36, C, 8], O filled up by zeros.
+// Convolutional Neural Networks, CVPR 2016). kernels [O / 8, 36, C, 8], O filled up by zeros; of halves in MANY channels, where there
+// are products of pairs, [O / 8, 36, C / 2 + 1, 8]: whole numbers, and behind them what one of them means.
 extern "C" void winograd_floats(const Convolution* s) { winograd<float>(*s); }
 extern "C" void winograd_halves(const Convolution* s) { winograd<Half>(*s); }
 extern "C" int64_t winograd_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice(*s)); }
 
-// Any kernel, stride and dilation. kernels [O / 8, kh, kw, C, 8], O filled up by zeros.
+// Any kernel, stride and dilation. kernels [O / 8, kh, kw, C, 8], O filled up by zeros; of halves where there are products of pairs
+// [O / 8, kh, kw, C / 2, 8] of bfloat16.
 extern "C" void direct_floats(const Convolution* s) { direct<float>(*s); }
 extern "C" void direct_halves(const Convolution* s) { direct<Half>(*s); }
 extern "C" int64_t direct_slices(const Convolution* s) { return slices_of(s->batch, direct_slice(*s)); }

@@ -63,7 +63,7 @@ class Winograd(Own):
     @staticmethod
     def weights(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
         """See :func:`winograd_weights`."""
-        return winograd_weights(conv.weight)
+        return winograd_weights(conv.weight, dtype)
 
 
 class Direct(Own):
@@ -74,4 +74,4 @@ class Direct(Own):
     @staticmethod
     def weights(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
         """See :func:`direct_weights`."""
-        return direct_weights(conv.weight)
+        return direct_weights(conv.weight, dtype)

@@ -22,6 +22,8 @@ BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 PANEL = 8  # outputs of a convolution that are made at once
 BATCH = 16  # samples that fill a vector; of a smaller batch most of it would be empty
 _KINDS = {torch.float32: "floats", torch.bfloat16: "halves"}  # in names of functions
+LARGEST_WHOLE, LARGEST_SUM = 32767, (2**31 - 2**20) / 4096 - 2**15  # of weights; sums are of products with numbers up to 4096
+MANY = 32  # channels from which on they are worth making
 DEEPEST = 8  # pixels on a side of a max pool's window
 
 
@@ -226,17 +228,46 @@ def apart(x: Tensor) -> Tensor:
     return x.movedim(-4, -1).contiguous().movedim(-1, -4)
 
 
-def winograd_weights(weight: Tensor) -> Tensor:
-    """G g G' of a layer's weights [O, C, 3, 3] -> [O / 8, 36, C, 8], zeros beyond O."""
+def winograd_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """G g G' of a layer's weights [O, C, 3, 3] -> [O / 8, 36, C, 8], zeros beyond O, for changes of a type.
+
+    bfloat16 of MANY channels, where there are products of pairs: [O / 8, 36, C / 2 + 1, 8], pairs of whole numbers of 16 bits, so large that no sum
+    leaves 32 bits, and behind them, for each output, what one of them means.
+    """
     rows = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
     g = torch.tensor(rows, dtype=torch.float64) / 24
     panels = _in_panels(g @ weight.double() @ g.T)  # [O / 8, 8, C, 6, 6]
-    return panels.permute(0, 3, 4, 2, 1).flatten(1, 2).float().contiguous()
+    panels = panels.permute(0, 3, 4, 2, 1).flatten(1, 2)
+    if dtype != torch.bfloat16 or not multiplies_pairs() or weight.shape[1] < MANY:
+        return panels.float().contiguous()
+    sizes = panels.abs()
+    largest, total = sizes.amax(2, keepdim=True), sizes.sum(2, keepdim=True)
+    unit = torch.maximum(largest / LARGEST_WHOLE, total / LARGEST_SUM).clamp(min=1e-30).float()
+    whole = _in_pairs((panels / unit.double()).round().to(torch.int16), 2)
+    return torch.cat([whole, unit], 2).contiguous()
 
 
-def direct_weights(weight: Tensor) -> Tensor:
-    """A layer's weights [O, C, kh, kw] -> [O / 8, kh, kw, C, 8], zeros beyond O."""
-    return _in_panels(weight).permute(0, 3, 4, 2, 1).float().contiguous()
+def direct_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A layer's weights [O, C, kh, kw] -> [O / 8, kh, kw, C, 8], zeros beyond O, for changes of a type.
+
+    bfloat16, where there are products of pairs: [O / 8, kh, kw, C / 2, 8], rounded to pairs of bfloat16.
+    """
+    panels = _in_panels(weight).permute(0, 3, 4, 2, 1)
+    if dtype != torch.bfloat16 or not multiplies_pairs():
+        return panels.float().contiguous()
+    return _in_pairs(panels.bfloat16().view(torch.int16), 3).contiguous()
+
+
+def multiplies_pairs() -> bool:
+    """Whether the library multiplies numbers of 16 bits in pairs, for changes in bfloat16."""
+    return "-mavx512bf16" in _flags()
+
+
+def _in_pairs(values: Tensor, axis: int) -> Tensor:
+    """Neighbours along an axis of int16 as the bits of one float each; a zero behind an odd one."""
+    values = values.movedim(axis, -1)
+    values = torch.cat([values, values.new_zeros(*values.shape[:-1], values.shape[-1] % 2)], -1)
+    return values.contiguous().view(torch.float32).movedim(-1, axis)
 
 
 def _in_panels(weight: Tensor) -> Tensor:
@@ -253,7 +284,7 @@ def _flags() -> tuple[str, ...]:
     have = processor.capabilities()
     if have.issuperset(BASE):
         wide = ["-mfma", *("-m" + name.replace("_", "") for name in BASE)]
-        return (*wide, "-mavx512bf16") if "avx512_bf16" in have else tuple(wide)
+        return (*wide, "-mavx512bf16", "-mavx512vnni") if {"avx512_bf16", "avx512_vnni"} <= have else tuple(wide)
     return ("-mavx2", "-mfma") if {"avx2", "fma3"} <= have or {"avx2", "fma"} <= have else ()
 
 
