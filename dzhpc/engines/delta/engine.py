@@ -226,14 +226,13 @@ class Delta(BatchEngine):
         allowed = self._limit or budget(self.index.device)[0]
         return int(max(1, min(self._largest, allowed // bytes_each, every)))
 
-    @torch.no_grad()
     def _sized(self, owner: int) -> Sized | None:
         """For the shape of the batch bound last; it may be asked for long after that."""
         if self._outputs is None:
             self._need_base()
         shape = self.batch[0].shape
         if not self._plans.knows(shape):
-            with self._pinned.unchanged(), self._traces.as_traced():
+            with torch.no_grad(), self._pinned.unchanged(), self._traces.as_traced():
                 self._plans.measure(shape)
         return self._plans.sized(owner, shape)
 

@@ -18,6 +18,7 @@ class LossChange:
         self._outputs: Tensor | None = None
         self._targets: Tensor | None = None
         self._prepared: Tensor | None = None  # what the formula needs of the base outputs; None: losses are subtracted
+        self._by_class: tuple[Tensor, Tensor] | None = None  # log p and p [K, B], for our own library
 
     @property
     def asks(self) -> bool:
@@ -27,6 +28,9 @@ class LossChange:
     def bind(self, outputs: Tensor, targets: Tensor) -> None:
         """The base outputs [B, ...] of a batch, and its targets."""
         self._outputs, self._targets, self._prepared = outputs, targets, self._prepare(outputs, targets)
+        if self._by_library:
+            log_p = self._prepared.t().contiguous()
+            self._by_class = log_p, log_p.exp()
 
     @property
     def _by_library(self) -> bool:
@@ -41,7 +45,7 @@ class LossChange:
         if self._name == "mse":
             return self._kernels.call(mse_difference, self._prepared, change, common=[0])
         if self._by_library:
-            return self._kernels.library.cross_entropies(change, self._prepared.t().contiguous(), self._targets)
+            return self._kernels.library.cross_entropies(change, *self._by_class, self._targets)
         return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets, common=[0, 2])
 
     def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:

@@ -26,6 +26,7 @@ class Operations:
     def __init__(self, network: Traced, dtype: torch.dtype, travel: torch.dtype, kernels: Kernels):
         self.network, self.dtype, self.travel, self.kernels = network, dtype, travel, kernels
         self._caches: dict[fx.Node, dict] = {}
+        self._modules: dict[fx.Node, nn.Module] = {}
 
     def new_batch(self) -> None:
         """Forget what was derived from the last batch's base values."""
@@ -39,7 +40,9 @@ class Operations:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The layer that an operation is, if it is one."""
-        return self.network.module.get_submodule(node.target) if node.op == "call_module" else None
+        if node.op == "call_module" and node not in self._modules:
+            self._modules[node] = self.network.module.get_submodule(node.target)
+        return self._modules.get(node)
 
     def rule(self, node: fx.Node, incoming: list | None = None) -> Rule:
         """The rule of an operation; table.FALLBACK too where more of its inputs change than the rule knows of."""

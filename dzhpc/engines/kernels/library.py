@@ -212,11 +212,11 @@ class Library:
             getattr(self._functions, f"pass_{name}")(ctypes.byref(s))
         return out.movedim(-1, 1)
 
-    def cross_entropies(self, changes: Tensor, log_p: Tensor, targets: Tensor) -> Tensor:
-        """Changes of logits [P, B, K] -> those of the mean cross entropy [P]; log p [K, B] at theta, targets [B]."""
+    def cross_entropies(self, changes: Tensor, log_p: Tensor, p: Tensor, targets: Tensor) -> Tensor:
+        """Changes of logits [P, B, K] -> those of the mean cross entropy [P]; log p and p [K, B] at theta, targets [B]."""
         changes = changes.transpose(1, 2).contiguous()
         coords, classes, batch = changes.shape
-        p, out = log_p.exp(), torch.empty(coords)
+        out = torch.empty(coords)
         pointers = [t.data_ptr() for t in (changes, log_p, p, targets, out)]
         sizes = map(ctypes.c_int64, (coords, batch, classes, torch.get_num_threads()))
         self._functions.cross_entropies(*map(ctypes.c_void_p, pointers), *sizes)
