@@ -225,7 +225,8 @@ inline void multiply(const float* kernel, const float* columns, long depth, floa
 template <class Product, int COUNT>
 inline void multiply(const float* kernel, const float* columns, long depth, long outputs, float* out) {
     if (OUTS == PANEL && outputs > 4) return multiply<Product, OUTS, COUNT>(kernel, columns, depth, out);
-    for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4) multiply<Product, 4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
+    for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4)
+        multiply<Product, 4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
 }
 
 // The first panel of `outputs` [depth, PANEL] times columns [depth, WIDE], of which `lanes` count -> [PANEL, WIDE].
@@ -315,9 +316,10 @@ inline void to_whole(float* columns, long channels, long lanes, float* units) {
             const V unit = as<V>(top) * all(1 / STEPS), scale = all(STEPS) / as<V>(top);
             store(units + (b / WIDE * 36 + n) * WIDE + b % WIDE, unit + (as<V>(top) - as<V>(top)));
             for (long c = 0; c < channels; c += 2) {
-                const V even = load(column + c * WIDE) * scale, odd = c + 1 < channels ? load(column + (c + 1) * WIDE) * scale : V{};
-                const __m512i low = _mm512_cvtps_epi32(as<__m512>(even)), high = _mm512_slli_epi32(_mm512_cvtps_epi32(as<__m512>(odd)), 16);
-                store(column + c / 2 * WIDE, as<V>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high)));
+                const V even = load(column + c * WIDE) * scale;
+                const V odd = c + 1 < channels ? load(column + (c + 1) * WIDE) * scale : V{};
+                const __m512i low = _mm512_cvtps_epi32(as<__m512>(even)), high = _mm512_cvtps_epi32(as<__m512>(odd));
+                store(column + c / 2 * WIDE, as<V>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16))));
             }
         }
 }
@@ -361,7 +363,8 @@ constexpr long FREQUENCY = PANEL * WIDE + 16;  // floats from one of the 36 prod
 // The outputs of a panel that begins with o, at (y, x), of `lanes` (WIDE at most) samples that begin with `first`.
 // units: of whole numbers [36, WIDE]; of: the panel's own, an output [PANEL], `between` floats from one frequency to the next.
 template <class Product, class T>
-void transform_panel(const Convolution& s, const float* products, const float* units, const float* of, long between, long p, long o, long y, long x, long first, long lanes, Sums* sums) {
+void transform_panel(const Convolution& s, const float* products, const float* units, const float* of, long between, long p, long o,
+                     long y, long x, long first, long lanes, Sums* sums) {
     const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x), count = std::min<long>(PANEL, s.outputs - o);
     const long plane = s.rows * s.columns * s.batch, at = o * plane + (y * s.columns + x) * s.batch + first;
     T* out = static_cast<T*>(s.outs) + p * s.outputs * plane + at;
@@ -437,7 +440,8 @@ void winograd_by(const Convolution& s) {
                                 product<Product>(kernels + n * between, columns.data + (b / WIDE * 36 + n) * apart(s.channels * WIDE),
                                                  depth, count, wide, products.data + n * FREQUENCY);
                             }
-                            transform_panel<Product, T>(s, products.data, units.data + b * 36, kernels + depth * PANEL, between, p, o, y, x, first + b, std::min(wide, lanes - b), &sums[o]);
+                            transform_panel<Product, T>(s, products.data, units.data + b * 36, kernels + depth * PANEL, between, p, o, y,
+                                                        x, first + b, std::min(wide, lanes - b), &sums[o]);
                         }
                 }
             write_sums(s, p, k % slices, slices, sums);

@@ -231,8 +231,8 @@ def apart(x: Tensor) -> Tensor:
 def winograd_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """G g G' of a layer's weights [O, C, 3, 3] -> [O / 8, 36, C, 8], zeros beyond O, for changes of a type.
 
-    bfloat16 of MANY channels, where there are products of pairs: [O / 8, 36, C / 2 + 1, 8], pairs of whole numbers of 16 bits, so large that no sum
-    leaves 32 bits, and behind them, for each output, what one of them means.
+    bfloat16 of MANY channels, where there are products of pairs: [O / 8, 36, C / 2 + 1, 8], pairs of whole numbers of 16 bits,
+    so large that no sum leaves 32 bits, and behind them, for each output, what one of them means.
     """
     rows = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
     g = torch.tensor(rows, dtype=torch.float64) / 24
