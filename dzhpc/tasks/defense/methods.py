@@ -18,8 +18,7 @@ from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.certification import Certification
-from dzhpc.tasks.defense.classifier import try_box
-from dzhpc.tasks.defense.inference import few, make_defense, read_defense
+from dzhpc.tasks.defense.inference import make_defense, read_defense
 
 log = logging.getLogger("dzhpc")
 
@@ -77,7 +76,6 @@ def certify(world: World, args: argparse.Namespace, device: torch.device) -> int
             if defense.box is None:
                 raise InputError(f"{paths.shown(source)}: names no classifier (task.classifier), so there is nothing to certify")
             devices.cpu(defense.config.run.threads)
-            try_box(defense.box, defense.config.task, few(defense.data))
         survey(world, device, defense.config.run)
         requests = requests or Requests(defense.config, out if world.is_root else None)
         name = args.label or label_of(source, args.no_denoiser)
