@@ -166,7 +166,7 @@ class Program:
                 return _shaped(np.load(path, allow_pickle=False), shape)
             except (ValueError, EOFError) as error:
                 raise Malformed(str(error)) from None
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")  # Windows puts a mark first
         if pointer is not None or (path.suffix == ".json" and pattern is None):
             return _shaped(_pointed(text, pointer or ""), shape)
         found = re.findall(pattern, text, re.M) if pattern is not None else text.split()

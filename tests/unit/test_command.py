@@ -85,6 +85,7 @@ def test_what_a_program_is_given_and_what_is_read(scratch):
     assert asked("echo 1.5-105 -2+100 1e-3", (3,)).tolist() == [1.5e-105, -2e100, 1e-3]  # as Fortran writes three digits
     assert asked("echo 1 2; echo 3 4", (2, 2)).tolist() == [[1, 2], [3, 4]]
     assert asked("""echo '{"a/b": [0, {"c": 7}]}' > r.json""", result="r.json", pointer="/a~1b/1/c") == 7
+    assert asked("printf '\\357\\273\\277[4.5]' > r.json", (1,), result="r.json").tolist() == [4.5]  # a byte order mark
     assert asked("echo '[[1], [2]]' > r.json", (2, 1), result="r.json").tolist() == [[1], [2]]
     save = [sys.executable, "-c", "import numpy; numpy.save('r.npy', numpy.float32([[5, 6]]))"]
     assert asked(save, (1, 2), result="r.npy").tolist() == [[5, 6]]
