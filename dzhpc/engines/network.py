@@ -97,11 +97,20 @@ class NetworkEngine(ABC):
         return stacked(values, self.index)
 
     def hessian_gradient(self) -> list[Tensor]:
-        """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box)."""
+        """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box).
+
+        Raises InputError where an operation has no second derivative.
+        """
         self._need_base()
-        with self._pinned.unchanged(), torch.enable_grad():  # buffers may be put back only after the second pass has read them
+        # buffers may be put back only after the second pass has read them; fused attention has no second derivative
+        with self._pinned.unchanged(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             gradient = self._grad(self._rewound_loss(), create_graph=True)
-            return self._grad(sum((g * g.detach()).sum() for g in gradient))
+            try:
+                return self._grad(sum((g * g.detach()).sum() for g in gradient))
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
+                raise InputError(f"{type(self.model).__name__} has no second derivative: {str(error).splitlines()[0]}") from None
 
     @abstractmethod
     def _loss(self, owner: int | None) -> Tensor:

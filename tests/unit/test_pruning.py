@@ -7,6 +7,7 @@ from nets import Tied, tanh_net, vectors
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dzhpc
 from dzhpc import config
@@ -40,13 +41,29 @@ def batch_norm_net():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4)).double()
 
 
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative of its own."""
+
+    def __init__(self, attend=nn.functional.scaled_dot_product_attention):
+        super().__init__()
+        self.project, self.out, self.attend = nn.Linear(1, 12), nn.Linear(16, 4), attend
+
+    def forward(self, x):
+        q, k, v = self.project(x[:, None, :, None]).chunk(3, -1)
+        return self.out(self.attend(q, k, v).flatten(1))
+
+
 def bindable(model):
     x, y = vectors()
     engine = dzhpc.make_engine("reuse", model, "mse")
     return engine, lambda: engine.bind(x, y), x, y
 
 
-@pytest.mark.parametrize("make", [lambda: tanh_net(4, 5, 4), batch_norm_net], ids=["plain", "BatchNorm in train mode"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tanh_net(4, 5, 4), batch_norm_net, lambda: Attention().double()],
+    ids=["plain", "BatchNorm in train mode", "attention"],
+)
 def test_fo_grasp_scores_are_minus_theta_times_hessian_times_gradient(make):
     model = make()
     engine, bind, x, y = bindable(model)
@@ -63,9 +80,17 @@ def test_fo_grasp_scores_are_minus_theta_times_hessian_times_gradient(make):
         [b.copy_(v) for b, v in zip(model.buffers(), buffers, strict=True)]
     scores = pruning.fo_grasp(engine, bind)
     assert [torch.equal(b, v) for b, v in zip(model.buffers(), once, strict=True)] == [True] * len(once)  # by the one bind
-    h, g = hessian(loss, theta), jacobian(loss, theta)
+    with sdpa_kernel(SDPBackend.MATH):
+        h, g = hessian(loss, theta), jacobian(loss, theta)
     assert torch.allclose(scores, -theta * (h @ g), rtol=1e-9, atol=1e-12)
     assert scores.norm() > 1e-3
+
+
+def test_fo_grasp_needs_a_second_derivative():
+    fused = lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)[0]  # noqa: E731
+    engine, bind, *_ = bindable(Attention(fused).double())
+    with pytest.raises(InputError, match=r"Attention has no second derivative: derivative for aten::_scaled_dot"):
+        pruning.fo_grasp(engine, bind)
 
 
 def test_zo_grasp_scores_correlate_with_fo_grasp_scores_given_many_directions():
