@@ -11,11 +11,12 @@ from dzhpc.config.names import is_function
 from dzhpc.config.values import (
     LARGEST,
     Count,
+    Decay,
     Directions,
     Epochs,
     Finite,
     Kept,
-    Mu,
+    Moderate,
     Pixels,
     Positive,
     Ratio,
@@ -124,7 +125,7 @@ class Zo(Section):
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"
     )
-    mu: Mu = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
+    mu: Moderate = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
     q: Directions | None = Field(
         None,
         description="rge: directions per step; None: the number of active coordinates; fg-w, lg-fg-a: passes per step; None: 1; "
@@ -199,16 +200,14 @@ class Optim(Section):
     name: Literal["sgd", "adam", "gauss-newton"] = Field(
         "sgd", description="torch.optim.SGD or Adam; gauss-newton: the outputs of CGE's queries as columns of the Jacobian"
     )
-    lr: Positive = Field(0.1, description="the peak learning rate")
+    lr: Moderate = Field(0.1, description="the peak learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd; gauss-newton: of the step")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        5e-4, description="L2, added to the gradient; gauss-newton: decoupled"
-    )
+    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton: decoupled")
     nesterov: bool = Field(False, description="sgd, gauss-newton")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
     warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")
     milestones: list[Epochs] = Field([], description="step: the epochs at which lr is multiplied by gamma")
-    gamma: Positive = Field(0.1, description="step: see milestones")
+    gamma: Moderate = Field(0.1, description="step: see milestones")
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.03, description="gauss-newton: lambda in delta = -(H + lambda D)^-1 g"
     )

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from dzhpc.config.names import is_function
 from dzhpc.config.rivals import SEE_THE_NETWORK
 from dzhpc.config.sections import Section
-from dzhpc.config.values import LARGEST, Count, Finite, Pixels, Positive, Seconds, Total
+from dzhpc.config.values import LARGEST, Count, Finite, Moderate, Pixels, Positive, Seconds, Total
 
 OWN = "package.module:Class"
 PROGRAMS = ("template", "input", "result", "pattern", "pointer", "concurrency", "scratch")  # which need a command
@@ -150,7 +150,7 @@ class DefenseKeys(BlackBoxKeys):
     )
     classifier_std: list[Positive] | None = Field(None, description="see classifier_mean")
     batched: bool = BATCHED
-    sigma: Positive = Field(0.25, description="the standard deviation of the noise, for pixels in [0, 1]")
+    sigma: Moderate = Field(0.25, description="the standard deviation of the noise, for pixels in [0, 1]")
     loss: Literal["classifier", "mse"] = Field(
         "classifier",
         description="cross entropy of the classifier's answers with and without noise (A2), or |D(x + noise) - x|^2",

@@ -24,10 +24,10 @@ def _seconds(value: Any) -> Any:
         return float("inf")
 
 
-def _mu(value: float) -> float:
-    if 1e-30 <= value <= 1e30:
+def _moderate(value: float) -> float:
+    if value == 0 or 1e-30 <= value <= 1e30:
         return value
-    raise PydanticCustomError("mu", "Input should be between 1e-30 and 1e30, of which float32 holds the inverse, too")
+    raise PydanticCustomError("moderate", "Input should be between 1e-30 and 1e30, so that float32 holds it and its inverse")
 
 
 LARGEST = 2**31 - 1  # of what is counted at once: more fits no array
@@ -44,4 +44,5 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
-Mu = Annotated[Positive, AfterValidator(_mu)]
+Moderate = Annotated[Positive, AfterValidator(_moderate)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_moderate)]

@@ -16,6 +16,8 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the size of an ele
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError for the first one that :func:`put_tensors` cannot write."""
     for name, t in tensors.items():
+        if not all(part.strip(".") for part in name.split("/")) or any(other.startswith(f"{name}/") for other in tensors):
+            raise InputError(f"the model's {name!r}: HDF5 takes the slashes of this name for folders; rename it")
         if t.layout is not torch.strided or t.is_quantized or isinstance(t, UninitializedTensorMixin):
             kind = "not yet initialised" if isinstance(t, UninitializedTensorMixin) else f"of layout {t.layout}, dtype {t.dtype}"
             raise InputError(

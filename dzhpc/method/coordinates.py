@@ -12,6 +12,30 @@ from torch.nn.parameter import is_lazy
 from dzhpc.errors import InputError
 
 
+def _check_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InputError where an element of memory belongs to two coordinates: neither could be perturbed alone.
+
+    Parts of one storage that do not overlap are sound.
+    """
+    homes: dict[int, list[str]] = {}
+    for name, p in parameters.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise InputError(f"elements of the parameter {name} share memory (expand()?); call .clone() on it first")
+        if p.numel():
+            homes.setdefault(p.untyped_storage().data_ptr(), []).append(name)
+    for names in homes.values():
+        if len(names) > 1:
+            users = torch.zeros(
+                parameters[names[0]].untyped_storage().nbytes() // parameters[names[0]].itemsize, dtype=torch.int8
+            )
+            for p in (parameters[name] for name in names):
+                users.as_strided(p.shape, p.stride(), p.storage_offset()).add_(1)
+            if users.max() > 1:
+                raise InputError(
+                    f"the parameters {', '.join(names)} share memory; make one Parameter, and use it, or its transpose, twice"
+                )
+
+
 class ParameterIndex:
     """Flat index <-> parameter, in ``named_parameters()`` order, row-major within a parameter.
 
@@ -31,6 +55,7 @@ class ParameterIndex:
             raise InputError(f"trainable parameters must share one floating-point dtype, found {sorted(map(str, dtypes))}")
         if self.dtype not in (torch.float32, torch.float64):  # theta + mu would be theta, and differences rounding
             raise InputError(f"trainable parameters are {str(self.dtype)[6:]}; expected float32 or float64 (call .float())")
+        _check_memory(parameters)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ParameterIndex":

@@ -80,6 +80,7 @@ def build(section: configuration.Model, seed: int) -> torch.nn.Module:
         model = configuration.called(f"[model] {section.name}", constructor(section), **section.fields)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f'model.name = "{section.name}": gave a {type(model).__name__}, expected a torch.nn.Module')
+    configuration.called(f"[model] {section.name}: train()", model.train)  # what torch.export makes has no modes
     _check_tensors(model, section.name)
     if section.weights:
         load_weights(model, section.weights)

@@ -110,3 +110,14 @@ def test_gradients_that_are_kept_sparse_are_filled_up():
     index = ParameterIndex.of(table)
     (gradient,) = torch.autograd.grad(table(torch.tensor([1, 3, 3])).sum(), index.parameters)
     assert gradient.is_sparse and index.flatten([gradient]).tolist() == [0, 0, 1, 1, 0, 0, 2, 2, 0, 0]
+
+
+def test_elements_of_memory_that_two_coordinates_share_are_refused():
+    flat, first = torch.randn(4, 6), nn.Linear(6, 4)
+    ParameterIndex({"a": nn.Parameter(flat[:, :3]), "b": nn.Parameter(flat[:, 3:]), "none": nn.Parameter(torch.zeros(0))})
+    with pytest.raises(InputError, match="the parameters a, b share memory; make one Parameter"):
+        ParameterIndex({"a": nn.Parameter(flat[:, :3]), "b": nn.Parameter(flat[:, 2:])})
+    with pytest.raises(InputError, match="the parameters weight, tied share memory"):
+        ParameterIndex({"weight": first.weight, "tied": nn.Parameter(first.weight.t())})
+    with pytest.raises(InputError, match="elements of the parameter w share memory"):
+        ParameterIndex({"w": nn.Parameter(torch.randn(1, 6).expand(4, 6))})

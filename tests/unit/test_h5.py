@@ -136,6 +136,10 @@ def test_a_tensor_that_no_file_could_hold_is_named(kind):
     tensor = torch.eye(3).to_sparse() if kind == "sparse" else torch.nn.LazyLinear(3).weight
     with pytest.raises(InputError, match=r"the model's fc\.weight is .*: a checkpoint holds dense tensors"):
         check_tensors({"fc.weight": tensor})
+    check_tensors({"a/b.weight": torch.ones(1), "a.b": torch.ones(1)})
+    for names in (["/"], ["a/../b"], ["a", "a/b"]):
+        with pytest.raises(InputError, match="takes the slashes of this name for folders"):
+            check_tensors(dict.fromkeys(names, torch.ones(1)))
 
 
 def test_a_name_that_is_no_text_is_named(tmp_path):
