@@ -1,16 +1,32 @@
 """A first-order step in parts that ranks may share: gradients by autograd, summed in one order whatever the rank count."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dzhpc.errors import InputError, is_out_of_memory, message_of
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.seeds import derive
 
 Found = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 PARTS = 8  # of a batch; fixed, since the cut decides the bits (and what a BatchNorm sees)
+
+
+@contextmanager
+def differentiating(model: object) -> Iterator[None]:
+    """A network that autograd cannot differentiate is no fault, since queries do without. Raises InputError in its place."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:  # as torch says it, and backward passes of the user's
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"autograd finds no gradient of {type(model).__name__} ({message_of(error)}); use zo.estimator cge or rge, and "
+            "sparsity.scores zo-grasp or random"
+        ) from error
 
 
 class SharedGradient:
@@ -39,7 +55,8 @@ class SharedGradient:
             if share == 0:
                 rows.append(torch.zeros(1 + self._index.size, dtype=torch.float64))
             else:
-                value, gradient = self._differentiated(loss(positions))
+                with differentiating(self._model):
+                    value, gradient = self._differentiated(loss(positions))
                 flat = self._index.flatten(gradient)
                 rows.append(share * torch.cat([value.detach().double().reshape(1).to(flat.device), flat.double()]).cpu())
             rows[-1] = torch.cat([rows[-1], *(b.detach().double().reshape(-1).cpu() for b in self._model.buffers())])

@@ -9,7 +9,7 @@ from dzhpc.config import Config
 from dzhpc.engines.delta.engine import Delta
 from dzhpc.engines.losses import LOSSES
 from dzhpc.engines.network import NetworkEngine
-from dzhpc.errors import DzhpcError
+from dzhpc.errors import DzhpcError, InputError
 from dzhpc.method.estimators import Estimator, autograd
 
 log = logging.getLogger("dzhpc")
@@ -51,11 +51,7 @@ def look(
             found = sides(engine, estimator, coords) if asks else (np.zeros(0, int), np.zeros(0), np.zeros(0))
             _judge(g, units, found, config, said, advice)
         if asks and isinstance(engine, NetworkEngine) and engine.loss in LOSSES.values() and engine.base_bytes <= LARGE:
-            exact = engine.index.flatten(autograd(engine).values())[torch.from_numpy(coords).to(engine.index.device)]
-            cosine = float(torch.cosine_similarity(exact.double(), estimate.double(), dim=0))
-            said.append(f"cosine to the exact gradient {cosine:.3f}")
-            if estimator.by_coordinate and cosine < ALIKE and exact.any():
-                advice.append("change zo.mu: this is not the gradient")
+            _beside_exact(engine, estimator, coords, estimate, said, advice)
     except DzhpcError as error:
         log.debug("no look at the first estimate: %s", error)
         return ""
@@ -99,3 +95,18 @@ def _judge(g: np.ndarray, units: float, asked: tuple, config: Config, said: list
     second = 2 * largest / zo.mu**2  # derivative
     if optim.name == "sgd" and units >= FEW and largest > 3 * noise and optim.lr * second > most:
         advice.append(f"lower optim.lr below {most / second:.1g}: 2 (1 + momentum) / second derivative")
+
+
+def _beside_exact(
+    engine: NetworkEngine, estimator: Estimator, coords: np.ndarray, estimate: torch.Tensor, said: list[str], advice: list[str]
+) -> None:
+    try:
+        gradient = autograd(engine)
+    except InputError:
+        said.append("autograd knows no gradient")
+        return
+    exact = engine.index.flatten(gradient.values())[torch.from_numpy(coords).to(engine.index.device)]
+    cosine = float(torch.cosine_similarity(exact.double(), estimate.double(), dim=0))
+    said.append(f"cosine to the exact gradient {cosine:.3f}")
+    if estimator.by_coordinate and cosine < ALIKE and exact.any():
+        advice.append("change zo.mu: this is not the gradient")

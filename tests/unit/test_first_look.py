@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dzhpc import config, make_engine
+from dzhpc.errors import InputError
 from dzhpc.method.estimators import make_estimator
 from dzhpc.tasks.objective import Blocks, ObjectiveEngine
 from dzhpc.training.first_look import look, signal
@@ -77,3 +79,27 @@ def test_a_white_box_is_compared_with_autograd():
 def test_a_signal_is_counted_in_the_losses_own_unit():
     assert signal(np.array([2.0**-40, 2.0**-41, 2.0**-42]), 1.0, 1.0, torch.float64) == 2.0**11
     assert signal(np.array([2.0**-20, 2.0**-21, 2.0**-22]), 1.0, 1.0, torch.float64) == 2.0**2
+
+
+class Outside(nn.Module):
+    """Leaves torch on the way, so that autograd knows no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.from_numpy(np.tanh(self.a(x).detach().numpy()))).detach()
+
+
+def test_a_network_that_autograd_cannot_differentiate_is_trained_all_the_same():
+    torch.manual_seed(0)
+    engine = make_engine("full", Outside().double(), "cross_entropy")
+    engine.bind(torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3)
+    settings, coords = config.load(None, ["zo.mu=1e-4"]), np.arange(engine.index.size)
+    estimator = make_estimator(settings.zo, 0)
+    estimate = engine.differences(coords, 1e-4) / 1e-4
+    assert "of the slope, autograd knows no gradient" in look(engine, estimator, coords, engine.base, estimate, settings)
+    for ask in (engine.gradient, engine.hessian_gradient):
+        with pytest.raises(InputError, match=r"autograd finds no gradient of Outside .*does not require grad.*estimator cge"):
+            ask()
