@@ -25,9 +25,9 @@ def _seconds(value: Any) -> Any:
 
 
 def _moderate(value: float) -> float:
-    if value == 0 or 1e-30 <= value <= 1e30:
+    if value == 0 or 1e-38 <= value <= 1e38:
         return value
-    raise PydanticCustomError("moderate", "Input should be between 1e-30 and 1e30, so that float32 holds it and its inverse")
+    raise PydanticCustomError("moderate", "Input should be between 1e-38 and 1e38, so that float32 holds it and its inverse")
 
 
 LARGEST = 2**31 - 1  # of what is counted at once: more fits no array

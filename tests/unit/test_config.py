@@ -110,8 +110,8 @@ def test_a_misspelt_key_is_named_with_the_right_one(tmp_path):
         ("[stop]\nxyzzy = 1", "unknown key stop.xyzzy (`python -m dzhpc.info keys` lists every key)"),
         ("[zo]\nmu = -1.0\nstep_size = 2", "unknown key zo.step_size"),  # the unknown key first
         ("[zo]\nmu = 0.0", "zo.mu = 0.0: expected greater than 0"),
-        ("[zo]\nmu = 1e-300", "zo.mu = 1e-300: expected between 1e-30 and 1e30, so that float32 holds it and its inverse"),
-        ("[optim]\nlr = 1e300", "optim.lr = 1e+300: expected between 1e-30 and 1e30"),
+        ("[zo]\nmu = 1e-300", "zo.mu = 1e-300: expected between 1e-38 and 1e38, so that float32 holds it and its inverse"),
+        ("[optim]\nlr = 1e300", "optim.lr = 1e+300: expected between 1e-38 and 1e38"),
         ("[zo]\nmu = 'small'", "zo.mu = 'small': expected number"),
         ("[zo]\nmu = inf", "zo.mu = inf: expected a finite number"),
         ("[zo]\nengine = 'delta8'", "zo.engine = 'delta8': expected 'full'"),
