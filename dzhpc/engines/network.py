@@ -69,7 +69,7 @@ class NetworkEngine(ABC):
         through: inputs -> outputs in the model's place, with the same values and another way back.
         """
         self._need_base()
-        with self._pinned.unchanged(), differentiating(self.model), torch.enable_grad():
+        with self._pinned.unchanged(), differentiating(getattr(self, "model", self)), torch.enable_grad():
             return self._grad(self._rewound_loss(through))
 
     @torch.no_grad()
@@ -104,7 +104,12 @@ class NetworkEngine(ABC):
         """
         self._need_base()
         # buffers may be put back only after the second pass has read them; fused attention has no second derivative
-        with self._pinned.unchanged(), differentiating(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with (
+            self._pinned.unchanged(),
+            differentiating(getattr(self, "model", self)),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.enable_grad(),
+        ):
             gradient = self._grad(self._rewound_loss(), create_graph=True)
             try:
                 return self._grad(sum((g * g.detach()).sum() for g in gradient))
