@@ -21,8 +21,8 @@ def _check_memory(parameters: Mapping[str, Tensor]) -> None:
     for name, p in parameters.items():
         if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise InputError(f"elements of the parameter {name} share memory (expand()?); call .clone() on it first")
-        if p.numel():
-            homes.setdefault(p.untyped_storage().data_ptr(), []).append(name)
+        if address := p.untyped_storage().data_ptr():  # 0: empty, or without memory at all
+            homes.setdefault(address, []).append(name)
     for names in homes.values():
         if len(names) > 1:
             users = torch.zeros(
