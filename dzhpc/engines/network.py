@@ -111,12 +111,7 @@ class NetworkEngine(ABC):
             torch.enable_grad(),
         ):
             gradient = self._grad(self._rewound_loss(), create_graph=True)
-            try:
-                return self._grad(sum((g * g.detach()).sum() for g in gradient))
-            except RuntimeError as error:
-                if "not implemented" not in str(error):
-                    raise
-                raise InputError(f"{type(self.model).__name__} has no second derivative: {str(error).splitlines()[0]}") from None
+            return self._grad(sum((g * g.detach()).sum() for g in gradient))
 
     @abstractmethod
     def _loss(self, owner: int | None) -> Tensor:
