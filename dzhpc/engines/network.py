@@ -156,14 +156,13 @@ class NetworkEngine(ABC):
     def _by_chunks(self, coords: Iterable[int], evaluate: Callable[[np.ndarray], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         """``evaluate(chunk)`` [len(chunk), *shape] for all chunks of the sorted coordinates -> [n, *shape], as in ``coords``."""
         self._need_base()
-        coords = np.array(checked(coords), np.int64)
+        coords = integers(coords).astype(np.int64)
         order = np.argsort(coords, kind="stable")
         found = torch.zeros(len(coords), *shape, dtype=self.index.dtype, device=self.index.device)
         with self._pinned.unchanged():  # an operation without a rule runs as it is, its bookkeeping included
             for chunk in self.cut(coords[order]):
                 found[chunk.start : chunk.stop] = evaluate(coords[order[chunk.start : chunk.stop]])
-        back = np.argsort(order)
-        return found if np.array_equal(back, np.arange(len(back))) else found[on_device(back, found.device)]
+        return found if (order[1:] > order[:-1]).all() else found[on_device(np.argsort(order), found.device)]
 
     def _query(self, owner: int | None) -> Tensor:
         self.queries += 1
@@ -182,12 +181,17 @@ class NetworkEngine(ABC):
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.index.parameters, strict=True)]
 
 
-def checked(coords: Iterable[int]) -> list[int]:
-    """Coordinates as integers. Raises InputError for anything else: a mask of booleans is not a list of indices."""
+def integers(coords: Iterable[int]) -> np.ndarray:
+    """Coordinates as an array. Raises InputError for anything but integers: a mask of booleans is not a list of indices."""
     array = np.asarray(coords)
-    if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"coordinates must be integers, found {array.dtype}")
-    return [int(j) for j in array]
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"coordinates must be integers [n], found {array.dtype} {list(array.shape)}")
+    return array
+
+
+def checked(coords: Iterable[int]) -> list[int]:
+    """As :func:`integers`, as a list."""
+    return [int(j) for j in integers(coords)]
 
 
 def stacked(values: list[Tensor], index: ParameterIndex) -> Tensor:

@@ -1,5 +1,6 @@
 """Coordinates: the trainable parameters as one flat vector theta [d]; chunks and slices of a coordinate set."""
 
+import bisect
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +47,7 @@ class ParameterIndex:
         self.names = list(parameters)
         self.parameters = list(parameters.values())
         self.offsets = np.cumsum([0] + [p.numel() for p in self.parameters])
+        self._starts = self.offsets.tolist()
         if self.size == 0:
             raise InputError(
                 "the model has no trainable parameter, so there is no coordinate to perturb; look at model.trainable"
@@ -88,6 +90,10 @@ class ParameterIndex:
         if coords.size and (coords.min() < 0 or coords.max() >= self.size):
             raise InputError(f"a coordinate lies outside 0..{self.size - 1}")
         return np.searchsorted(self.offsets, coords, side="right") - 1
+
+    def owner_of(self, coord: int) -> int:
+        """The parameter number of one coordinate 0 <= j < d, which is not checked."""
+        return bisect.bisect_right(self._starts, coord) - 1
 
     def element(self, coord: int) -> tuple[int, Tensor]:
         """(parameter number, 0-dimensional view of the coordinate's element); any memory layout."""

@@ -34,6 +34,14 @@ class Change:
         own = channels == self.channel.view(-1, *[1] * x.ndim)
         return torch.where(own, self.data.unsqueeze(self.axis + 1), 0)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """As :meth:`dense`, for x [B, K] and by channels: [P, K, B], contiguous."""
+        if self.channel is None or self.axis != 1:
+            return self.dense(x).transpose(1, 2).contiguous()
+        found = self.data.new_zeros(len(self.data), x.shape[1], x.shape[0])
+        found[torch.arange(len(self.data)), self.channel] = self.data
+        return found
+
     def of(self, x: Tensor) -> Tensor:
         """What of x (or of a per-channel vector, then broadcast) stands beside ``data``."""
         return x if self.channel is None else x.movedim(self.axis, 0)[self.channel]

@@ -236,17 +236,17 @@ class Delta(BatchEngine):
                 self._plans.measure(shape)
         return self._plans.sized(owner, shape)
 
-    def _answer_change(self, change: Tensor) -> Tensor:
-        """The change of z [P, ...] for changes of the outputs [P, B, ...]."""
-        change = change.to(self.index.dtype)
+    def _answer_change(self, of_outputs: Change) -> Tensor:
+        """The change of z [P, ...] for a change of the outputs [B, ...]."""
+        change = of_outputs.dense(self._outputs).to(self.index.dtype)
         if not isinstance(self.loss, BlackBoxLoss):
             return change
         self.loss.many(self._outputs + change, self.batch[1])
         return changed(self.loss.answered, self._z).to(self.index.dtype)
 
     def _evaluate_chunk(self, coords: np.ndarray, mu: float, singly: Callable, reduce: Callable) -> Tensor:
-        """``reduce(change of the outputs [P, B, ...])`` for coordinates [P] of one parameter, or ``singly(coords, mu)``."""
-        owner = int(self.index.owner(coords[:1])[0])
+        """``reduce(change of the outputs)`` for coordinates [P] of one parameter, or ``singly(coords, mu)``."""
+        owner = self.index.owner_of(int(coords[0]))
         route = self.routes[owner]
         if route.refusal:
             self._say_once(f"{route.refusal}: evaluated one coordinate at a time")
@@ -256,8 +256,8 @@ class Delta(BatchEngine):
         self.queries += len(coords)
         return found
 
-    def _chunk(self, owner: int, coords: np.ndarray, mu: float) -> Tensor:
-        """Changes of the outputs [P, B, ...] for coordinates [P] of one parameter."""
+    def _chunk(self, owner: int, coords: np.ndarray, mu: float) -> Change:
+        """The change of the outputs for coordinates [P] of one parameter."""
         nodes, sized = self.routes[owner].nodes, self._sized(owner)
         first, output = nodes[0], nodes[-1].args[0]
         seed = self._propagation.seed(first, self.index.parameters[owner], coords - self.index.offsets[owner], mu)
@@ -267,7 +267,7 @@ class Delta(BatchEngine):
             self._propagation.advance(run, changes)
             for node in done:
                 changes.pop(node, None)
-        return changes[output].dense(self._traced.value(output))
+        return changes[output]
 
     def _outputs_now(self, owner: int | None) -> Tensor:
         return self._tails.outputs(owner, self._outputs)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dzhpc.engines.delta.change import Change
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
 from dzhpc.engines.kernels.find import Kernels
 from dzhpc.engines.kernels.library import BATCH
@@ -28,24 +29,22 @@ class LossChange:
     def bind(self, outputs: Tensor, targets: Tensor) -> None:
         """The base outputs [B, ...] of a batch, and its targets."""
         self._outputs, self._targets, self._prepared = outputs, targets, self._prepare(outputs, targets)
-        if self._by_library:
+        self._by_class = None
+        served = self._name == "cross_entropy" and self._prepared is not None and len(targets) >= BATCH
+        if served and self._kernels.library is not None:
             log_p = self._prepared.t().contiguous()
             self._by_class = log_p, log_p.exp()
 
-    @property
-    def _by_library(self) -> bool:
-        served = self._name == "cross_entropy" and self._prepared is not None and len(self._targets) >= BATCH
-        return served and self._kernels.library is not None
-
-    def __call__(self, change: Tensor, base: Tensor) -> Tensor:
-        """[P] from changes [P, B, ...]; ``base`` is the loss at theta."""
-        change = change.to(self._dtype)
+    def __call__(self, of_outputs: Change, base: Tensor) -> Tensor:
+        """[P] from the change of the outputs [B, ...]; ``base`` is the loss at theta."""
+        if self._by_class and (library := self._kernels.library):
+            rows = of_outputs.rows(self._outputs).to(self._dtype)
+            return library.cross_entropies(rows, *self._by_class, self._targets)
+        change = of_outputs.dense(self._outputs).to(self._dtype)
         if self._prepared is None:
             return self._subtracted(change, base)
         if self._name == "mse":
             return self._kernels.call(mse_difference, self._prepared, change, common=[0])
-        if self._by_library:
-            return self._kernels.library.cross_entropies(change, *self._by_class, self._targets)
         return self._kernels.call(cross_entropy_difference, self._prepared, change, self._targets, common=[0, 2])
 
     def _prepare(self, outputs: Tensor, targets: Tensor) -> Tensor | None:

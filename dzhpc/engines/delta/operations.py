@@ -85,7 +85,7 @@ class Operations:
 
     def has_library(self, value: object) -> bool:
         """Whether our own library serves changes of this base value: those of a batch that fills vectors."""
-        full = isinstance(value, Tensor) and value.ndim in (2, 4) and len(value) >= BATCH
+        full = isinstance(value, Tensor) and value.ndim in (2, 4) and value.shape[0] >= BATCH
         return full and value.dtype == torch.float32 and self.kernels.library is not None
 
     def travelling(self, change: Change) -> Change:

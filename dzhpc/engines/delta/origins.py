@@ -12,8 +12,8 @@ A layer of one's own joins by ``ORIGINS[MyLayer, "weight"] = function``: (operat
 it cannot; place: indices into the parameter, a tensor [P] an axis; mu: a tensor without axes.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,15 +27,19 @@ from dzhpc.engines.windows import borders, padded, seen, window_of
 from dzhpc.method.arrays import on_device
 
 
-def of_module(op: Operation, name: str, local: np.ndarray, mu: float) -> Origin | None:
-    """What mu e_j on parameter ``name`` of ``op.module`` does to the output, j in ``local`` [P]; None where no rule is known."""
+def of_module(op: Operation, name: str, parameter: Tensor, local: np.ndarray, mu: float) -> Origin | None:
+    """What mu e_j on a parameter of ``op.module`` does to the output, j in ``local`` [P]; None where no rule is known."""
     hooked = op.module._forward_hooks or op.module._forward_pre_hooks  # what they do is not known
     rule = None if hooked else ORIGINS.get((type(op.module), name))
     if rule is None:
         return None
-    place = np.unravel_index(local, op.module.get_parameter(name).shape)
-    found = rule(op, list(on_device(np.stack(place), op.value.device)), op.value.new_full((), mu))
-    return found and replace(found, name=name, source=found.source and replace(found.source, factor=mu))
+    place = np.array(np.unravel_index(local, parameter.shape))
+    found = rule(op, list(on_device(place, op.value.device).unbind()), op.value.new_full((), mu))
+    if found:
+        found.name = name
+        if found.source:
+            found.source.factor = mu
+    return found
 
 
 def of_parameter(parameter: Tensor, local: np.ndarray, mu: float) -> Origin:
@@ -53,7 +57,8 @@ def _conv_weight(op: Operation, place: list[Tensor], mu: Tensor) -> Origin | Non
     if op.x.ndim != 4:  # one image without a batch axis
         return None
     out_channel, in_channel, kh, kw = place
-    in_channel = in_channel + out_channel // (conv.out_channels // conv.groups) * (conv.in_channels // conv.groups)
+    if conv.groups > 1:
+        in_channel = in_channel + out_channel // (conv.out_channels // conv.groups) * (conv.in_channels // conv.groups)
     images = op.cached("padded", lambda: _apart(padded(op.x, borders(conv), conv.padding_mode)))
     window = window_of(conv)
 
@@ -110,7 +115,7 @@ def _planes(images: Tensor, place: list[Tensor], channel: Tensor) -> Planes | No
     *outer, batch, row, column = images.stride()
     if images.device.type != "cpu" or images.dtype != torch.float32 or batch != 1:
         return None
-    offsets = sum(k * stride for k, stride in zip(place, outer, strict=True))
+    offsets = functools.reduce(torch.add, map(torch.mul, place, outer))
     return Planes(images, offsets, row, column, *images.shape[-2:], channel=channel)
 
 

@@ -34,6 +34,7 @@ class Propagation:
         self._kernels, self._say = kernels, say
         self._fused, self.blocks, self._passes = Fused(self.operations), Blocks(self.operations), Passes(self.operations)
         self._runs: dict[tuple[fx.Node, ...], Run] = {}
+        self._names: dict[tuple[fx.Node, int], str] = {}  # of parameters, by id, in their layers
 
     def new_batch(self) -> None:
         """Forget what was derived from the last batch's base values."""
@@ -48,9 +49,11 @@ class Propagation:
         """Where the chunk of a parameter's coordinates ``local`` [P] begins: ``node`` reads it; None where no rule is known."""
         if node.op == "get_attr":
             return origins.of_parameter(parameter, local, mu)
-        module = self.operations.module(node)
-        name = next(name for name, p in module.named_parameters() if p is parameter)
-        return origins.of_module(self.operations.at_hand(node), name, local, mu)
+        if (node, id(parameter)) not in self._names:
+            self._names[node, id(parameter)] = next(
+                name for name, p in self.operations.module(node).named_parameters() if p is parameter
+            )
+        return origins.of_module(self.operations.at_hand(node), self._names[node, id(parameter)], parameter, local, mu)
 
     def has_kink(self, nodes: list[fx.Node]) -> bool:
         """Whether some of the operations have a kink."""

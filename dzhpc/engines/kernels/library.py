@@ -213,8 +213,7 @@ class Library:
         return out.movedim(-1, 1)
 
     def cross_entropies(self, changes: Tensor, log_p: Tensor, p: Tensor, targets: Tensor) -> Tensor:
-        """Changes of logits [P, B, K] -> those of the mean cross entropy [P]; log p and p [K, B] at theta, targets [B]."""
-        changes = changes.transpose(1, 2).contiguous()
+        """Changes of logits [P, K, B] -> those of the mean cross entropy [P]; log p and p [K, B] at theta, targets [B]."""
         coords, classes, batch = changes.shape
         out = torch.empty(coords)
         pointers = [t.data_ptr() for t in (changes, log_p, p, targets, out)]
@@ -225,7 +224,8 @@ class Library:
 
 def apart(x: Tensor) -> Tensor:
     """The same values [..., B, C, H, W], contiguous as [..., C, H, W, B]."""
-    return x.movedim(-4, -1).contiguous().movedim(-1, -4)
+    moved = x.movedim(-4, -1)
+    return x if moved.is_contiguous() else moved.contiguous().movedim(-1, -4)
 
 
 def winograd_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
