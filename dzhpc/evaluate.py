@@ -8,14 +8,14 @@ if __name__ == "__main__":
 import argparse
 import logging
 
-from dzhpc.config import paths
+from dzhpc.config import look_in, paths
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
 from dzhpc.job.shared_work import split
 from dzhpc.job.stopping import Requests
 from dzhpc.job.world import World
 from dzhpc.tasks.sol import comparison, results
-from dzhpc.tasks.sol.evaluation import Experiment, read_all
+from dzhpc.tasks.sol.evaluation import Experiment, modules_of, read_all
 
 log = logging.getLogger("dzhpc")
 
@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
-    runs = start(world, lambda: read_all(args.sources, args.data_root), *args.sources, quiet=args.quiet)
+    runs = start(world, lambda: read_all(args.sources, args.data_root), quiet=args.quiet)
+    look_in(*world.on_root(lambda: modules_of(args.sources)))
     device, requests = devices.choose(world.local_rank, runs[0].config.run.threads), Requests(runs[0].config, None)
     survey(world, device, runs[0].config.run)
     with world.together():

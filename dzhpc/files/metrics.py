@@ -19,10 +19,13 @@ log = logging.getLogger("dzhpc")
 
 
 class Metrics:
-    """The rows of ``metrics.h5``: ``train`` (a row a step) and ``eval``. Kept in memory, written whole by :meth:`flush`."""
+    """The rows of ``metrics.h5``: ``train`` (a row a step) and ``eval``. Kept in memory, written whole by :meth:`flush`.
 
-    def __init__(self, path: Path):
-        self.path = path
+    run: the ``run_uuid`` of the run whose record it is, "" where that is not known.
+    """
+
+    def __init__(self, path: Path, run: str = ""):
+        self.path, self.run = path, run
         self.train = np.zeros((0, len(TRAIN_COLUMNS)))
         self.eval = np.zeros((0, len(EVAL_COLUMNS)))
         self._new_train: list[tuple] = []
@@ -34,9 +37,9 @@ class Metrics:
         Whether there is an evaluation of ``step``, kept or not.
         """
         try:
-            self.train, self.eval = load_metrics(self.path)
+            self.train, self.eval = load_metrics(self.path, self.run)
         except InputError as error:
-            kept = self._set_aside()
+            kept = self._set_aside("foreign" if isinstance(error, OtherRun) else "damaged")
             log.warning("the record of steps before %d is lost: %s%s", step, error, f"; kept as {kept}" if kept else "")
             return False
         evaluated = bool((self.eval[:, 0] == step).any())
@@ -44,9 +47,9 @@ class Metrics:
         self.eval = self.eval[[row[0] <= step and keep_eval(row[0]) for row in self.eval]]
         return evaluated
 
-    def _set_aside(self) -> str:
-        """Move what is no record of ours out of the way of the new one; the name it has then, "" where there was nothing."""
-        aside = self.path.with_name("metrics-damaged.h5")
+    def _set_aside(self, kind: str) -> str:
+        """Move what is no record of this run out of the way of the new one; its name then, "" where there was nothing."""
+        aside = self.path.with_name(f"metrics-{kind}.h5")
         with contextlib.suppress(OSError):
             self.path.replace(aside)
             return shown(aside)
@@ -65,6 +68,7 @@ class Metrics:
         self._new_train, self._new_eval = [], []
 
         def fill(file: h5.File) -> None:
+            file.attrs["run_uuid"] = self.run
             for table, columns, rows in (("train", TRAIN_COLUMNS, self.train), ("eval", EVAL_COLUMNS, self.eval)):
                 group = file.create_group(table)
                 for k, name in enumerate(columns):
@@ -75,9 +79,18 @@ class Metrics:
         h5.write(self.path, KIND, fill, CheckpointError)
 
 
-def load_metrics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """(train [rows, 9], eval [rows, 4]) in the order of TRAIN_COLUMNS and EVAL_COLUMNS. Raises InputError."""
+class OtherRun(InputError):
+    """A record is that of another run."""
+
+
+def load_metrics(path: str | Path, run: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """(train [rows, 9], eval [rows, 4]) in the order of TRAIN_COLUMNS and EVAL_COLUMNS. Raises InputError.
+
+    run: whose record it has to be, where that is known; earlier versions did not write that down.
+    """
     with h5.opened(Path(path), KIND, InputError) as file:
+        if run and (found := str(file.attrs.get("run_uuid", ""))) and found != run:
+            raise OtherRun(f"{shown(path)}: is the record of another run")
 
         def rows(table: str, columns: tuple[str, ...]) -> np.ndarray:
             n = int(file[table].attrs["rows"])

@@ -26,12 +26,15 @@ class GaussNewton(SGD):
 
     def __init__(self, section: Optim, parameters: dict[str, torch.Tensor]):
         super().__init__(parameters.values(), lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
-        self._decay = section.weight_decay
+        self._decay, self._rests = section.weight_decay, False
         self.curvature: dict[str, torch.Tensor] = {"damping": torch.tensor(section.damping, dtype=torch.float64)}
 
     @torch.no_grad()
     def step(self) -> None:
-        """theta becomes the one that :meth:`move` leads to."""
+        """theta becomes the one that :meth:`move` leads to; it stays as it is where the optimiser was told to :meth:`rest`."""
+        if self._rests:
+            self._rests = False
+            return
         (group,) = self.param_groups
         for p in group["params"]:
             p.mul_(1 - group["lr"] * self._decay)
@@ -49,8 +52,9 @@ class GaussNewton(SGD):
         return found
 
     def rest(self) -> None:
-        """Forget the momentum: it leads nowhere."""
+        """Forget the momentum, which leads nowhere; the next step is none, weight decay included."""
         self.state.clear()
+        self._rests = True
 
 
 def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch.optim.Optimizer:

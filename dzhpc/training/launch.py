@@ -150,7 +150,7 @@ def open_folder(folder: RunFolder, lock: Lock, restart: str, task: Task) -> tupl
         folder.check_foreign()
     folder.create()
     stale = stale or lock.acquire()
-    if state is not None or restart == "never":
+    if state is not None or restart == "never" or folder.metrics.exists():
         own = bool(source) and Path(source).resolve().parent == folder.checkpoints.resolve()
         folder.set_aside(after_step=state.step if own else -1)  # the record of another run is not continued
     return state, source, stale

@@ -37,15 +37,16 @@ class Record:
     """Rows are kept in memory and written by :meth:`flush`; the root alone has them.
 
     ``evaluated_step`` and ``accuracy`` are those of the last evaluation that counts (-1, NaN without one); ``on_record`` is
-    whether an earlier launch ended at its step with an evaluation.
+    whether an earlier launch ended at its step with an evaluation. run: its ``run_uuid``.
     """
 
-    def __init__(self, path: Path):
-        self._metrics = Metrics(path)
+    def __init__(self, path: Path, run: str):
+        self._metrics = Metrics(path, run)
         self.evaluated_step, self.accuracy, self.on_record = -1, math.nan, False
 
-    def restore(self, step: int, interval: int) -> None:
-        """Go on after ``step``: later rows are dropped, and evaluations that are not due every ``interval`` steps."""
+    def restore(self, run: str, step: int, interval: int) -> None:
+        """Go on after ``step`` of a run: later rows are dropped, and evaluations that are not due every ``interval`` steps."""
+        self._metrics.run = run
         self.on_record = self._metrics.restore(step, lambda row: row > 0 and row % interval == 0)
         if len(self._metrics.eval) and self._metrics.eval[-1, 0] == step:
             self.evaluated_step, self.accuracy = step, float(self._metrics.eval[-1, 3])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
-from dzhpc.engines.pinned import seed_others
+from dzhpc.engines import selfcheck
+from dzhpc.engines.pinned import Pinned, seed_others
 from dzhpc.errors import InputError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.job.world import World
@@ -20,9 +21,15 @@ log = logging.getLogger("dzhpc")
 def score(world: World, task: Task, out: Path) -> None:
     """Score the initial weights on all ranks and write the ratios. Collective.
 
-    Raises InputError for too many queries, and where ranks hold different data or weights.
+    Raises InputError for too many queries, where ranks hold different data or weights, and for a network or a black box that is
+    another one at each query.
     """
     check_made(world, task.made())
+    with world.together(), Pinned(task.model, task.engine.index.device).unchanged():
+        task.try_box()
+        task.bind_for_scores(0)
+        selfcheck.check(task.engine, task.config.run.seed)
+        task.engine.unbind()
     pattern = Pattern(task, world.split)
     check_budget(task.config.task.max_queries, pattern.score_queries)
     seed_others(derive(task.config.run.seed, "scores"))

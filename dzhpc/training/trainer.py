@@ -50,7 +50,7 @@ class Trainer:
         self.state = TrainingState(task, self._estimator, self._pattern, self.budget)
         optimizer, by_steps = self.state.optimizer, isinstance(self.state.optimizer, GaussNewton)
         self._newton = Newton(world, task, self._distribution, optimizer) if by_steps else None
-        self._record = Record(folder.metrics)
+        self._record = Record(folder.metrics, self.state.run_uuid)
         self._buffers_before: list[torch.Tensor] = []  # what the step under way began with
         self.compile_s = 0.0  # spent on compiling before the first step
         self.progressed = False  # whether this launch has evaluated anything that is kept
@@ -68,7 +68,7 @@ class Trainer:
             for key, value in self.state.environment().items():
                 if found.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, found.env[key], value)
-            self._record.restore(found.step, self._evaluation_interval)
+            self._record.restore(found.run_uuid, found.step, self._evaluation_interval)
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""

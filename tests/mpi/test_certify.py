@@ -29,9 +29,11 @@ def nearest(images):
             print(len(images), os.getpid(), file=file)
     if "SLOW" in os.environ:
         time.sleep(0.02)
-    if "BROKEN" in os.environ and RANK == "1":
+    if "BROKEN" in os.environ and RANK == "1" and len(images) > 8:
         raise RuntimeError("out of order")
     return -((images.reshape(len(images), 1, -1) - MEANS) ** 2).sum(-1)
+def together(images):
+    return nearest(images - images.mean(0))
 '''
 PLAN = ["--images", "13", "--n0", "30", "--n", "500", "--batch", "40", "--sigma", "0.4"]
 
@@ -41,6 +43,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with an input file and the user's classifier."""
     folder = tmp_path_factory.mktemp("certify")
     (folder / "defense.toml").write_text(INPUT)
+    (folder / "company.toml").write_text(INPUT.replace(":nearest", ":together"))
     (folder / "prototypes.py").write_text(BOX)
     return folder
 
@@ -51,9 +54,12 @@ def record(path: Path) -> dict:
 
 
 def asked(place: Path, name: str) -> tuple[int, set[int]]:
-    """(images that the classifier was asked about under a name, by all ranks; the ranks' processes)."""
+    """(images that the classifier was asked about under a name, by all ranks; the ranks' processes).
+
+    Without those that each launch asks to see whether answers depend on company, eight at once at most.
+    """
     lines = [line.split() for file in place.glob(f"asked-{name}.*") for line in file.read_text().splitlines()]
-    return sum(int(count) for count, _ in lines), {int(process) for _, process in lines}
+    return sum(int(count) for count, _ in lines if int(count) > 8), {int(process) for _, process in lines}
 
 
 def until(condition, what: str, timeout: float = 60) -> None:
@@ -98,6 +104,8 @@ def done(place, disturbed):
         case("stopped-rest", ASKED="stopped"),
         case("zero", "--alpha", "0"), case("many", "--images", "9999"),
         Case("two-names", "certify", ["defense.toml", "run", "--label", "x"]),
+        Case("company", "certify", ["company.toml", *PLAN, "-o", "company"]),
+        Case("company-prune", "prune", ["company.toml", "-o", "company.h5", *sets(sparsity__ratio=0.5, sparsity__q=2)]),
         Case("missing", "certify", ["nowhere.toml"]), Case("train", "train", train), Case("of-a-run", "certify", ["run", *PLAN]),
         Case("of-a-file", "certify", [step, *PLAN, "--images", "2", "--n", "100", "-o", "run/certify/file.h5"]),
         Case("both", "certify", ["run", "defense.toml", *PLAN, "--images", "2", "-o", "both"]),
@@ -149,6 +157,12 @@ def test_options_without_meaning(done):
     done["many"].error(2, "--images 9999: the test set has 360")
     done["two-names"].error(2, "several sources are given")
     done["missing"].error(2, "nowhere.toml: cannot be read")
+
+
+def test_a_classifier_whose_answers_depend_on_company_is_refused(place, done):
+    for name in ("company", "company-prune"):
+        done[name].error(2, "task.classifier = prototypes:together: answers change", "with what else is in the call")
+    assert not (place / "company.h5").exists() and not list((place / "company").glob("*.tsv"))
 
 
 def test_a_run_folder_and_a_checkpoint_are_certified(place, done):

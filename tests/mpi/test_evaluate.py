@@ -27,6 +27,9 @@ def step(states, parameters):
         time.sleep(0.03)
     return states * (1 - parameters[:, None]).astype("float32")
 
+def together(states, parameters):
+    return states - states.mean(0)
+
 class Gain(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,6 +76,8 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "shrinking.py").write_text(MODULE)
     (folder / "sol.toml").write_text(INPUT)
+    (folder / "company.toml").write_text(INPUT.replace(":step", ":together"))
+    (folder / "elsewhere").mkdir()
     (folder / "wild.toml").write_text(INPUT + "[optim]\nlr = 0.5\n")
     (folder / "other.toml").write_text('[task]\nkind = "objective"\nfunction = "shrinking:step"\n')
     splits = {"train": decaying([0.02, 0.08]), "valid": decaying([0.05]), "test": decaying([0.04, 0.06, 0.07])}
@@ -94,6 +99,7 @@ def done(place):
         "three": [*every, "three"], "input": ["sol.toml", "--no-gif", "-o", "input"], "other": ["net", "other", "-o", "none"],
         "empty": ["empty", "-o", "none"], "gone": ["gone", "-o", "none"], "text": ["net", "--steps", "ten", "-o", "none"],
         "far": ["net", "--steps", "31", "-o", "none"], "nowhere": ["net", "--data-root", "empty", "-o", "none"],
+        "company": ["company.toml", "-o", "none"],
     }  # fmt: skip
     drawn = Case("drawn", "evaluate", ["net", "wild", "-o", "drawn"], {"DRAW": "1"})
     return found | batch(3, place, [*(Case(name, "evaluate", args) for name, args in cases.items()), drawn])
@@ -138,7 +144,21 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(done):
     done["gone"].error(3, "gone: cannot be read")
     done["text"].error(2, "--steps ten: expected numbers such as 100,500")
     done["far"].error(2, "--steps 31: expected 1 to 30, the frames of the reference")
+    done["company"].error(2, "task.simulator = shrinking:together: answers change", "with what else is in the call")
     done["nowhere"].error(2, "empty/decay.h5: no such file; make it with `python -m dzhpc.simulate INPUT -o empty/decay.h5`")
+
+
+def test_a_run_knows_where_its_modules_lie_and_two_of_one_name_are_refused(place):
+    for name, module in (("run-a", MODULE), ("run-b", MODULE.replace("self.gain *", "2 * self.gain *"))):
+        save_run(place, name, [0.02], "sol.toml")
+        (folder := place / f"home-{name}").mkdir()
+        (folder / "shrinking.py").write_text(module)
+        RunFolder(place / name).write_manifest({"modules": [str(folder)]})
+    each = ["--data-root", "..", "--no-gif", "--steps", "5", "-o", "out"]
+    cases = [Case("both", "evaluate", ["../run-a", "../run-b", *each]), Case("one", "evaluate", ["../run-b", *each])]
+    found = batch(1, place / "elsewhere", cases)
+    found["both"].error(2, "are two modules of one name")
+    assert "| run-b | 1 |" in found["one"].succeeded().out
 
 
 def test_figures_are_drawn(place, done):

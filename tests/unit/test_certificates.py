@@ -77,6 +77,8 @@ def test_certified_accuracy_at_several_radii(record):
     low, high = (100 * p for p in confidence_interval(10, 12))
     assert cells[:6] == ["zo", "0.25", "12", "1,000", "8.3 %", f"83.3 ({low:.1f}–{high:.1f})"]
     assert text.splitlines()[0].endswith("| r = 0.00 | r = 0.25 | r = 0.50 |")
+    found.about["grid"] = 0.125
+    assert certificates.table([found]).splitlines()[0].endswith("| r = 0.00 | r = 0.125 | r = 0.25 | r = 0.375 | r = 0.50 |")
 
 
 def test_methods_are_drawn_over_each_other(record, tmp_path, monkeypatch):

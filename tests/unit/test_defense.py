@@ -278,9 +278,38 @@ def test_a_frozen_network_gives_the_answers_of_the_network():
     images = torch.rand(40, 3, 32, 32)
     with torch.no_grad():
         expected = model.eval()((images - mean[:, None, None]) / std[:, None, None])
-        frozen = Frozen(model, mean, std)
+        frozen = Frozen(model, mean, std, (3, 32, 32))
         assert torch.allclose(frozen(images), expected, rtol=1e-4, atol=1e-4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+
+
+class Twice(nn.Module):
+    """A convolution that is called twice, with a BatchNorm each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(3, 3, 3, padding=1), nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = norm(self.conv(x)).relu()
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["twice", "hook", "weight_norm", "scaled"])
+def test_a_network_that_torch_folds_wrongly_is_frozen_as_it_is(kind):
+    model = Twice() if kind == "twice" else nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
+    if kind == "hook":
+        model[0].register_forward_hook(lambda module, args, out: 2 * out)
+    if kind == "weight_norm":
+        torch.nn.utils.weight_norm(model[0])
+    for _ in range(3):
+        model(2 + torch.randn(32, 3, 6, 6))  # moves the statistics
+    images = torch.rand(40, 3, 6, 6)
+    expected = model.eval()(images).detach()
+    frozen = Frozen(model, torch.zeros(3), torch.ones(3), (3, 6, 6))
+    assert torch.allclose(frozen(images), expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules()) == (kind != "scaled")
 
 
 def test_trainable_patterns_freeze_the_others():
@@ -320,6 +349,17 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
     assert torch.equal(load_defense(tmp_path / "input.toml", cpu).denoise(noisy), noisy)  # a new denoiser is the identity
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_defense(tmp_path, cpu)
+
+
+def test_what_depends_on_company_cannot_be_certified(user):
+    task, layout = white(user), torch.contiguous_format
+    Defense(task.config, task.data, task.model, task.box, layout).try_out()
+    mixed = nn.BatchNorm2d(3, track_running_stats=False).eval()  # by the statistics of whatever is in the call
+    with pytest.raises(InputError, match=r"model.name = dncnn: answers change, by .* what else is in the call"):
+        Defense(task.config, task.data, mixed, task.box, layout).try_out()
+    task.box._function.model = nn.Sequential(mixed, task.box._function.model)
+    with pytest.raises(InputError, match=r"net\.th: answers change"):
+        task.try_box()
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,11 @@ def test_what_the_optimiser_would_do_is_what_it_does():
         parameter.grad = -step
         optimizer.step()
         torch.testing.assert_close(parameter.detach(), before + move)
+    before = parameter.detach().clone()
+    optimizer.rest()  # no step was found that lowers the loss: weight decay might raise it
+    parameter.grad = torch.zeros(5)
+    optimizer.step()
+    assert torch.equal(parameter.detach(), before) and optimizer.move([step])[0].any()
 
 
 def test_damping_follows_from_how_right_the_prediction_was():

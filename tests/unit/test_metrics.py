@@ -36,3 +36,12 @@ def test_a_record_that_cannot_be_read_is_kept_under_another_name(tmp_path, caplo
         metrics.flush()
         assert len(load_metrics(tmp_path / "metrics.h5")[0]) == 1
         (tmp_path / "metrics.h5").unlink(), (tmp_path / "metrics-damaged.h5").rename(tmp_path / f"seen-{k}")
+
+
+def test_a_record_of_another_run_is_kept_and_not_gone_on_with(tmp_path, caplog):
+    for run in ("", "a", "b"):  # earlier versions did not say whose it is
+        Metrics(tmp_path / "metrics.h5", run).flush()
+        ours = Metrics(tmp_path / "metrics.h5", "a")
+        ours.restore(6, keep_eval=lambda step: True)
+        assert (tmp_path / "metrics.h5").exists() == (run != "b") and (tmp_path / "metrics-foreign.h5").exists() == (run == "b")
+    assert "the record of steps before 6 is lost" in caplog.text and "is the record of another run; kept as" in caplog.text

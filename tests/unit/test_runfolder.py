@@ -11,6 +11,8 @@ from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files.checkpoint import State
 from dzhpc.files.metrics import Metrics
 from dzhpc.files.runfolder import RunFolder
+from dzhpc.job.lock import Lock
+from dzhpc.training.launch import open_folder
 
 
 def state(step):
@@ -153,6 +155,16 @@ def test_our_own_input_and_log_are_gone_on_with(tmp_path, written_by, project):
     (tmp_path / "input.toml").write_text(old)
     (tmp_path / "log.txt").write_text("2026-01-01 00:00:00 begun\n")
     assert (folder.input.name, folder.log.name) == ("input.toml", "log.txt")
+
+
+def test_a_start_from_nothing_keeps_the_record_that_it_finds(tmp_path):
+    """Somebody has removed the checkpoints, which are large, or copied the record of another run."""
+    folder = RunFolder(tmp_path)
+    Metrics(folder.metrics).flush()
+    lock = Lock(tmp_path)
+    assert open_folder(folder, lock, "auto", None) == (None, "", "")
+    lock.release()
+    assert not folder.metrics.exists() and (tmp_path / "previous-001" / "metrics.h5").exists()
 
 
 def test_metrics_of_another_program_are_refused(tmp_path):

@@ -106,7 +106,7 @@ def radii(records: list[Record]) -> list[float]:
 def table(records: list[Record]) -> str:
     """Certified accuracy in % at each radius with its Clopper-Pearson interval, abstention rate, samples used; Markdown."""
     at = radii(records)
-    columns = ["method", "sigma", "images", "samples an image", "abstained", *(f"r = {radius:.2f}" for radius in at)]
+    columns = ["method", "sigma", "images", "samples an image", "abstained", *(f"r = {_short(radius)}" for radius in at)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for record in records:
         total = len(record.rows)
@@ -118,6 +118,11 @@ def table(records: list[Record]) -> str:
         lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
     levels = sorted({f"{record.about['alpha']:g}" for record in records})
     return "\n".join([*lines, "", f"Certified accuracy in % (95 % confidence interval); alpha = {', '.join(levels)} an image."])
+
+
+def _short(radius: float) -> str:
+    """Two digits where they say it all, else as many as a grid may have."""
+    return f"{radius:.2f}" if abs(radius - round(radius, 2)) < 1e-9 else f"{radius:.6g}"
 
 
 def _with_interval(k: int, n: int) -> str:

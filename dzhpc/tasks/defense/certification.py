@@ -66,6 +66,7 @@ class Certification:
         sigma = args.sigma or defense.config.task.sigma
         make = Plan.adaptive if args.adaptive else Plan.fixed
         self._plan = make(sigma, args.n0, args.n, args.alpha, *([args.grid] if args.adaptive else []))
+        self._try_out = defense.try_out
         self._smoothed = Smoothed(defense.classify, len(defense.classes), sigma, defense.seed, args.batch)
         self._numbers = spread(args.images, len(self._data.test))
         self.about = {
@@ -89,13 +90,16 @@ class Certification:
         return share_out(self.world, self, self._lock, self._requests, self._quiet)
 
     def pieces(self, known: dict[int, Certificate]) -> list[Certificate]:
-        """The images that are not done."""
+        """The images that are not done. Raises InputError where denoiser or classifier cannot be certified."""
         self._rows = known
         self._before, self._start = self._samples, time.monotonic()
         todo = [row for k in self._numbers if not (row := known.get(k) or self._new(k)).done]
         samples = f"n0 = {self.about['n0']:,}, n = {self.about['n']:,}{' at most' if self.about['adaptive'] else ''}"
         done = f", {len(self._numbers) - len(todo)} done already" if len(todo) < len(self._numbers) else ""
         say_first("%s: %d images, %s, sigma %g%s", self._name, len(self._numbers), samples, self._plan.sigma, done)
+        with self.world.together():
+            if todo:
+                self._try_out()
         return todo
 
     def _new(self, k: int) -> Certificate:

@@ -24,6 +24,7 @@ from dzhpc.tasks.command import Program, function_of
 
 log = logging.getLogger("dzhpc")
 SMALLEST = 1e-12  # a probability that a quantised classifier calls 0
+ROUNDING = 0.02  # of the answers' spread: what company may change, since half precision rounds, too
 
 
 class Classifier(BlackBox):
@@ -85,10 +86,11 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
             text = str(error).replace("model.weights", "task.classifier").replace("model.name", "task.classifier_model")
             raise InputError(text) from None
     mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in (task.classifier_mean or mean, task.classifier_std or std))
-    channels = data_set.train.images.shape[1]
+    shape = data_set.train.images.shape[1:]
+    channels = shape[0]
     if len(mean) != channels or len(std) != channels:
         raise InputError(f"task.classifier_mean, classifier_std: expected {channels} numbers each, one a channel")
-    return Frozen(model, mean.cpu(), std.cpu()).to(device)
+    return Frozen(model, mean.cpu(), std.cpu(), shape).to(device)
 
 
 def _is_ours(file: Path, name: str) -> bool:
@@ -99,9 +101,9 @@ def _is_ours(file: Path, name: str) -> bool:
 
 
 def try_box(box: BlackBox | None, task: DefenseKeys, images: Tensor) -> None:
-    """See :func:`dzhpc.engines.blackbox.check_company`; a program that gets each image by itself, and a file, know no company."""
-    if box is not None and (task.batched if task.command else is_function(task.classifier)):
-        check_company(box, images, most=0.02)  # half precision rounds, too
+    """See :func:`dzhpc.engines.blackbox.check_company`; a program that gets each image by itself knows no company."""
+    if box is not None and (task.batched or not task.command):
+        check_company(box, images, most=ROUNDING)
 
 
 class Answers:

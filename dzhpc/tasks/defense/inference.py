@@ -9,14 +9,14 @@ from dzhpc import config as configuration
 from dzhpc import data
 from dzhpc.config import Config
 from dzhpc.config.paths import shown
-from dzhpc.engines.blackbox import BlackBox
+from dzhpc.engines.blackbox import BlackBox, check_company
 from dzhpc.errors import InputError
 from dzhpc.files.checkpoint import State
 from dzhpc.files.runfolder import load_state
 from dzhpc.method.seeds import generator
 from dzhpc.models import zoo
 from dzhpc.tasks import fitting
-from dzhpc.tasks.defense.classifier import load_box
+from dzhpc.tasks.defense.classifier import ROUNDING, load_box, try_box
 
 AT_ONCE = 32  # images in one pass of the denoiser where no gradient is wanted: more would leave a core's cache
 AT_ONCE_CUDA = 2048
@@ -49,6 +49,17 @@ class Defense:
                 parts = (part.contiguous(memory_format=self._layout) for part in noisy.split(size))
                 noisy = torch.cat([self.model(part).float() for part in parts])
         return noisy.clamp(0, 1).contiguous()
+
+    def try_out(self) -> None:
+        """Raise InputError where a denoised image, or an answer, depends on what else is in a call: samples are not independent.
+
+        Asked are a few images; that is not counted.
+        """
+        images = few(self.data)
+        if self.model is not None:
+            denoiser = lambda x: self.model(x.contiguous(memory_format=self._layout))  # noqa: E731
+            check_company(BlackBox(denoiser, name=f"model.name = {self.config.model.name}"), images, most=ROUNDING)
+        try_box(self.box, self.config.task, images)
 
     def classify(self, noisy: Tensor) -> Tensor:
         """The class that f gives D(noisy): float32 [N, C, H, W] -> labels int64 [N]."""

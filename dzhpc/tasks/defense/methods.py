@@ -21,6 +21,7 @@ from dzhpc.tasks.defense.certification import Certification
 from dzhpc.tasks.defense.inference import make_defense, read_defense
 
 log = logging.getLogger("dzhpc")
+FINEST = 1e-3  # between two radii of the table
 
 
 def check(args: argparse.Namespace) -> None:
@@ -35,6 +36,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value:g}: expected a number above 0, in units of pixels in [0, 1]")
+    if args.grid < FINEST:
+        raise InputError(f"--grid {args.grid:g}: expected at least {FINEST:g}, since the table has a column for each radius")
     if not 0 < args.alpha < 1:
         raise InputError(f"--alpha {args.alpha:g}: expected a probability between 0 and 1, such as 0.001")
     if args.label is not None and Path(args.label).name != args.label:

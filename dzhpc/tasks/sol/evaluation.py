@@ -17,7 +17,7 @@ from dzhpc.config import Config
 from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
 from dzhpc.files.checkpoint import State, config_of, load_checkpoint
-from dzhpc.files.runfolder import RunFolder
+from dzhpc.files.runfolder import RunFolder, modules_beside
 from dzhpc.models import zoo
 from dzhpc.models.weights import assign
 from dzhpc.tasks.agreement import user_code
@@ -25,7 +25,7 @@ from dzhpc.tasks.sol import reference
 from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.reference import Trajectories
 from dzhpc.tasks.sol.rollout import Rollout, rollout
-from dzhpc.tasks.sol.simulators import make_simulator
+from dzhpc.tasks.sol.simulators import make_simulator, try_simulator
 
 log = logging.getLogger("dzhpc")
 SHARED = ("data.name", "task.simulator", "task.command", "task.resolution", "task.radius")  # reference, coarse solver
@@ -97,7 +97,7 @@ def read_all(sources: Sequence[str | Path], data_root: str | Path | None = None)
     """
     found = [read(source) for source in sources]
     for run in found:
-        _check_modules(run.config, [path.parent for path in map(Path, sources) if path.suffix == ".toml"])
+        _check_modules(run.config, modules_of(sources))
     runs = [run for run in found if run.checkpoints] or found
     for run in runs:
         run.config.data.root = str(data_root) if data_root else run.config.data.root
@@ -108,8 +108,13 @@ def read_all(sources: Sequence[str | Path], data_root: str | Path | None = None)
     return runs
 
 
+def modules_of(sources: Sequence[str | Path]) -> list[Path]:
+    """Where the user's modules lie: beside input files, and where the runs have found them."""
+    return list(dict.fromkeys(folder for source in sources for folder in modules_beside(Path(source))))
+
+
 def _check_modules(config: Config, folders: list[Path]) -> None:
-    """Raise InputError where two folders of input files hold different modules of a name that ``config`` uses."""
+    """Raise InputError where two folders hold different modules of a name that ``config`` uses."""
     for name in user_code(config).values():
         file = f"{name.split(':')[0].replace('.', '/')}.py"
         paths = [folder / file for folder in folders if (folder / file).is_file()]
@@ -123,11 +128,19 @@ def _value(config: Config, key: str) -> object:
 
 
 class Experiment:
-    """Reference and coarse solver. Raises InputError where there is no reference file, or where they do not fit each other."""
+    """Reference and coarse solver. Raises InputError where there is no reference file, or where they do not fit each other.
+
+    So it does for a solver of the user's whose answers depend on what else is in a call: it was trained with others beside it.
+    """
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.reference = config, reference.find(config.data).to(device)
         self.simulator = make_simulator(config.task, self.reference, device)
+        train = self.reference.train
+        simulations, frames = train.states.shape[:2]
+        some = [divmod(k * simulations * frames // 8, frames) for k in range(8)]
+        states, which = torch.stack([train.states[s, f] for s, f in some]), [s for s, _ in some]
+        try_simulator(self.simulator, config.task, states, train.parameters[which])
         self._where, self._device = self.reference.where(), device
         self._networks: dict[str, tuple[torch.nn.Module, Correction]] = {}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.config import SolKeys, is_function
-from dzhpc.engines.blackbox import BlackBox
+from dzhpc.engines.blackbox import BlackBox, check_company
 from dzhpc.errors import InputError
 from dzhpc.tasks.command import Program, function_of
 from dzhpc.tasks.sol.reference import Reference
@@ -81,6 +81,12 @@ def make_wake(name: str, wake: Wake, device: torch.device, dtype: torch.dtype = 
     from dzhpc.tasks.sol.projected import Projected
 
     return Projected(wake, device, dtype)
+
+
+def try_simulator(simulator: Simulator, task: SolKeys, states: Tensor, parameters: Tensor) -> None:
+    """See :func:`dzhpc.engines.blackbox.check_company`; our own, and a program that gets one state at a time, know no company."""
+    if isinstance(simulator, OwnSimulator) and (task.batched or not task.command):
+        check_company(simulator, states, parameters, most=1e-3)
 
 
 def check_wake(wake: Wake, reference: Reference, key: str) -> None:

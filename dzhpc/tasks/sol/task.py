@@ -9,7 +9,6 @@ import torch
 
 from dzhpc.config import Config
 from dzhpc.data import Order, shard
-from dzhpc.engines.blackbox import check_company
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.method.first_order import SharedGradient
 from dzhpc.method.seeds import generator
@@ -20,7 +19,7 @@ from dzhpc.tasks.sol.correction import Correction
 from dzhpc.tasks.sol.loss import Diverged, Windows
 from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
-from dzhpc.tasks.sol.simulators import OwnSimulator, make_simulator
+from dzhpc.tasks.sol.simulators import make_simulator, try_simulator
 from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta
 
 log = logging.getLogger("dzhpc")
@@ -119,9 +118,8 @@ class SolTask(Task):
         return rows
 
     def try_box(self) -> None:
-        if isinstance(self.simulator, OwnSimulator) and (self.config.task.batched or not self.config.task.command):
-            windows = self.windows.spread(8)
-            check_company(self.simulator, windows.states[:, 0], windows.parameters, most=1e-3)
+        windows = self.windows.spread(8)
+        try_simulator(self.simulator, self.config.task, windows.states[:, 0], windows.parameters)
 
     def _check_keys(self) -> None:
         """Raise InputError for keys that do not fit the reference or the simulator."""
