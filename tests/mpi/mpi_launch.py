@@ -24,7 +24,7 @@ NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun coul
 ENVIRONMENT = dict(os.environ)  # of the jobs that run batches: what single tests change is not meant for them
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
 TIMINGS = {"train/step_s", "train/comm_s"}
-OF_THE_RUN = {"created", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
+OF_THE_RUN = {"created", "run_uuid", "state/wall_time_s", "state/run_uuid"}  # attributes that tell two runs apart, and no numbers
 
 
 @dataclass
