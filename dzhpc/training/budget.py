@@ -1,5 +1,7 @@
 """What a run asks, may ask, and when that ends it."""
 
+import math
+
 from dzhpc.job.stopping import Reason
 from dzhpc.method.estimators import Estimator
 from dzhpc.method.gauss_newton import TRIES
@@ -31,6 +33,17 @@ class Budget:
         """Steps on n coordinates that the run has still to make after a step."""
         limits = [limit for limit in (self._stop.queries, self._task.config.task.max_queries) if limit]
         return min([self.last_step - step, *(max(0, -(-(limit - self.queries) // self.of_step(n))) for limit in limits)])
+
+    def foreseen(self, each: float, before: int) -> tuple[int, str]:
+        """(the step at which a run ends that asks ``each`` in a step and ``before`` the first, the key that ends it early or "")."""
+        stop, most = self._stop, self._task.config.task.max_queries
+        ends = [(self.last_step, "stop.steps" if self.last_step < self.all_steps else "")]
+        if stop.queries:
+            ends.append((max(1, math.ceil((stop.queries - before) / each)), "stop.queries"))
+        if most:
+            room = most - before - self._task.cost.evaluation - self.of_trials
+            ends.append((max(0, math.floor(room / each)), "task.max_queries"))
+        return min(ends, key=lambda end: end[0])
 
     def of_step(self, n: int) -> int:
         """Queries of a step on n coordinates, its base included."""

@@ -3,12 +3,16 @@
 import math
 import os
 import resource
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dzhpc.engines.pinned import Pinned
+from dzhpc.errors import CheckpointError
+from dzhpc.files.checkpoint import save_checkpoint
+from dzhpc.files.metrics import Metrics
 from dzhpc.job.log import duration
 from dzhpc.method.estimators import Estimator, make_estimator
 from dzhpc.method.gauss_newton import TRIES
@@ -17,7 +21,10 @@ from dzhpc.tasks import Task
 from dzhpc.training import gauss_newton, stepmodel
 from dzhpc.training.active_set import Pattern
 from dzhpc.training.budget import Budget
+from dzhpc.training.state import TrainingState
 from dzhpc.training.stepmodel import RANKS, Network, Step, StepModel
+
+MOST_ROWS = 10**5  # of a record that is written for a forecast
 
 
 class Forecast:
@@ -35,13 +42,18 @@ class Forecast:
         self.coords = mean_pattern(task) if chosen is None else chosen
         pattern = Pattern(task, None, chosen=self._estimator.coordinates)
         budget = Budget(task, self._estimator, pattern)
-        self.per_step, self.steps, self.scores = budget.of_step(len(self.coords)), budget.last_step, pattern.ahead(0)[0]
-        self._evaluations = -(-self.steps // (config.eval.every_epochs * task.steps_per_epoch))
+        self.per_step, interval = budget.of_step(len(self.coords)), config.eval.every_epochs * task.steps_per_epoch
+        self.steps, self.ended_by = budget.foreseen(self.per_step + task.cost.evaluation / interval, pattern.ahead(0)[0])
+        self.scores = pattern.ahead(0)[0] * (1 + pattern.scorings(1, self.steps))
+        self._evaluations = -(-self.steps // interval)
         self.asked = self._evaluations * task.cost.evaluation
         self._newton = gauss_newton.forecast(task, len(self.coords)) if config.optim.name == "gauss-newton" else None
-        solve = self._newton.seconds if self._newton else lambda ranks: 0.0
+        trial = lambda: self.model.shards[self.given].base_s if config.optim.tries else 0.0  # noqa: E731
+        solve = (lambda ranks: self._newton.seconds(ranks) + trial()) if self._newton else lambda ranks: 0.0
         self.model: StepModel = stepmodel.measure(task, self._estimator, self.coords, network, every and not self._newton, solve)
         self._evaluation_s = self._part_of_an_evaluation()
+        pattern.coords = self.coords
+        self.checkpoint_s = self._of_a_checkpoint(TrainingState(task, self._estimator, pattern, budget))
 
     @property
     def given(self) -> int:
@@ -49,10 +61,11 @@ class Forecast:
         return self._task.config.data.shards
 
     def run_s(self, step: Step) -> float:
-        """Seconds of the run: its steps, its scores, its evaluations."""
+        """Seconds of the run: its steps, scores, evaluations, and the checkpoints that are written every so many steps."""
         parts = math.ceil(self._task.evaluation_parts / step.ranks)
-        scores = self.scores * self._query_s / step.ranks
-        return self.steps * step.seconds + scores + (self._evaluations + 1) * parts * self._evaluation_s
+        scores = self.scores / self._task.cost.query * self._query_s / step.ranks
+        saved = self.steps // (self._task.config.checkpoint.every_steps or self.steps + 1) * self.checkpoint_s
+        return self.steps * step.seconds + scores + saved + (self._evaluations + 1) * parts * self._evaluation_s
 
     def plot(self, path: Path) -> None:
         """Seconds a step against ranks for each number of shards, and what no waiting would give; the name's ending says how."""
@@ -83,14 +96,15 @@ class Forecast:
         trials = f" and 1 to {TRIES} of {task.cost.query:,} for trials" if task.config.optim.tries else ""
         lines = [
             f"coordinates {index.size:,}, active |S| {len(self.coords):,}, "
-            f"steps {self.steps:,} of {task.steps_per_epoch} an epoch",
+            f"steps {self.steps:,} of {task.steps_per_epoch} an epoch{self.ended_by and f', ended by {self.ended_by}'}",
             f"queries: {self.per_step:,} a step{trials}, {self.scores:,} for scores, {self.asked:,} for evaluations, "
             f"{self.per_step * self.steps + self.scores + self.asked:,} in all",
             f"memory: parameters {index.size * index.parameters[0].element_size() / 2**20:.1f} MiB, "
             f"kept features {task.engine.peak_bytes / 2**20:.1f} MiB, process {resident:.0f} MiB a rank, of which data "
             f"{data:.0f} MiB that a node holds once, {node:.1f} GiB a node of {cores} cores",
             task.engine.explain(),
-            f"timed: base pass {1e3 * shard.base_s:.1f} ms, {1e3 * self._query_s:.2f} ms a query",
+            f"timed: base pass {1e3 * shard.base_s:.1f} ms, {1e3 * self._query_s:.2f} ms a query"
+            + (f", {1e3 * self.checkpoint_s:.1f} ms a checkpoint" if self.checkpoint_s else ""),
             *([self._newton.text] if self._newton else []),
             f"network: {self.model.network.name}",
             *self.table(),
@@ -130,6 +144,20 @@ class Forecast:
             return task.cost.evaluation / task.evaluation_parts * self._query_s / task.cost.query
         with Pinned(task.model, task.engine.index.device).unchanged():
             return stepmodel.seconds(task, lambda: task.evaluate(range(1), 0))
+
+    def _of_a_checkpoint(self, state: TrainingState) -> float:
+        """Seconds, with the record half way, in a temporary folder; 0 where none is written for a number of steps."""
+        if not self._task.config.checkpoint.every_steps:
+            return 0.0
+        rows = min(self.steps // 2, MOST_ROWS)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                metrics = Metrics(Path(folder) / "metrics.h5")
+                metrics.train = np.zeros((rows, metrics.train.shape[1]))
+                file, content = Path(folder) / "step.h5", state.checkpoint()
+                return stepmodel.seconds(self._task, lambda: (metrics.flush(), save_checkpoint(file, content)))
+        except (OSError, CheckpointError):
+            return 0.0
 
     def _advice(self, source: str | None, hours: float) -> str:
         step = self.ranks_for(hours)

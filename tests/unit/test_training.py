@@ -23,6 +23,7 @@ from dzhpc.tasks import make_task
 from dzhpc.tasks.protocol import Cost
 from dzhpc.training import record, trainer
 from dzhpc.training.budget import Budget
+from dzhpc.training.forecast import Forecast
 from dzhpc.training.record import Progress, Step
 
 
@@ -214,3 +215,42 @@ def test_nothing_is_pickled_in_a_step(tmp_path, monkeypatch, more):
     folder.create()
     trainer.Trainer(World(), make_task(config.load(None, keys), torch.device("cpu")), folder, quiet=True).run()
     assert counts == [0] * 5 and pickled  # outside of steps they do
+
+
+ASKED = """
+def classify(images):
+    return -abs(images.mean((1, 2, 3))[:, None] - [0.1 * k for k in range(10)])
+"""
+CNN = ["model.name=cnn", "model.depth=1"]
+DENOISER = ["task.kind=defense", "task.classifier=asked:classify", "model.name=dncnn", "model.depth=2", "model.width=2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "ended_by"),
+    [
+        ([*CNN, "sparsity.pattern=regrasp", "sparsity.redraw_steps=2", "stop.steps=5"], "stop.steps"),  # scored three times
+        ([*CNN, "stop.queries=1500"], "stop.queries"),
+        (
+            [*DENOISER, "eval.every_epochs=2", "data.test_limit=10", "sparsity.ratio=0.0", "task.max_queries=40000"],
+            "task.max_queries",
+        ),
+    ],
+)
+def test_a_forecast_asks_what_the_run_asks(tmp_path, monkeypatch, more, ended_by):
+    (tmp_path / "asked.py").write_text(ASKED)
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = ["data.name=digits", "data.batch_size=24", "data.augment=false", "data.train_limit=48", "sparsity.q=4"]
+    keys += ["zo.engine=full", "optim.lr=0.01", "zo.mu=1e-3", "checkpoint.every_steps=2", *more]
+    task, again = (make_task(config.load(None, keys), torch.device("cpu")) for _ in range(2))
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    run = trainer.Trainer(World(), task, folder, quiet=True)
+    run.run()
+    again.bind(0)
+    found = Forecast(again, every=False)
+    assert (found.steps, found.ended_by) == (run.state.step, ended_by)
+    assert found.per_step * found.steps + found.scores + found.asked == run.budget.queries
+    one, shard = found.model.step(1, 1), found.model.shards[1]
+    seconds = found.scores / task.cost.query * float(shard.each.mean())
+    seconds += found.steps * one.seconds + found.steps // 2 * found.checkpoint_s
+    assert found.checkpoint_s > 0 and seconds < found.run_s(one) < 1.5 * seconds
