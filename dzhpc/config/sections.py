@@ -81,6 +81,12 @@ class Model(Section):
         """The constructor's arguments."""
         return dict(self.model_extra or {})
 
+    def conflicts(self, config) -> Iterator[str]:
+        """See :class:`Section`."""
+        for key in ("weights", "trainable"):
+            if config.task.kind == "objective" and getattr(self, key) is not None:
+                yield f'model.{key}: task.kind = "objective" has no model, and all of theta0 is trained; leave the key out'
+
 
 class Data(Section):
     """The data set. Root: this key, else $DZHPC_DATA, else data/."""
@@ -148,8 +154,8 @@ class Zo(Section):
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if self.precision != "fp32" and self.engine != "delta":
-            yield f'zo.precision = "{self.precision}": only zo.engine = "delta" has it'
+        if self.precision != "fp32" and (self.engine != "delta" or config.task.kind == "objective"):
+            yield f'zo.precision = "{self.precision}": only zo.engine = "delta" has it, which an objective has not'
         yield from rivals.conflicts(config)
 
 

@@ -15,7 +15,10 @@ STATES = ("finished", "running", "stopped", "failed")
 
 @dataclass
 class Member:
-    """A run folder, as it is now. Hours count to the end of each launch; of a killed one, to its last checkpoint."""
+    """A run folder, as it is now. Hours count to the end of each launch; of a killed one, to its last checkpoint.
+
+    Those of a run that was here before (--restart never) are none of this one's.
+    """
 
     name: str
     state: str
@@ -48,7 +51,8 @@ def member(path: Path, name: str) -> Member:
         state, reason = "failed", "ended without a word (killed?)"
     elif not launches:
         reason = "never started"
-    hours = [(_gpus(launch), _ranks(launch), launch.get("seconds", 0.0) / 3600) for launch in launches]
+    own = [launch for launch in launches if launch.get("run_uuid") == newest.get("run_uuid")]
+    hours = [(_gpus(launch), _ranks(launch), launch.get("seconds", 0.0) / 3600) for launch in own]
     last = {"step": 0, "epoch": 0.0, "accuracy": math.nan}
     try:
         train, evaluation = load_columns(path / "metrics.h5")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import tomllib
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dzhpc.files import campaign, drawing
 from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import RunFolder
 
+log = logging.getLogger("dzhpc")
 PROBLEM = ("task", "model", "data", "zo", "sparsity", "optim", "stop")  # the tables of an input that decide a result
 ELSEWHERE = (("data", "root"), ("model", "weights"), ("stop", "walltime"))  # keys of them that do not
 
@@ -38,6 +40,7 @@ class Result:
     queries: int
     hours: float  # of ranks
     finished: bool
+    is_loss: bool = False
 
 
 @dataclass
@@ -48,6 +51,20 @@ class Group:
     place: str  # the value of the key
     of: float  # epochs
     results: list[Result] = field(default_factory=list)
+    runs: dict[int, str] = field(default_factory=dict)  # seed -> the run that counts
+
+    def add(self, run: str, seed: int, result: Result) -> None:
+        """A run more. Of two with one seed, which are no two samples, the one that is further counts; the other is named."""
+        if seed not in self.runs:
+            self.runs[seed] = run
+            self.results.append(result)
+            return
+        k = list(self.runs).index(seed)
+        further = (result.finished, result.epochs) > (self.results[k].finished, self.results[k].epochs)
+        kept, left = (run, self.runs[seed]) if further else (self.runs[seed], run)
+        log.warning("%s: has seed %d, as %s has, and is left out of the means over seeds", left, seed, kept)
+        if further:
+            self.runs[seed], self.results[k] = run, result
 
     @property
     def finished(self) -> bool:
@@ -95,8 +112,9 @@ def groups(folder: Path, over: str) -> list[Group]:
         group = found.setdefault(same, Group(method, "" if place is None else f"{place}", settings["stop"]["epochs"]))
         accuracy = 100 * evaluation["accuracy"][-1]
         value = float(evaluation["loss"][-1] if math.isnan(accuracy) else accuracy)
-        queries = int(train["queries"][-1])
-        group.results.append(Result(value, float(one.epoch), queries, one.rank_hours, one.state == "finished"))
+        queries, is_loss = int(train["queries"][-1]), math.isnan(accuracy)
+        result = Result(value, float(one.epoch), queries, one.rank_hours, one.state == "finished", is_loss)
+        group.add(one.name, settings["run"]["seed"], result)
     if not found:
         raise InputError(f"{paths.shown(folder)}: no run below has been evaluated yet")
     return sorted(found.values(), key=lambda group: (group.method, _order(group.place)))
@@ -115,8 +133,10 @@ def published(path: Path, study: str) -> list[Published]:
 
 def table(found: list[Group], beside: list[Published], over: str) -> str:
     """A Markdown table: a row for each group, and for each published number that has none."""
+    is_loss = any(one.is_loss for group in found for one in group.results)
+    ours = "loss here" if is_loss else "here"
     rows = [
-        f"| method | {over} | published | here | ± | seeds | epochs | queries a run | rank-hours a run |",
+        f"| method | {over} | published | {ours} | ± | seeds | epochs | queries a run | rank-hours a run |",
         "|---" * 9 + "|",
     ]
     left = list(beside)
@@ -124,7 +144,7 @@ def table(found: list[Group], beside: list[Published], over: str) -> str:
         number = next((one for one in beside if one.method == group.method and one.place in ("", group.place)), None)
         left = [one for one in left if one is not number]
         theirs = f"{number.accuracy:g}" if number else ""
-        error = "" if math.isnan(group.error) else f"{group.error:.2f}"
+        error = "" if math.isnan(group.error) else f"{group.error:{'.2g' if is_loss else '.2f'}}"
         rows.append(
             f"| {drawing.cell(group.method)} | {drawing.cell(group.place)} | {theirs} | {group.mean():.4g} | {error} "
             f"| {len(group.counted)} | {group.reached} | {group.mean('queries'):,.0f} | {group.mean('hours'):.3g} |"
@@ -165,7 +185,9 @@ def plot(found: list[Group], beside: list[Published], over: str, path: Path) -> 
             axis.errorbar(x, y, errors if axis is left else None, color=color, ls=line, marker="o", ms=4, capsize=2, label=label)
             hollow = [k for k, group in enumerate(ours) if not group.finished]
             axis.plot([x[k] for k in hollow], [y[k] for k in hollow], color=color, ls="", marker="o", ms=4, mfc="white", zorder=3)
-    for axis, label in ((left, "test accuracy in % (bars: standard error)"), (right, "rank-hours a run")):
+    is_loss = any(one.is_loss for group in found for one in group.results)
+    value = "loss of the last evaluation" if is_loss else "test accuracy in %"
+    for axis, label in ((left, f"{value} (bars: standard error)"), (right, "rank-hours a run")):
         axis.set_xticks(range(len(places)), places)
         axis.set_xlabel(over)
         axis.set_ylabel(label)

@@ -46,7 +46,7 @@ class SharedGradient:
     def rows(self, mine: range, step: int) -> np.ndarray:
         """[len(mine), 1 + d + b] of the parts ``mine``, numbers below ``parts``, of a step; buffers are left as they were."""
         size, loss = self._batch(step)
-        before = [b.clone() for b in self._model.buffers()]
+        before, full = [b.clone() for b in self._model.buffers()], min(size, PARTS)  # parts that are not empty
         rows = []
         for part in mine:
             positions = slice(size * part // PARTS, size * (part + 1) // PARTS)
@@ -59,7 +59,8 @@ class SharedGradient:
                     value, gradient = self._differentiated(loss(positions))
                 flat = self._index.flatten(gradient)
                 rows.append(share * torch.cat([value.detach().double().reshape(1).to(flat.device), flat.double()]).cpu())
-            rows[-1] = torch.cat([rows[-1], *(b.detach().double().reshape(-1).cpu() for b in self._model.buffers())])
+            moved = [b.detach().double().reshape(-1).cpu() * ((share > 0) / full) for b in self._model.buffers()]
+            rows[-1] = torch.cat([rows[-1], *moved])
             self._restore(before)
         return torch.stack(rows).numpy() if rows else np.zeros((0, self.width))
 
@@ -71,11 +72,12 @@ class SharedGradient:
 
     @torch.no_grad()
     def join(self, rows: np.ndarray) -> tuple[float, Tensor]:
-        """(loss, gradient [d] in the parameters' dtype) of all parts; the buffers become the mean of theirs."""
+        """(loss, gradient [d] in the parameters' dtype) of all parts; the buffers become the mean of those that are not empty."""
         index, total = self._index, torch.from_numpy(np.add.reduce(rows, axis=0))
         place = 1 + index.size
         for b in self._model.buffers():
-            b.copy_((total[place : place + b.numel()] / len(rows)).view(b.shape))
+            value = total[place : place + b.numel()].view(b.shape)
+            b.copy_(value if b.is_floating_point() else value.round())
             place += b.numel()
         return float(total[0]), total[1 : 1 + index.size].to(index.device, index.dtype)
 

@@ -47,6 +47,9 @@ class Classification(Task):
     def read(cls, config: Config) -> data.DataSet:
         return data.load(config.data, config.run.seed)
 
+    def examples(self) -> dict[str, torch.Tensor]:
+        return self.data.tensors() | {"mean": self.data.mean, "std": self.data.std}
+
     def bind(self, step: int, shard: int = 0) -> float:
         return self._bind(*self.batches.batch(step), shard)
 

@@ -104,6 +104,10 @@ class Task(ABC):
         own = [f"{key} = {value}" for key, value in keys.items() if ":" in value]
         return {own[0]: {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}} if own else {}
 
+    def examples(self) -> Mapping[str, Tensor]:
+        """All data by name, examples along the first axis: a restart warns where they are others. {} where there are none."""
+        return {}
+
     def try_box(self) -> None:
         """Raise InputError where a black box of the user's answers otherwise than it must; asked once a launch, not counted."""
         return

@@ -170,7 +170,7 @@ class Pattern:
 
 
 def read_lpr(task) -> LPR:
-    """``sparsity.lpr``. Raises InputError for a file of another model or ratio, or without the scores that it needs."""
+    """``sparsity.lpr``. Raises InputError for a file of another model, ratio, rule, or choice, or without the scores needed."""
     config, index = task.config.sparsity, task.engine.index
     lpr, scores = load_lpr(paths.absolute(config.lpr, f'sparsity.lpr = "{config.lpr}"'))
     if lpr.model_sha256 != model_sha256(task.model) or not set(lpr.layers) <= set(index.names):
@@ -178,6 +178,13 @@ def read_lpr(task) -> LPR:
     if lpr.attrs["sparsity"] != config.ratio:
         raise InputError(
             f"sparsity.lpr = {config.lpr}: made for sparsity {lpr.attrs['sparsity']}, now sparsity.ratio = {config.ratio}"
+        )
+    if (rule := lpr.attrs["rule"]) != config.rule:
+        raise InputError(f'sparsity.lpr = {config.lpr}: made by the rule "{rule}", now sparsity.rule = "{config.rule}"')
+    if lpr.layers != (wanted := list(task.prunable())):
+        raise InputError(
+            f'sparsity.lpr = {config.lpr}: prunes {len(lpr.layers)} parameters, of which sparsity.prune = "{config.prune}" and '
+            f"model.trainable make {len(wanted)}; make it anew with `python -m dzhpc.prune`"
         )
     if scores:
         parameters = zip(index.names, index.parameters, strict=True)

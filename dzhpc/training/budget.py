@@ -35,7 +35,7 @@ class Budget:
         return min([self.last_step - step, *(max(0, -(-(limit - self.queries) // self.of_step(n))) for limit in limits)])
 
     def foreseen(self, each: float, before: int) -> tuple[int, str]:
-        """(the step at which a run ends that asks ``each`` in a step and ``before`` the first, the key that ends it early or "")."""
+        """(the step at which a run ends that asks ``each`` a step and ``before`` the first, the key that ends it early or "")."""
         stop, most = self._stop, self._task.config.task.max_queries
         ends = [(self.last_step, "stop.steps" if self.last_step < self.all_steps else "")]
         if stop.queries:

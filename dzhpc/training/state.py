@@ -1,5 +1,6 @@
 """All that a run is between two steps, declared in one place: what ranks replicate, and what a checkpoint holds."""
 
+import functools
 import time
 import uuid
 
@@ -10,7 +11,7 @@ from dzhpc.files.checkpoint import State
 from dzhpc.job import processor
 from dzhpc.method import optimizers
 from dzhpc.method.estimators import Estimator, Partial
-from dzhpc.models.identity import model_sha256
+from dzhpc.models.identity import fingerprint, model_sha256
 from dzhpc.models.weights import assign
 from dzhpc.tasks import Task
 from dzhpc.training.active_set import Pattern
@@ -44,6 +45,12 @@ class TrainingState:
     def seconds(self) -> float:
         """Since this launch began."""
         return time.monotonic() - self._start
+
+    @functools.cached_property
+    def _examples(self) -> str:
+        """What tells the data set from another, "" without one."""
+        found = self._task.examples()
+        return fingerprint(found) if found else ""
 
     def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         """The learning rate from this step on."""
@@ -89,6 +96,7 @@ class TrainingState:
             "device": self.index.device.type,
             "torch": str(torch.__version__),
             "instruction set": processor.instruction_set(),
+            **({"data (SHA-256)": self._examples} if self._examples else {}),
             **self._task.engine.environment,
         }
 

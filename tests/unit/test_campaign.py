@@ -31,8 +31,13 @@ def make(folder, steps, *launches):
 @pytest.fixture
 def runs(tmp_path):
     two_gpus = {"hosts": [GPU, GPU | {"uuid": "GPU-2"}]}
-    make(tmp_path / "a", 20, two_gpus | {"state": "stopped", "seconds": 3600}, two_gpus | {
-        "state": "finished", "reason": "all epochs done", "seconds": 1800})  # fmt: skip
+    make(
+        tmp_path / "a",
+        20,
+        two_gpus | {"state": "finished", "seconds": 7200, "run_uuid": "set aside"},
+        two_gpus | {"state": "stopped", "seconds": 3600},
+        two_gpus | {"state": "finished", "reason": "all epochs done", "seconds": 1800},
+    )
     make(
         tmp_path / "b" / "deep",
         7,

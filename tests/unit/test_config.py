@@ -170,6 +170,11 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
         (["optim.schedule=step"], 'optim.schedule = "step": needs optim.milestones'),
         (["task.kind=objective"], 'task.kind = "objective": needs task.function'),
         (["task.kind=objective", "task.function=a:B", "zo.estimator=autograd"], 'task.kind = "objective": has no autograd'),
+        (
+            ["task.kind=objective", "task.function=a:B", "model.weights=x.h5"],
+            'model.weights: task.kind = "objective" has no model',
+        ),
+        (["task.kind=objective", "task.function=a:B", "zo.precision=bf16"], 'zo.precision = "bf16": only zo.engine = "delta"'),
         (["task.kind=objective", "task.function=a:B", "sparsity.scores=fo-grasp"], 'task.kind = "objective": has no autograd'),
         (["task.function=a:B"], '--set: task.function: belongs to task.kind = "objective"'),
         (["task.kind=sol", "task.sigma=0.5"], '--set: task.sigma: belongs to task.kind = "defense"'),

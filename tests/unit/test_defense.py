@@ -245,14 +245,15 @@ def test_first_order_parts_give_the_gradient_of_the_whole_batch_however_they_are
     assert torch.equal(task.shared.join(dealt)[1], gradient)
 
 
-def test_pre_training_moves_batch_norm_by_the_mean_of_its_parts():
-    task = task_of("task.loss=mse", "zo.estimator=autograd", "model.batch_norm=true", "data.batch_size=16", keys=SMALL)
+@pytest.mark.parametrize(("size", "part"), [(16, 2), (3, 1)])
+def test_pre_training_moves_batch_norm_by_the_mean_of_its_parts(size, part):
+    task = task_of("task.loss=mse", "zo.estimator=autograd", "model.batch_norm=true", f"data.batch_size={size}", keys=SMALL)
     bn = task.model.model[3]
     clean, noisy = task.batch(0)
     loss, _ = task.shared.join(task.shared.rows(range(PARTS), 0))
     assert int(bn.num_batches_tracked) == 1
     seen = torch.relu(task.model.model[0](noisy))
-    means = torch.stack([task.model.model[2](part).mean((0, 2, 3)) for part in seen.split(2)])
+    means = torch.stack([task.model.model[2](one).mean((0, 2, 3)) for one in seen.split(part)])
     assert torch.allclose(bn.running_mean, 0.1 * means.mean(0), atol=1e-6)
     assert loss == pytest.approx(float(F.mse_loss(noisy, clean)), rel=1e-5)  # a new denoiser is the identity
     assert np.isnan(task.evaluate(range(1), 0)[0, 1])  # no classifier, no accuracy
@@ -417,11 +418,13 @@ def test_a_logit_of_minus_infinity_excludes_a_class():
 
 
 def test_float_images_must_be_pixels():
-    one = data.Split(torch.full((4, 3, 2, 2), 1.5), torch.zeros(4).long())
+    one, sound = (data.Split(torch.full((4, 3, 2, 2), value), torch.zeros(4).long()) for value in (1.5, 0.5))
     from dzhpc.tasks.defense.inference import as_pixels
 
     with pytest.raises(InputError, match=r"images from 1.5 to 1.5; a defence needs them in \[0, 1\]"):
         as_pixels(data.DataSet(one, one, torch.zeros(3), torch.ones(3), ["a"]))
+    with pytest.raises(InputError, match=r"images from 0\.5 to 1\.5"):
+        as_pixels(data.DataSet(sound, one, torch.zeros(3), torch.ones(3), ["a"]))
 
 
 def test_the_gradient_through_a_queried_code_is_that_of_autograd(user):

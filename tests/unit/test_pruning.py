@@ -278,6 +278,8 @@ def test_an_lpr_file_gives_the_same_sets_as_scoring_in_the_run_and_must_fit_mode
     for wrong, message in (
         ("model.width=5", "made for another model"),
         ("sparsity.ratio=0.5", "made for sparsity 0.9, now .* 0.5"),
+        ("sparsity.rule=magnitude", 'made by the rule "signed", now sparsity.rule = "magnitude"'),
+        ("sparsity.prune=all", 'prunes 2 parameters, of which sparsity.prune = "all" and model.trainable make 6'),
     ):
         with pytest.raises(InputError, match=message):
             Pattern(digits_task(f"sparsity.lpr={path}", wrong), split_over(1)).redraw(0)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -79,7 +80,7 @@ def test_published_numbers_belong_to_methods_of_their_study(project, listed):
         assert numbers and {one.method for one in numbers} <= methods
 
 
-def make(folder, seed, ratio, accuracy, state="finished", steps=20, epochs=2.0):
+def make(folder, seed, ratio, accuracy, state="finished", steps=20, epochs=2.0, loss=1.0):
     """A run folder; an accuracy of None: never evaluated."""
     (folder / "launches").mkdir(parents=True)
     hosts = [{"rank": 0, "uuid": ""}] * 2
@@ -90,7 +91,7 @@ def make(folder, seed, ratio, accuracy, state="finished", steps=20, epochs=2.0):
     for step in range(1, steps + 1):
         metrics.add_train(step, step / 10, 2 / step, 0.1, 1.0, 100 * step, 36.0, 0.0, 0)
     if accuracy is not None:
-        metrics.add_eval(steps, steps / 10, 1.0, accuracy)
+        metrics.add_eval(steps, steps / 10, loss, accuracy)
     metrics.flush()
 
 
@@ -99,6 +100,7 @@ def runs(tmp_path):
     for seed, accuracy in enumerate((0.5, 0.54, 0.58)):
         make(tmp_path / "fig4" / "dense" / f"seed{seed}", seed, 0.0, accuracy)
     make(tmp_path / "fig4" / "dense" / "seed3", 3, 0.0, 0.1, "stopped", 10)  # is in no mean beside finished ones
+    make(tmp_path / "fig4" / "dense" / "again", 1, 0.0, 0.5, "stopped", 10)  # no sample of its own
     make(tmp_path / "fig4" / "deepzero" / "a", 0, 0.9, 0.4)
     make(tmp_path / "fig4" / "deepzero" / "b", 0, 0.95, 0.3, "stopped", 10)
     make(tmp_path / "fig4" / "deepzero" / "c", 0, 0.99, None)
@@ -108,7 +110,7 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(runs):
+def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(runs, caplog):
     numbers = study.published(runs / "published.tsv", "fig4")
     text, files = curves.write_study(runs / "fig4", runs / "fig4" / "report", "sparsity.ratio", numbers)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
@@ -118,8 +120,17 @@ def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(
         ["dense", "0.0", "92.85", "54", "2.31", "3", "2", "2,000", "1"],
         ["deepzero", "0.99", "73.37", "not run", "", "", "", "", ""],
     ]
+    assert "dense/again: has seed 1, as dense/seed1 has, and is left out" in caplog.text
     with Image.open(files[1]) as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").resize((400, 200)).getcolors(10**6)) > 20
+
+
+def test_losses_are_called_so_and_keep_their_digits(tmp_path):
+    for seed, value in ((0, 0.0121), (1, 0.0125)):
+        make(tmp_path / "a" / str(seed), seed, 0.5, math.nan, loss=value)
+    (group,) = study.groups(tmp_path, "sparsity.ratio")
+    text = study.table([group], [], "sparsity.ratio").splitlines()
+    assert "| loss here |" in text[0] and "| 0.0123 | 0.0002 | 2 |" in text[2]
 
 
 def test_what_cannot_be_a_study_is_named(runs, tmp_path):

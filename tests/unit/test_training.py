@@ -217,6 +217,20 @@ def test_nothing_is_pickled_in_a_step(tmp_path, monkeypatch, more):
     assert counts == [0] * 5 and pickled  # outside of steps they do
 
 
+def test_a_restart_on_other_data_is_said(tmp_path, caplog):
+    keys = ["data.name=digits", "data.batch_size=24", "data.augment=false", "model.name=cnn", "model.depth=1", "stop.steps=1"]
+    task, folder = make_task(config.load(None, keys), torch.device("cpu")), RunFolder(tmp_path / "run")
+    folder.create()
+    trainer.Trainer(World(), task, folder, quiet=True).run()
+    for changed in (False, True):
+        caplog.clear()
+        again = make_task(config.load(None, keys), torch.device("cpu"))
+        if changed:  # an image of the test set, where it is looked at
+            again.data.test.images[0, 0, 0, 0] += 1
+        trainer.Trainer(World(), again, folder).restore(folder.newest_state()[1])
+        assert ("data (SHA-256) was " in caplog.text) == changed
+
+
 ASKED = """
 def classify(images):
     return -abs(images.mean((1, 2, 3))[:, None] - [0.1 * k for k in range(10)])

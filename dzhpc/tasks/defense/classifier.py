@@ -74,6 +74,12 @@ def load_network(config: Config, data_set: data.DataSet, device: torch.device) -
     if _is_ours(file, path):
         file, state = load_state(file)
         own, model = config_of(state, file), zoo.load_model(file)
+        given = (own.data.mean or task.classifier_mean) and (own.data.std or task.classifier_std)
+        if not given and (own.data.name, own.data.path) != (config.data.name, config.data.path):
+            log.warning(
+                "task.classifier = %s: was trained on data.name = %s, and is given pixels by the mean and std of %s; set "
+                "task.classifier_mean and task.classifier_std", path, own.data.name, config.data.name,
+            )  # fmt: skip
         mean, std = own.data.mean or mean, own.data.std or std
     else:
         if not task.classifier_model:

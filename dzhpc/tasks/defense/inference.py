@@ -128,9 +128,11 @@ def as_pixels(data_set: data.DataSet) -> data.DataSet:
     images = data_set.train.images
     if images.ndim != 4:
         raise InputError(f"the data set has images {list(images.shape)}; a denoiser takes [N, C, H, W]")
-    if images.is_floating_point() and (images.min() < 0 or images.max() > 1):
-        low, high = float(images.min()), float(images.max())
-        raise InputError(f"the data set has images from {low:g} to {high:g}; a defence needs them in [0, 1], or uint8")
+    if images.is_floating_point():
+        ends = [(float(part.images.min()), float(part.images.max())) for part in (data_set.train, data_set.test)]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+        if low < 0 or high > 1:
+            raise InputError(f"the data set has images from {low:g} to {high:g}; a defence needs them in [0, 1], or uint8")
     zero = torch.zeros_like(data_set.mean)
     return data.DataSet(data_set.train, data_set.test, zero, zero + 1, data_set.classes)
 

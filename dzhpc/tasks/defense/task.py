@@ -78,6 +78,9 @@ class DefenseTask(Task):
     def read(cls, config: Config) -> data.DataSet:
         return data.load(config.data, config.run.seed)
 
+    def examples(self) -> dict[str, Tensor]:
+        return self.data.tensors()
+
     def bind(self, step: int, shard: int = 0) -> float:
         return self._bind(*self.batch(step), shard)
 

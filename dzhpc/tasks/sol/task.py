@@ -69,6 +69,10 @@ class SolTask(Task):
     def read(cls, config: Config) -> reference.Reference:
         return reference.find(config.data)
 
+    def examples(self) -> dict[str, torch.Tensor]:
+        parts = {split: getattr(self.reference, split) for split in reference.SPLITS}
+        return {f"{split}/{name}": t for split, part in parts.items() for name, t in vars(part).items()}
+
     def bind(self, step: int, shard: int = 0) -> float:
         self.model.train()
         return self._advised(step, lambda: self.engine.bind(self._part(self.windows.batch(step), shard)))
