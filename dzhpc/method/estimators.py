@@ -7,7 +7,7 @@ Chen et al., DeepZero, ICLR 2024 (arXiv 2310.02025). No MPI here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +40,22 @@ def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:
     "forward" costs n queries and errs by mu/2 * H_jj; "central", [l(+mu) - l(-mu)] / 2 mu, costs 2n and errs by O(mu^2).
     """
     if difference == "central":
-        return (engine.differences(coords, mu) - engine.differences(coords, -mu)) / (2 * mu)
+        return central(engine, lambda mu: engine.differences(coords, mu), mu)
     return engine.differences(coords, mu) / mu
+
+
+def central(engine, ask: Callable[[float], Tensor], mu: float) -> Tensor:
+    """[ask(mu) - ask(-mu)] / 2 mu [n, ...]; 0 for queries that are lost on either side: one half of a slope is none."""
+    up, lost = ask(mu), lost_queries(engine)
+    slope = (up - ask(-mu)) / (2 * mu)
+    for which in filter(None, (lost, lost_queries(engine))):
+        slope[which] = slope[which] * 0 + 0  # what is no number stays none
+    return slope
+
+
+def lost_queries(engine) -> list[int]:
+    """Which queries of an engine's last call count as 0, the loss being lost there; [] for one that loses none."""
+    return list(getattr(engine, "lost_queries", ()))
 
 
 def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> dict[str, Tensor]:
@@ -57,10 +71,8 @@ def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> di
 
 def rge_slopes(engine, indices, mu: float, seed: int, coords: np.ndarray, difference: str = "forward") -> Tensor:
     """[l(theta + mu u_i) - l(theta)] / mu for each direction index i -> [len(indices)]; u_i is zero outside ``coords``."""
-    along = lambda: directions(engine.index, indices, seed, coords)  # noqa: E731
-    if difference == "central":
-        return (engine.directional(along(), mu) - engine.directional(along(), -mu)) / (2 * mu)
-    return engine.directional(along(), mu) / mu
+    along = lambda mu: engine.directional(directions(engine.index, indices, seed, coords), mu)  # noqa: E731
+    return central(engine, along, mu) if difference == "central" else along(mu) / mu
 
 
 def directions(index: ParameterIndex, indices, seed: int, coords: np.ndarray) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dzhpc.errors import NumericalError
+from dzhpc.method.estimators import central
 from dzhpc.method.seeds import generator
 
 EPS = 0.01  # Marquardt: of the mean curvature, for coordinates that have none
@@ -31,17 +32,15 @@ LOWEST = 1e-12  # of the mean curvature: lambda that is adapted is no less, so t
 def columns(engine, coords: np.ndarray, mu: float, difference: str, sketch: "Sketch | None" = None) -> Tensor:
     """[n, 2 + M]: of each coordinate its slope, |A_j|^2 = H_jj, and A_j, or the sketch of it. n queries ("central": 2n)."""
     curvature = engine.curvature
-    slopes, roots = _both(curvature, engine.responses(coords, mu))
-    if difference == "central":
-        other = _both(curvature, engine.responses(coords, -mu))
-        slopes, roots = (slopes - other[0]) / 2, (roots - other[1]) / 2
-    roots = roots / mu
+
+    def ask(mu: float) -> Tensor:
+        changes = engine.responses(coords, mu)
+        return torch.cat([curvature.slopes(changes)[:, None], curvature.roots(changes)], 1)
+
+    found = central(engine, ask, mu) if difference == "central" else ask(mu) / mu
+    slopes, roots = found[:, :1], found[:, 1:]
     squares = roots.square().sum(1, dtype=torch.float64).to(roots.dtype)
-    return torch.cat([(slopes / mu)[:, None], squares[:, None], roots if sketch is None else sketch(roots)], 1)
-
-
-def _both(curvature, changes: Tensor) -> tuple[Tensor, Tensor]:
-    return curvature.slopes(changes), curvature.roots(changes)
+    return torch.cat([slopes, squares[:, None], roots if sketch is None else sketch(roots)], 1)
 
 
 class Sketch:

@@ -90,11 +90,17 @@ class ObjectiveEngine:
         self._step: int | None = None
         self._base: Tensor | None = None  # the loss at theta, or its residuals [m]
         self.lost = 0  # infeasible thetas since the last bind
+        self._infeasible: list[Tensor] = []  # of the parts of the last call
 
     @property
     def queries(self) -> int:
         """Evaluations so far."""
         return self._box.queries
+
+    @property
+    def lost_queries(self) -> list[int]:
+        """Which queries of the last call were infeasible."""
+        return torch.cat(self._infeasible).nonzero().flatten().tolist() if self._infeasible else []
 
     def bind(self, step: int) -> float:
         """The loss at theta; later differences are at this step."""
@@ -136,7 +142,7 @@ class ObjectiveEngine:
     def _for_each(self, coords, mu: float, changes: Callable, shape: tuple[int, ...]) -> Tensor:
         coords = torch.tensor(checked(coords), dtype=torch.int64)
         self.index.owner(coords.numpy())
-        theta, values = self._theta(), []
+        theta, values, self._infeasible = self._theta(), [], []
         for part in coords.split(self.at_once):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
@@ -145,7 +151,7 @@ class ObjectiveEngine:
 
     def directional(self, directions, mu: float) -> Tensor:
         """l(theta + mu u_i) - l(theta) for each direction [d] -> [q]."""
-        theta, values, part = self._theta(), [], []
+        theta, values, part, self._infeasible = self._theta(), [], [], []
         for u in directions:
             part.append(theta + mu * u)
             if len(part) == self.at_once:
@@ -180,6 +186,7 @@ class ObjectiveEngine:
 
     def _lost(self, infeasible: Tensor, name: Callable[[int], str]) -> Tensor:
         """Take note of infeasible thetas [P]."""
+        self._infeasible.append(infeasible)
         for k in infeasible.nonzero().flatten().tolist():
             if self.lost == 0 and not self._base.isinf().any():
                 log.warning("%s: infeasible (+inf) when %s is perturbed: it stays out of this step", self._box.name, name(k))

@@ -107,8 +107,8 @@ def check_changes(world: World, step: int, estimate: torch.Tensor, estimator: Es
     """
     if not estimator.asks or not len(estimate) or estimate.any():
         return
-    n = estimator.perturbations(len(estimate))
-    if n and sum(world.allgather(shards.lost)) >= n * shards.count:
+    n, units = estimator.perturbations(len(estimate)), estimator.units(len(estimate))
+    if n and sum(world.allgather(shards.lost)) >= min(n, units) * shards.count:  # by central differences either side will do
         raise NumericalError(
             f"step {step}: all {n} perturbed parameters are infeasible, or diverge; lower zo.mu (now {estimator.zo.mu:g})"
         )

@@ -7,6 +7,7 @@ import torch
 import dzhpc
 from dzhpc import config
 from dzhpc.errors import InputError
+from dzhpc.method import estimators, gauss_newton
 from dzhpc.tasks import make_task, objective
 
 MODULE = '''
@@ -120,6 +121,19 @@ class Walled(Numpy):
 
     def __call__(self, thetas, step):
         return np.where((thetas[:, [1, 3]] > [2, 4]).any(1), np.inf, super().__call__(thetas, step))
+
+
+class Residuals:
+    initial = Numpy.initial
+
+    def residuals(self, thetas, step):
+        return (thetas - step) * np.arange(1, 6)
+
+
+class WalledResiduals(Residuals):
+    def residuals(self, thetas, step):
+        above = (thetas[:, [1, 3]] > [2, 4]).any(1)
+        return np.where(above[:, None], np.inf, super().residuals(thetas, step))
 
 
 class Empty(Numpy):
@@ -305,6 +319,26 @@ def test_an_infeasible_theta_stays_out_of_the_step_and_is_counted_and_named(monk
     task.bind(1)
     assert caplog.messages[1:] == ["4 infeasible thetas in all in the step before"]
     assert task.lost == 0
+
+
+@pytest.mark.parametrize(("name", "without"), [("Walled", "Numpy"), ("WalledResiduals", "Residuals")])
+def test_a_theta_that_is_infeasible_on_one_side_stays_out_of_central_differences(name, without):
+    """Half of a slope would be none."""
+    task, free = task_of(name), task_of(without)
+    for each in (task, free):
+        each.bind(0)
+    coords = np.array([3, 0, 1, 4])
+    found, expected = (estimators.cge(each.engine, coords, 0.1, "central") for each in (task, free))
+    assert found.tolist() == [0, float(expected[1]), 0, float(expected[3])] and expected.all()
+    assert task.engine.lost_queries == [] and task.lost == 2  # the walls are above
+    index, seed = task.engine.index, 3
+    along = [estimators.rge_slopes(each.engine, range(8), 0.1, seed, np.arange(5), "central") for each in (task, free)]
+    up = task.engine.directional(estimators.directions(index, range(8), seed, np.arange(5)), 0.1) != 0
+    down = task.engine.directional(estimators.directions(index, range(8), seed, np.arange(5)), -0.1) != 0
+    assert torch.equal(along[0], along[1].where(up & down, 0)) and (up != down).any()
+    if name != "Walled":
+        columns = [gauss_newton.columns(each.engine, coords, 0.1, "central") for each in (task, free)]
+        assert not columns[0][[0, 2]].any() and torch.equal(columns[0][[1, 3]], columns[1][[1, 3]])
 
 
 def test_a_coordinate_out_of_range_is_refused_before_any_query():

@@ -10,6 +10,7 @@ import dzhpc
 from dzhpc import config
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.checkpoint import State, save_checkpoint
+from dzhpc.method import estimators
 from dzhpc.method.coordinates import ParameterIndex
 from dzhpc.method.first_order import PARTS
 from dzhpc.models import zoo
@@ -335,6 +336,13 @@ def test_a_diverging_query_is_left_out_and_named_and_spoils_no_other(cliff, kind
     assert [record.getMessage() for record in caplog.records] == [said]
     steep.bind(windows)
     assert caplog.records[-1].getMessage() == f"{sum(falls)} perturbed queries in all diverged in the step before"
+    both, expected = (estimators.cge(each, coords[::-1], mu, "central") for each in (steep, smooth))
+    assert not both[falls[::-1]].any() and steep.lost == sum(falls)  # on the other side nothing falls
+    torch.testing.assert_close(both[~np.array(falls[::-1])], expected[~np.array(falls[::-1])], rtol=1e-9, atol=1e-12)
+    steep.bind(windows)
+    along = list(torch.eye(80, dtype=torch.float64))
+    assert steep.directional(along, mu).eq(0).tolist() == falls and steep.lost_queries == np.flatnonzero(falls).tolist()
+    steep.bind(windows)
     moved, left = steep.responses(coords, mu), smooth.responses(coords, mu)
     assert not moved[falls].any() and left[falls].flatten(1).any(1).all()
     torch.testing.assert_close(moved[~np.array(falls)], left[~np.array(falls)], rtol=1e-9, atol=1e-12)

@@ -6,21 +6,17 @@ all of a chunk diverge, at least SEVERAL, their differences are NaN, which ends 
 """
 
 import logging
-from abc import abstractmethod
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dzhpc.engines.curvature import Curvature, Squares
-from dzhpc.engines.network import NetworkEngine, checked, stacked
-from dzhpc.engines.protocol import AT_ONCE, PLAIN
+from dzhpc.engines.network import stacked
 from dzhpc.engines.rankone import repeated, try_out
 from dzhpc.errors import InputError
-from dzhpc.method.coordinates import ParameterIndex, cut
+from dzhpc.method.coordinates import cut
 from dzhpc.tasks.sol.correction import Correction
-from dzhpc.tasks.sol.loss import UnrolledLoss, Windows
+from dzhpc.tasks.sol.intheloop import InTheLoop
 from dzhpc.tasks.sol.simulators import Simulator
 
 log = logging.getLogger("dzhpc")
@@ -28,85 +24,6 @@ SEVERAL = 8
 STATES = {"cpu": 96, "cuda": 4096}  # of a chunk at most
 BUDGET_MB = {"cpu": 32.0, "cuda": 8192.0}  # for their features: a core's cache, a GPU's fill; never a guess from the machine
 COPIES = 3  # of a layer's largest features that are alive at once
-
-
-class InTheLoop(NetworkEngine):
-    """What both engines share: windows are bound; whatever moves several parameters runs all steps but the solver's first one."""
-
-    at_once, compile_s, environment = AT_ONCE, 0.0, PLAIN
-
-    def __init__(self, correction: Correction, simulator: Simulator, unroll: int):
-        super().__init__(ParameterIndex.of(correction.model), correction.model)
-        self.loss = UnrolledLoss(correction, simulator, unroll)
-        self.diverged = 0  # queries, in all
-        self._diverged_before = 0
-        self._coordinate: int | None = None  # that is moved at present; None: a random direction
-        self._windows: Windows | None = None
-        self._first: Tensor | None = None  # S(s_0)
-        self._advanced: tuple[Tensor, ...] = ()  # S(s_{i-1}), n of [B, ...]
-        self._path: tuple[Tensor, ...] = ()  # s_i
-
-    @property
-    def curvature(self) -> Curvature:
-        """See :class:`dzhpc.engines.protocol.Responding`; z: the states [n, B, ...] of all unrolled steps."""
-        self._need_base()
-        return Squares(torch.stack(self._path) - self._windows.states[:, 1:].movedim(1, 0), self.loss.weight)
-
-    @torch.no_grad()
-    def bind(self, windows: Windows) -> float:
-        """The loss at theta. Later differences are on these windows. Raises NumericalError where theta itself diverges."""
-        self._begin()
-        self._say_how_many()
-        self._windows, self._first = windows, self.loss.first(windows)
-        return self._bound(self._base_losses().sum())
-
-    @property
-    def lost(self) -> int:
-        """Queries that have diverged since the last bind."""
-        return self.diverged - self._diverged_before
-
-    @abstractmethod
-    def responses(self, coords: Iterable[int], mu: float) -> Tensor:
-        """s_i(theta + mu e_j) - s_i(theta), i = 1 .. n, for each j in ``coords`` -> [n_coords, n, B, ...]."""
-
-    @abstractmethod
-    def _base_losses(self) -> Tensor:
-        """What each step and window adds to the loss at theta [n, B] float64."""
-
-    def _follow(self) -> Tensor:
-        """The same, and the states on the way are kept."""
-        path: list[tuple[Tensor, Tensor]] = []
-        terms = self.loss(self._windows, self._first, path)
-        self._advanced, self._path = zip(*path, strict=True)
-        return terms
-
-    def _z_shape(self) -> tuple[int, ...]:
-        self._need_base()
-        return len(self._path), *self._path[0].shape
-
-    def _loss(self, owner: int | None) -> Tensor:
-        total = torch.zeros_like(self._base)
-        for step, (*_, terms) in enumerate(self.loss.steps(self._windows, self._first)):
-            if (bad := ~(terms <= self.loss.most)).any():
-                query = "a random direction" if owner is None else self.index.describe(self._coordinate)
-                self._lose(query, step, int(bad.nonzero()[0]))
-                return self._base
-            total += terms.sum()
-        return total
-
-    def _loss_with_graph(self) -> Tensor:
-        return self.loss(self._windows, self._first).sum()
-
-    def _lose(self, query: str, step: int, window: int) -> None:
-        if self.diverged == self._diverged_before:
-            name = self._windows.names[window]
-            log.warning("%s diverges when perturbed (%s, unrolled step %d): it stays out of this step", query, name, step + 1)
-        self.diverged += 1
-
-    def _say_how_many(self) -> None:
-        count, self._diverged_before = self.lost, self.diverged
-        if count > 1:
-            log.warning("%d perturbed queries in all diverged in the step before", count)
 
 
 class Unrolled(InTheLoop):
@@ -122,7 +39,7 @@ class Unrolled(InTheLoop):
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
         before, values = self.diverged, []
-        for j in checked(coords):
+        for j in self._called(coords):
             self._coordinate = j
             values.append(self._one_by_one([j], mu))
         values = torch.cat(values) if values else stacked([], self.index)
@@ -132,7 +49,7 @@ class Unrolled(InTheLoop):
     def responses(self, coords, mu: float) -> Tensor:
         """See :class:`InTheLoop`."""
         before, values = self.diverged, []
-        for j in checked(coords):
+        for j in self._called(coords):
             self._coordinate = j
             values += self._moving_each([j], mu, self._response)
         found = torch.stack(values) if values else self.index.parameters[0].new_zeros(0, *self._z_shape())
@@ -195,7 +112,7 @@ class UnrolledDelta(InTheLoop):
     @torch.no_grad()
     def differences(self, coords, mu: float) -> Tensor:
         """l(theta + mu e_j) - l(theta) for each j in ``coords`` -> [n] in the parameters' dtype."""
-        return self._by_chunks(coords, lambda chunk: self._chunk(chunk, mu))
+        return self._by_chunks(self._called(coords), lambda chunk: self._chunk(chunk, mu))
 
     @torch.no_grad()
     def responses(self, coords, mu: float) -> Tensor:
@@ -206,7 +123,7 @@ class UnrolledDelta(InTheLoop):
             self._chunk(chunk, mu, changes)
             return changes
 
-        return self._by_chunks(coords, evaluate, self._z_shape())
+        return self._by_chunks(self._called(coords), evaluate, self._z_shape())
 
     def explain(self) -> str:
         """See :class:`dzhpc.engines.protocol.Engine`."""
@@ -240,7 +157,8 @@ class UnrolledDelta(InTheLoop):
             total[query] = torch.nan if len(lost) == p >= SEVERAL else 0
             if changes is not None:
                 changes[query] = total[query]
-            self._lose(self.index.describe(int(coords[query])), *where)
+            self._coordinate = int(coords[query])
+            self._lose(self.index.describe(self._coordinate), *where)
         self.queries += p
         return total
 
