@@ -46,16 +46,19 @@ def cge(engine, coords, mu: float, difference: str = "forward") -> Tensor:
 
 def central(engine, ask: Callable[[float], Tensor], mu: float) -> Tensor:
     """[ask(mu) - ask(-mu)] / 2 mu [n, ...]; 0 for queries that are lost on either side: one half of a slope is none."""
-    up, lost = ask(mu), lost_queries(engine)
-    slope = (up - ask(-mu)) / (2 * mu)
-    for which in filter(None, (lost, lost_queries(engine))):
+    (up, lost), (down, others) = _asked(engine, ask, mu), _asked(engine, ask, -mu)
+    slope = (up - down) / (2 * mu)
+    for which in filter(None, (lost, others)):
         slope[which] = slope[which] * 0 + 0  # what is no number stays none
     return slope
 
 
-def lost_queries(engine) -> list[int]:
-    """Which queries of an engine's last call count as 0, the loss being lost there; [] for one that loses none."""
-    return list(getattr(engine, "lost_queries", ()))
+def _asked(engine, ask: Callable[[float], Tensor], mu: float) -> tuple[Tensor, list[int]]:
+    """``ask(mu)``, and which of its queries count as 0, the loss being lost there; only some engines lose any."""
+    lost = getattr(engine, "lost_queries", None)
+    before = engine.queries if lost else 0
+    found = ask(mu)
+    return found, lost(before) if lost else []
 
 
 def rge(engine, q: int, mu: float, seed: int, difference: str = "forward") -> dict[str, Tensor]:

@@ -97,9 +97,8 @@ class ObjectiveEngine:
         """Evaluations so far."""
         return self._box.queries
 
-    @property
-    def lost_queries(self) -> list[int]:
-        """Which queries of the last call were infeasible."""
+    def lost_queries(self, before: int) -> list[int]:
+        """Which queries of the last call, before which there were so many, were infeasible."""
         return torch.cat(self._infeasible).nonzero().flatten().tolist() if self._infeasible else []
 
     def bind(self, step: int) -> float:

@@ -330,7 +330,7 @@ def test_a_theta_that_is_infeasible_on_one_side_stays_out_of_central_differences
     coords = np.array([3, 0, 1, 4])
     found, expected = (estimators.cge(each.engine, coords, 0.1, "central") for each in (task, free))
     assert found.tolist() == [0, float(expected[1]), 0, float(expected[3])] and expected.all()
-    assert task.engine.lost_queries == [] and task.lost == 2  # the walls are above
+    assert task.engine.lost_queries(0) == [] and task.lost == 2  # the walls are above
     index, seed = task.engine.index, 3
     along = [estimators.rge_slopes(each.engine, range(8), 0.1, seed, np.arange(5), "central") for each in (task, free)]
     up = task.engine.directional(estimators.directions(index, range(8), seed, np.arange(5)), 0.1) != 0

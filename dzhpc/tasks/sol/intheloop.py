@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class InTheLoop(NetworkEngine):
         self.loss = UnrolledLoss(correction, simulator, unroll)
         self.diverged = 0  # queries, in all
         self._diverged_before = 0
-        self._asked: list[int] = []  # coordinates of the last call, or numbers of its directions
-        self._coordinate = 0  # the one of them that is moved at present
+        self._asked: list[int] = []  # coordinates of the last call; none if it was one of directions
+        self._coordinate = 0  # that is moved at present; of a direction the number of its query
         self._gone: set[int] = set()  # those that have diverged
         self._windows: Windows | None = None
         self._first: Tensor | None = None  # S(s_0)
@@ -55,21 +55,11 @@ class InTheLoop(NetworkEngine):
         """Queries that have diverged since the last bind."""
         return self.diverged - self._diverged_before
 
-    @property
-    def lost_queries(self) -> list[int]:
-        """Which queries of the last call have diverged."""
-        return [k for k, j in enumerate(self._asked) if j in self._gone]
-
-    def directional(self, directions: Iterable[Tensor], mu: float) -> Tensor:
-        """See :class:`dzhpc.engines.protocol.Engine`."""
-        self._asked, self._gone = [], set()
-
-        def numbered() -> Iterator[Tensor]:
-            for self._coordinate, u in enumerate(directions):
-                self._asked.append(self._coordinate)
-                yield u
-
-        return super().directional(numbered(), mu)
+    def lost_queries(self, before: int) -> list[int]:
+        """Which queries of the last call, before which there were so many, have diverged."""
+        if self._asked:
+            return [k for k, j in enumerate(self._asked) if j in self._gone]
+        return sorted(number - before - 1 for number in self._gone if number > before)
 
     def _called(self, coords: Iterable[int]) -> list[int]:
         """The coordinates of a call that begins."""
@@ -96,6 +86,9 @@ class InTheLoop(NetworkEngine):
         return len(self._path), *self._path[0].shape
 
     def _loss(self, owner: int | None) -> Tensor:
+        if owner is None:
+            self._gone = self._gone if not self._asked else set()
+            self._asked, self._coordinate = [], self.queries
         total = torch.zeros_like(self._base)
         for step, (*_, terms) in enumerate(self.loss.steps(self._windows, self._first)):
             if (bad := ~(terms <= self.loss.most)).any():
