@@ -14,7 +14,7 @@ from dzhpc.errors import CheckpointError
 from dzhpc.files.checkpoint import save_checkpoint
 from dzhpc.files.metrics import Metrics
 from dzhpc.job.log import duration
-from dzhpc.method.estimators import Estimator, make_estimator
+from dzhpc.method.estimators import Estimator, directions, make_estimator
 from dzhpc.method.gauss_newton import TRIES
 from dzhpc.method.scores import draw, lpr_from_scores, random_scores
 from dzhpc.tasks import Task
@@ -44,14 +44,15 @@ class Forecast:
         budget = Budget(task, self._estimator, pattern)
         self.per_step, interval = budget.of_step(len(self.coords)), config.eval.every_epochs * task.steps_per_epoch
         self.steps, self.ended_by = budget.foreseen(self.per_step + task.cost.evaluation / interval, pattern.ahead(0)[0])
-        self.scores = pattern.ahead(0)[0] * (1 + pattern.scorings(1, self.steps))
+        self._scorings = 1 + pattern.scorings(1, self.steps) if pattern.ahead(0)[0] else 0
+        self.scores = pattern.ahead(0)[0] * self._scorings
         self._evaluations = -(-self.steps // interval)
         self.asked = self._evaluations * task.cost.evaluation
         self._newton = gauss_newton.forecast(task, len(self.coords)) if config.optim.name == "gauss-newton" else None
         trial = lambda: self.model.shards[self.given].base_s if config.optim.tries else 0.0  # noqa: E731
         solve = (lambda ranks: self._newton.seconds(ranks) + trial()) if self._newton else lambda ranks: 0.0
         self.model: StepModel = stepmodel.measure(task, self._estimator, self.coords, network, every and not self._newton, solve)
-        self._evaluation_s = self._part_of_an_evaluation()
+        self._evaluation_s, self.scoring_s = self._part_of_an_evaluation(), self._of_a_scoring()
         pattern.coords = self.coords
         self.checkpoint_s = self._of_a_checkpoint(TrainingState(task, self._estimator, pattern, budget))
 
@@ -63,7 +64,8 @@ class Forecast:
     def run_s(self, step: Step) -> float:
         """Seconds of the run: its steps, scores, evaluations, and the checkpoints that are written every so many steps."""
         parts = math.ceil(self._task.evaluation_parts / step.ranks)
-        scores = self.scores / self._task.cost.query * self._query_s / step.ranks
+        fixed, shared = self.scoring_s
+        scores = self._scorings * (fixed + shared / step.ranks)
         saved = self.steps // (self._task.config.checkpoint.every_steps or self.steps + 1) * self.checkpoint_s
         return self.steps * step.seconds + scores + saved + (self._evaluations + 1) * parts * self._evaluation_s
 
@@ -141,9 +143,23 @@ class Forecast:
         """Seconds; from those of a query where it would ask a black box."""
         task = self._task
         if task.cost.evaluation:
-            return task.cost.evaluation / task.evaluation_parts * self._query_s / task.cost.query
+            cost, base_s = task.cost, self.model.shards[self.given].base_s
+            each = self._query_s / cost.query if cost.query else base_s / cost.bind  # a query may do without the box
+            return cost.evaluation / task.evaluation_parts * each
         with Pinned(task.model, task.engine.index.device).unchanged():
             return stepmodel.seconds(task, lambda: task.evaluate(range(1), 0))
+
+    def _of_a_scoring(self) -> tuple[float, float]:
+        """Seconds of a scoring that each rank spends, and that ranks share: base passes; directions, of which one is timed."""
+        task, config, base_s = self._task, self._task.config, self.model.shards[self.given].base_s
+        if not self._scorings or config.sparsity.scores != "zo-grasp":
+            return (2 * base_s if self._scorings else 0.0), 0.0
+        index = task.engine.index
+        along = list(directions(index, range(1), 0, np.arange(index.size)))
+        with Pinned(task.model, index.device).unchanged():
+            task.bind(0)
+            each = stepmodel.seconds(task, lambda: task.engine.directional(along, config.zo.mu), tries=1)
+        return 2 * base_s * self.given, 2 * config.sparsity.q * each * self.given
 
     def _of_a_checkpoint(self, state: TrainingState) -> float:
         """Seconds, with the record half way, in a temporary folder; 0 where none is written for a number of steps."""

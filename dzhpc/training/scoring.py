@@ -8,7 +8,7 @@ from dzhpc.config.paths import shown
 from dzhpc.engines import selfcheck
 from dzhpc.engines.pinned import Pinned, seed_others
 from dzhpc.errors import InputError
-from dzhpc.files.lpr import save_lpr
+from dzhpc.files.lpr import load_lpr, save_lpr
 from dzhpc.job.world import World
 from dzhpc.method.seeds import derive
 from dzhpc.tasks import Task
@@ -46,6 +46,11 @@ def check(config: Config, out: Path) -> Config:
         )
     if not out.parent.is_dir():
         raise InputError(f"{shown(out)}: the folder {shown(out.parent)} does not exist")
+    if out.is_file():
+        try:
+            load_lpr(out)
+        except InputError as error:
+            raise InputError(f"{error}; it would be lost: move it, or choose another file with -o") from None
     config.sparsity.lpr = None
     return config
 

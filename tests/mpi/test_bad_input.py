@@ -71,6 +71,12 @@ USAGE = {
 OTHER_VERBS = {
     "prune-nothing": ("prune", ["digits.toml", "-o", "x.h5", *sets(sparsity__ratio=0.0)], 2, ["sparsity.ratio = 0"]),
     "prune-no-folder": ("prune", ["digits.toml", "-o", "nofolder/x.h5"], 2, ["nofolder/x.h5", "does not exist"]),
+    "prune-onto-input": (
+        "prune",
+        ["digits.toml", "-o", "digits.toml"],
+        2,
+        ["digits.toml", "not a file written", "would be lost"],
+    ),
     "prune-onto-folder": ("prune", ["digits.toml", "-o", "empty"], 2, ["empty", "cannot be written"]),
     "info-nothing": ("info", ["nowhere.h5"], 2, ["nowhere.h5", "No such file"]),
     "info-foreign": ("info", ["digits.toml"], 2, ["digits.toml", "not a file written by dzhpc"]),

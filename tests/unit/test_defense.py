@@ -417,6 +417,14 @@ def test_a_logit_of_minus_infinity_excludes_a_class():
             task_of(f"task.classifier=own_defense:{name}").bind(0)
 
 
+@pytest.mark.parametrize(("estimator", "scores"), [("cge", "fo-grasp"), ("fa", "random"), ("autograd", "random")])
+def test_counted_is_what_a_white_boxs_copy_is_asked(user, estimator, scores):
+    task = white(user, f"zo.estimator={estimator}", f"sparsity.scores={scores}", "sparsity.ratio=0.5", "zo.engine=full")
+    asked = task.box.queries
+    task.shared.rows(range(PARTS), 0) if task.shared else task.bind(0)
+    assert task.box.queries - asked == task.cost.bind == (10 if estimator == "autograd" else 20)
+
+
 def test_float_images_must_be_pixels():
     one, sound = (data.Split(torch.full((4, 3, 2, 2), value), torch.zeros(4).long()) for value in (1.5, 0.5))
     from dzhpc.tasks.defense.inference import as_pixels

@@ -25,6 +25,7 @@ from dzhpc.tasks.sol.reference import Reference, Trajectories
 from dzhpc.tasks.sol.rollout import rollout
 from dzhpc.tasks.sol.unrolled import Unrolled, UnrolledDelta
 from dzhpc.tasks.sol.wake import Wake, pack
+from dzhpc.training.forecast import Forecast
 
 CPU = torch.device("cpu")
 MODULE = """
@@ -493,6 +494,13 @@ def test_pairs_need_no_gradient_of_a_users_simulator():
     queried = dzhpc.cge(task.engine, np.arange(task.engine.index.size), 1e-3, "central")
     assert torch.cosine_similarity(queried, gradient, dim=0) > 0.999
     assert task.cost.query == 0
+
+
+def test_pairs_have_a_forecast_though_a_query_asks_the_simulator_nothing():
+    task = task_of("task.unroll=1", "sparsity.ratio=0.5", "sparsity.q=2", keys=RING)
+    task.bind(0)
+    found = Forecast(task, every=False)
+    assert found.per_step == task.cost.bind and task.cost.query == 0 and found.run_s(found.model.step(1, 1)) > 0
 
 
 def test_first_order_parts_add_up_to_the_gradient_of_the_loss():

@@ -70,7 +70,7 @@ class DefenseTask(Task):
         batch, tests = self.config.data.batch_size, len(self.data.test)
         if self.config.task.loss == "mse":
             return Cost(evaluation=tests if self.box else 0)
-        bind = batch * (1 if self._first_order else 2)  # f(x), and at the base f(D(x + delta))
+        bind = batch * (1 if self.config.zo.estimator == "autograd" else 2)  # f(x), and at the base f(D(x + delta))
         bind += batch * (self._code_size() if self.latent else 0)
         return Cost(bind, batch, 2 * tests, self.config.task.box)
 
