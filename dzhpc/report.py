@@ -41,8 +41,8 @@ def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb; the exit code."""
     if bool(args.runs) == bool(args.campaign):
         raise InputError("give run folders, or --campaign DIR")
-    if args.against and args.campaign:
-        raise InputError("--against: compares run folders; leave --campaign out")
+    if args.against and (args.campaign or any(path.suffix in (".h5", ".json") for path in args.runs)):
+        raise InputError("--against: compares run folders; leave it out for --campaign, certificates and benchmarks")
     if (args.over and not args.campaign) or (args.beside and not args.over) or (args.study and not args.beside):
         raise InputError("--over needs --campaign, --beside needs --over, --study needs --beside")
     if args.runs and all(path.suffix == ".h5" for path in args.runs):

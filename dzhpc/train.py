@@ -11,6 +11,7 @@ from dzhpc import config as configuration
 from dzhpc.config import paths
 from dzhpc.config.options import number
 from dzhpc.config.values import Positive
+from dzhpc.errors import InputError
 from dzhpc.files import curves
 from dzhpc.job import device as devices
 from dzhpc.job.launch import run_verb, start, survey
@@ -47,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(world: World, args: argparse.Namespace) -> int:
     """Run the verb on every rank; the exit code."""
-    load = lambda: configuration.load(args.input, args.set)  # noqa: E731
+
+    def load() -> configuration.Config:
+        if args.target_hours is not None and not args.dry_run:
+            raise InputError("--target-hours: says how many ranks a run needs, and belongs to --dry-run")
+        return configuration.load(args.input, args.set)
+
     config = start(world, load, args.input, quiet=args.quiet, until_first=not args.dry_run)
     device = devices.choose(world.local_rank, config.run.threads)
     folder = args.run_dir or configuration.path_of(config, "run.dir") / config.run.name

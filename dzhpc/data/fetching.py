@@ -29,6 +29,8 @@ def fetch(name: str, root: Path, folder: Path | None = None, size: int | None = 
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{shown(root)}: cannot be made ({error.strerror}); choose another with --root") from None
+    if name == "cifar10" and size is not None:
+        raise InputError("--size: belongs to an image folder; cifar10 has 32 pixels a side")
     if name == "cifar10":
         data_set = _cifar10(root, folder, url)
     elif folder is None:

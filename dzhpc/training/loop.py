@@ -36,7 +36,8 @@ class Loop:
     check: let the first step ask up to six thetas more, by which CGE's estimate checks itself: a line of the log ``dzhpc`` says
     what it found, and what to change. Without them it says how far differences stand out of rounding.
 
-    step: steps done. loss: at the theta with which the last of them began, NaN before. queries: losses told.
+    step: steps done. loss: at the theta with which the last of them began, NaN before. queries: losses told for these steps,
+    without those of ``check``.
     Raises InputError for what cannot work, NumericalError for a loss that is not finite; +inf calls a perturbed theta infeasible.
     """
 

@@ -194,6 +194,7 @@ def test_an_empty_class_is_named(image_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cifar10", "--from", "here", "--size", "8"], "--size: belongs to an image folder"),
         (["pets"], "pets: only cifar10 can be downloaded; pack an image folder with --from FOLDER --size PIXELS"),
         (["pets", "--from", "here"], "--size: needed to pack here"),
         (["pets", "--from", "here", "--size", "0"], "--size: needed to pack here"),

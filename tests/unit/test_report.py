@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dzhpc import report
 from dzhpc.errors import InputError
 from dzhpc.files import curves
 from dzhpc.files.metrics import Metrics
+from dzhpc.job.world import World
 
 
 def make_run(folder, steps, accuracy, loss=lambda step: 2 / step):
@@ -120,6 +122,12 @@ def test_a_report_of_ones_own_is_not_written_over(runs, tmp_path):
         assert [path.name for path in files] == ["report-dzhpc.md", "curves-dzhpc.png"]
     assert (out / "report.md").read_text() == "# my thesis" and not (out / "curves.png").exists()
     assert "](curves-dzhpc.png)" in (out / "report-dzhpc.md").read_text()
+
+
+@pytest.mark.parametrize("words", [["--campaign", "runs"], ["a.h5"], ["a.json"]])
+def test_against_is_for_runs_alone(words):
+    with pytest.raises(InputError, match="--against: compares run folders"):
+        report.main(World(alone=True), report.parser().parse_args([*words, "--against", "queries"]))
 
 
 def test_against_queries_the_first_run_is_the_measure(runs, tmp_path):
