@@ -119,7 +119,7 @@ class ObjectiveEngine:
                 f'{self._box.name}: gives one number, of which no curvature is known; optim.name = "gauss-newton" needs its '
                 "residuals, a method residuals(thetas, step) -> [P, m], or a program that gives task.residuals of them"
             )
-        return Squares(self._base, 2 / len(self._base))
+        return Squares(self._base.to(self.index.dtype), 2 / len(self._base))
 
     def unbind(self) -> None:
         """Forget the step."""
@@ -136,7 +136,7 @@ class ObjectiveEngine:
 
     def responses(self, coords, mu: float) -> Tensor:
         """The change of the residuals for each j -> [n, m]."""
-        return self._for_each(coords, mu, self._responses, self._base.shape)
+        return self._for_each(coords, mu, lambda *asked: self._responses(*asked).to(self.index.dtype), self._base.shape)
 
     def _for_each(self, coords, mu: float, changes: Callable, shape: tuple[int, ...]) -> Tensor:
         coords = torch.tensor(checked(coords), dtype=torch.int64)
@@ -173,12 +173,14 @@ class ObjectiveEngine:
         """l(thetas) - l(theta) [P]; name: of the perturbation of a row."""
         if self._has_residuals:  # no losses are subtracted: the mean of d (2 r + d)
             changes = self._responses(thetas, name)
-            return (changes * (2 * self._base + changes)).mean(1)
-        losses = self._ask(thetas)
-        return (losses - self._base).masked_fill(self._lost(losses.isposinf(), name), 0)
+            found = (changes * (2 * self._base + changes)).mean(1)
+        else:
+            losses = self._ask(thetas)
+            found = (losses - self._base).masked_fill(self._lost(losses.isposinf(), name), 0)
+        return found.to(self.index.dtype)
 
     def _responses(self, thetas: Tensor, name: Callable[[int], str]) -> Tensor:
-        """The residuals' changes [P, m]."""
+        """The residuals' changes [P, m] float64."""
         residuals = self._ask(thetas)
         infeasible = self._lost(residuals.isinf().any(1), name)
         return changed(residuals, self._base).masked_fill(infeasible[:, None], 0)
@@ -193,7 +195,7 @@ class ObjectiveEngine:
         return infeasible
 
     def _ask(self, thetas: Tensor) -> Tensor:
-        return self._box(thetas).to(self.index.dtype)
+        return self._box(thetas).double()  # answers may have more digits than theta
 
 
 class ProgramLoss:

@@ -45,7 +45,9 @@ def look(
             advice.append(f"raise zo.mu (now {estimator.zo.mu:g}), or see that the loss depends on theta")
         if estimator.by_coordinate and g.any():
             subtracts = not isinstance(engine, Delta) and config.optim.name != "gauss-newton"
-            units = signal(g, estimator.zo.mu, loss, engine.index.dtype) if subtracts else np.inf
+            wide = not isinstance(engine, NetworkEngine) and float(torch.tensor(loss).float()) != loss  # whatever theta is
+            dtype = torch.float64 if wide else engine.index.dtype
+            units = signal(g, estimator.zo.mu, loss, dtype) if subtracts else np.inf
             if subtracts:
                 said.append(f"differences of {units:.3g} units in the last place of the loss")
             found = sides(engine, estimator, coords) if asks else (np.zeros(0, int), np.zeros(0), np.zeros(0))

@@ -341,6 +341,24 @@ def test_a_theta_that_is_infeasible_on_one_side_stays_out_of_central_differences
         assert not columns[0][[0, 2]].any() and torch.equal(columns[0][[1, 3]], columns[1][[1, 3]])
 
 
+@pytest.mark.parametrize("residuals", [False, True])
+def test_answers_keep_their_digits_where_theta_has_fewer(residuals):
+    """theta0 in float32, losses around 1,000 in float64: a unit in the last place of float32 is 6e-5, a difference 2e-3."""
+
+    class Wide:
+        def __call__(self, thetas, step):
+            return 1000 + (thetas.astype(np.float64) - 1.0) ** 2 @ np.ones(3)
+
+    if residuals:
+        Wide.residuals = lambda self, thetas, step: 1000 + thetas.astype(np.float64)
+    engine = objective.ObjectiveEngine(Wide(), objective.Blocks(np.zeros(3, np.float32)), True, 8, 0, "wide")
+    assert engine.bind(0) == (1e6 if residuals else 1003)
+    found = estimators.cge(engine, [0, 1, 2], 1e-3, "central")
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx([2000 / 3 if residuals else -2] * 3, rel=1e-6)
+    if residuals:
+        assert engine.responses([0], 1e-3).tolist()[0] == pytest.approx([1e-3, 0, 0], rel=1e-6)
+
+
 def test_a_coordinate_out_of_range_is_refused_before_any_query():
     task = task_of("Numpy")
     task.bind(0)
