@@ -16,6 +16,7 @@ from delta_nets import VGG, DnCNN, Normed, TinyTransformer, relative
 from torch import nn
 
 import dzhpc
+from dzhpc.engines.delta import differences
 from dzhpc.engines.delta.change import Change
 from dzhpc.engines.delta.engine import Delta
 from dzhpc.engines.delta.propagation import Propagation
@@ -205,3 +206,18 @@ def test_named_networks_need_no_way_out(name, train, caplog):
     assert not [line for line in caplog.messages if "no rule" in line or "one coordinate at a time" in line]
     assert [route.refusal for route in engine.routes] == [""] * len(engine.index.names)
     assert all(len(route.nodes) > 1 for route in engine.routes)
+
+
+def test_cheaper_differences_of_float32_lose_nothing():
+    x = torch.cat([3 * torch.randn(4000), torch.tensor([-1e20, -1e4, -50.0, 0.0, 50.0, 1e4, 1e20])])
+    tables = differences.gelu_tables(x)
+    for size in (1e-6, 1e-3, 0.1, 0.13, 1.0, 20.0):
+        d = size * torch.randn(5, len(x))
+        found, expected = (
+            differences.gelu_difference_by_tables(x, *tables, d),
+            differences.gelu_difference(x.double(), d.double()),
+        )
+        assert float((found - expected)[:, :-1].norm() / expected[:, :-1].norm()) < 5e-7, size  # 1e20 + d is 1e20 in float64, too
+        assert torch.equal(found[:, -2:], d[:, -2:]) and not found[:, -7:-5].any()  # the identity, and zero
+        relative_errors = differences.expm1(d.clamp(-10, 10)).double() / torch.expm1(d.double().clamp(-10, 10)) - 1
+        assert float(relative_errors.abs().max()) < 5e-7, size

@@ -12,6 +12,16 @@ from torch import Tensor
 LARGE = 10.0  # exp(LARGE) is far from 1 and far from overflow
 
 
+def expm1(d: Tensor) -> Tensor:
+    """exp(d) - 1: in float32 by a series where d is small, since no compiler makes vectors of torch's."""
+    if d.dtype == torch.float64:
+        return torch.expm1(d)
+    series = 0.0
+    for n in range(8, 0, -1):
+        series = series * d + 1 / math.factorial(n)
+    return torch.where(d.abs() < 0.35, series * d, torch.exp(d) - 1)
+
+
 def relu_difference(x: Tensor, d: Tensor) -> Tensor:
     """relu(x + d) - relu(x) without cancellation."""
     return torch.maximum(d + x.clamp(max=0), -x.clamp(min=0))
@@ -19,7 +29,7 @@ def relu_difference(x: Tensor, d: Tensor) -> Tensor:
 
 def sigmoid_difference(x: Tensor, d: Tensor) -> Tensor:
     """s(x) s(-x) e / (1 + s(x) e), e = expm1(d)."""
-    s, e = torch.sigmoid(x), torch.expm1(d.clamp(-LARGE, LARGE))
+    s, e = torch.sigmoid(x), expm1(d.clamp(-LARGE, LARGE))
     return torch.where(d.abs() < LARGE, s * torch.sigmoid(-x) * e / (1 + s * e), torch.sigmoid(x + d) - s)
 
 
@@ -33,15 +43,54 @@ def silu_difference(x: Tensor, d: Tensor) -> Tensor:
     return d * torch.sigmoid(x + d) + x * sigmoid_difference(x, d)
 
 
+FAR = 14.0  # where phi is zero in float32
+ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
 GAUSS = ((0.1127016653792583, 5 / 18), (0.5, 8 / 18), (0.8872983346207417, 5 / 18))  # nodes and weights on [0, 1]
 
 
 def gelu_difference(x: Tensor, d: Tensor) -> Tensor:
     """x Phi(x): d Phi(x + d) + x int_x^{x+d} phi, by three Gauss points where d is small and by subtraction elsewhere."""
-    cdf = lambda t: 0.5 * torch.erfc(-t / math.sqrt(2))  # noqa: E731
-    density = lambda t: torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)  # noqa: E731
-    small = d * sum(w * density(x + t * d) for t, w in GAUSS)
-    return d * cdf(x + d) + x * torch.where(d.abs() < 0.25, small, cdf(x + d) - cdf(x))
+    small = d * sum(w * _density(x + t * d) for t, w in GAUSS)
+    return d * _cdf(x + d) + x * torch.where(d.abs() < 0.25, small, _cdf(x + d) - _cdf(x))
+
+
+def gelu_tables(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Phi(x) and phi(x), computed in float64: all that :func:`gelu_difference_by_tables` needs of a base value beside x."""
+    return _cdf(x.double()).to(x.dtype), _density(x.double()).to(x.dtype)
+
+
+def gelu_difference_by_tables(x: Tensor, cdf: Tensor, density: Tensor, d: Tensor) -> Tensor:
+    """d Phi(x) + (x + d) [Phi(x + d) - Phi(x)], to float32's rounding and at a fifth of the cost.
+
+    The bracket is phi(x) sum_n (-1)^n He_n(x) d^(n+1) / (n+1)! to n = 5 where d is small (He_n: Hermite polynomials).
+    """
+    t = x.clamp(-FAR, FAR)
+    q = t * t
+    hermite = (1.0, -t, q - 1, -t * (q - 3), (q - 6) * q + 3, -t * ((q - 10) * q + 15))
+    series = 0.0
+    for n in range(5, -1, -1):
+        series = series * d + hermite[n] / math.factorial(n + 1)
+    step = torch.where(d.abs() < 0.125, density * d * series, _rounded_cdf(x + d) - cdf)
+    return d * (cdf + step) + x * step
+
+
+def _cdf(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
+
+
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _rounded_cdf(x: Tensor) -> Tensor:
+    """Phi(x) to a relative error of 1.2e-7 (Press et al., Numerical Recipes, erfcc), four times as fast as by erfc."""
+    z = x.abs() * math.sqrt(0.5)
+    u = 1 / (1 + 0.5 * z)
+    power = 0.0
+    for c in (*ERFC, -1.26551223):
+        power = power * u + c
+    tail = 0.5 * u * torch.exp(power - z * z)
+    return torch.where(x < 0, tail, 1 - tail)
 
 
 def gelu_tanh_difference(x: Tensor, d: Tensor) -> Tensor:
@@ -63,12 +112,11 @@ def exp_difference(x: Tensor, d: Tensor) -> Tensor:
     return torch.where(d.abs() < LARGE, small, torch.exp(x + d) - torch.exp(x))
 
 
-def softmax_change(x: Tensor, p: Tensor, d: Tensor, dim: int) -> Tensor:
-    """p (e - r) / (1 + r), p = softmax(x), e = expm1(d), r = sum p e."""
-    top = d.abs().amax(dim, keepdim=True)
-    e = torch.expm1(d.clamp(-LARGE, LARGE))
+def softmax_change(p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """p (e - r) / (1 + r), p the probabilities, e = expm1(d), r = sum p e; for rows of changes below LARGE."""
+    e = expm1(d.clamp(-LARGE, LARGE))
     r = (p * e).sum(dim, keepdim=True)
-    return torch.where(top < LARGE, p * (e - r) / (1 + r), torch.softmax(x + d, dim) - p)
+    return p * (e - r) / (1 + r)
 
 
 def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:

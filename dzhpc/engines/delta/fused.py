@@ -113,6 +113,7 @@ class Fused:
         operations, first, wanted = self._operations, run.nodes[0], run.leaving
         sources = self._sources(run, given)
         names, normed = [*moving, *sources], [node for node in run.nodes if operations.normalises(node)]
+        tables = {node: len(operations.tables(node)) for node in run.nodes if operations.rule(node).tables}
         leaving: list[_Leaving] = []
 
         def unpacked(tensors: tuple[Tensor, ...]) -> tuple[Changes, dict[fx.Node, Tensor], dict[fx.Node, dict]]:
@@ -122,6 +123,8 @@ class Fused:
             changes = {a: Change(c.data.to(dtype), c.channel, c.axis, c.means) for a, c in changes.items()}
             known = {a: named[a, what].to(operations.network.value(a).dtype) for a, what in sources if what == "value"}
             caches = {node: {"statistics": (named[node, "centred"].to(dtype), named[node, "scale"])} for node in normed}
+            for node, count in tables.items():
+                caches[node] = {"tables": tuple(named[node, f"table {k}"].to(dtype) for k in range(count))}
             return changes, known, caches
 
         def sums(*tensors: Tensor) -> list[Tensor]:
@@ -163,6 +166,9 @@ class Fused:
         for node in filter(operations.normalises, run.nodes):
             found[node, "centred"] = _later(operations.centred, node, layout)
             found[node, "scale"] = _later(operations.scale, node)
+        for node in run.nodes:
+            for k in range(len(operations.tables(node))):
+                found[node, f"table {k}"] = _later(operations.table, node, k, replace(layout, rounded=False))
         return found
 
     def _laid_out(self, change: Change | Origin) -> Change | Origin:

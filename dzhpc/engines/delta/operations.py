@@ -109,6 +109,15 @@ class Operations:
         """What a normalisation divides by."""
         return self._statistics(node)[1]
 
+    def tables(self, node: fx.Node) -> tuple[Tensor, ...]:
+        """What an operation's rule computes of its base input."""
+        rule = self.rule(node)
+        return () if rule.tables is None else self.once(node, "tables", lambda: rule.tables(self.at_hand(node)))
+
+    def table(self, node: fx.Node, number: int, layout: Layout) -> Tensor:
+        """One of them, as it lies beside changes."""
+        return self.laid_out(node, ("table", number), layout, lambda: self.tables(node)[number])
+
     def _statistics(self, node: fx.Node) -> tuple[Tensor, Tensor]:
         return self.rule(node).statistics(self.at_hand(node))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dzhpc.engines.delta.change import Change, Operation
@@ -9,14 +10,16 @@ from dzhpc.engines.delta.differences import (
     clamp_difference,
     exp_difference,
     gelu_difference,
+    gelu_difference_by_tables,
+    gelu_tables,
     gelu_tanh_difference,
     log_softmax_change,
     relu_difference,
     sigmoid_difference,
     silu_difference,
-    softmax_change,
     tanh_difference,
 )
+from dzhpc.engines.delta.rules.products import softened
 
 
 def elementwise(difference: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Operation], Change]:
@@ -30,7 +33,7 @@ def elementwise(difference: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Ope
 
 def softmax(op: Operation) -> Change:
     """Softmax along the operation's axis."""
-    return Change(softmax_change(op.x, op.value, op.d.dense(op.x), _softmax_dim(op)))
+    return Change(softened(op.kernels, op.x, op.value, op.d.dense(op.x), _softmax_dim(op)))
 
 
 def log_softmax(op: Operation) -> Change:
@@ -48,8 +51,18 @@ def _softmax_dim(op: Operation) -> int:
 
 def gelu(op: Operation) -> Change:
     """GELU, exact or by tanh."""
-    kind = op.module.approximate if op.module is not None else op.kwargs.get("approximate", "none")
-    return op.d.like((gelu_difference if kind == "none" else gelu_tanh_difference)(op.d.of(op.x), op.d.data))
+    if tables := op.cached("tables", lambda: gelu_base(op)):
+        return op.d.like(gelu_difference_by_tables(op.d.of(op.x), *map(op.d.of, tables), op.d.data))
+    return op.d.like((gelu_difference if _is_exact_gelu(op) else gelu_tanh_difference)(op.d.of(op.x), op.d.data))
+
+
+def gelu_base(op: Operation) -> tuple[Tensor, ...]:
+    """Tables of a GELU's base values, where there are any; float64 is for comparisons, and takes the longer way."""
+    return gelu_tables(op.x) if _is_exact_gelu(op) and op.x.dtype == torch.float32 else ()
+
+
+def _is_exact_gelu(op: Operation) -> bool:
+    return (op.module.approximate if op.module is not None else op.kwargs.get("approximate", "none")) == "none"
 
 
 def leaky_relu(op: Operation) -> Change:

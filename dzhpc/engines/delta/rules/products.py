@@ -1,12 +1,15 @@
 """Sums and products: of values that may all change, broadcast against each other."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dzhpc.engines.delta.change import Change, Operation
-from dzhpc.engines.delta.differences import softmax_change
+from dzhpc.engines.delta.differences import LARGE, softmax_change
+from dzhpc.engines.kernels.find import Kernels
 
 
 def add(op: Operation) -> Change:
@@ -74,37 +77,54 @@ def quotient(op: Operation) -> Change:
 
 
 def bilinear(op: Operation) -> Change:
-    """matmul, bmm and whatever else is linear in each of its first two arguments."""
+    """matmul, bmm and whatever else is linear in each of its first two arguments: Da (b + Db) + a Db."""
     (a, b), (da, db) = op.args[:2], op.changes[:2]
     run = lambda x, y: op.run((x, y, *op.args[2:]), op.kwargs)  # noqa: E731
     da, db = (None if d is None else d.dense(x) for x, d in ((a, da), (b, db)))
-    parts = []
-    if da is not None:
-        parts.append(torch.vmap(run, (0, None))(da, b))
-    if db is not None:
-        parts.append(torch.vmap(run, (None, 0))(a, db))
-    if da is not None and db is not None:
-        parts.append(torch.vmap(run)(da, db))
-    return Change(sum(parts))
+    if db is None:
+        return Change(torch.vmap(run, (0, None))(da, b))
+    fixed = torch.vmap(run, (None, 0))(a, db)
+    return Change(fixed if da is None else torch.vmap(run)(da, b + db) + fixed)
 
 
 def attention(op: Operation) -> Change:
     """Scaled dot-product attention, composed of product, softmax and product."""
     query, key, value = op.args[:3]
-    mask, causal = op.arg(3, "attn_mask"), op.arg(5, "is_causal", False)
     scale = op.kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
-    keys = key.transpose(-2, -1) * scale
-    scores = query @ keys
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    blind = (scores == -math.inf).all(-1, keepdim=True)  # queries without any key: their output is zero
-    weights, change = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0), None
-    dq, dk, dv = op.changes[:3]
+    keys, scores, blind, weights = op.cached("attention", lambda: _attention(op, scale))
+    change, (dq, dk, dv) = None, op.changes[:3]
     dk = None if dk is None else Change(dk.dense(key).transpose(-2, -1) * scale)
     matmul = lambda args, kwargs: args[0] @ args[1]  # noqa: E731
     if dq is not None or dk is not None:
         change = bilinear(Operation(matmul, (query, keys), {}, [dq, dk], scores))
-        change = Change(softmax_change(scores, weights, change.data, -1).masked_fill(blind, 0))
+        data = softened(op.kernels, scores, weights, change.data, -1)
+        masked = op.arg(3, "attn_mask") is not None or op.arg(5, "is_causal", False)
+        change = Change(data.masked_fill(blind, 0) if masked else data)
     return bilinear(Operation(matmul, (weights, value), {}, [change, dv], op.value))
+
+
+def _attention(op: Operation, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys times scale, scores, queries without any key (their output is zero), and weights, at theta."""
+    keys = op.args[1].transpose(-2, -1) * scale
+    scores, mask = op.args[0] @ keys, op.arg(3, "attn_mask")
+    if op.arg(5, "is_causal", False):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    return keys, scores, blind, scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+
+
+def softened(kernels: Kernels | None, x: Tensor, p: Tensor, d: Tensor, dim: int) -> Tensor:
+    """What a softmax along an axis, counted from the end, makes of a change."""
+    found = kernels.call(_small_change(dim), p, d, common=[0]) if kernels else _small_change(dim)(p, d)
+    if d.device.type == "cpu":  # a GPU would be waited for
+        least, largest = torch.aminmax(d)
+        if least > -LARGE and largest < LARGE:
+            return found
+    return torch.where(d.abs().amax(dim, keepdim=True) < LARGE, found, torch.softmax(x + d, dim) - p)
+
+
+@functools.cache
+def _small_change(dim: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda p, d: softmax_change(p, d, dim)

@@ -26,6 +26,8 @@ class Rule:
     statistics: what a normalisation needs to know of its base input: (x less its mean, scale s). While neighbours are merged, the
         function finds it as ``operation.cache["statistics"]``.
     normalises: of a layer, whether it takes these statistics now (a BatchNorm in eval mode does not).
+    tables: functions of the base input alone, shaped like it, computed once a batch, if there are any. The function finds them
+        as ``operation.cache["tables"]`` while neighbours are merged.
     sums: what sums over the change make of it, as tensors of which the rest is made: a pass of its own, so that the operation
         begins a run. The function finds them as ``operation.cache["sums"]``, if they were made. Of use to them are
         :attr:`Change.means`, which the operation before is asked for.
@@ -43,6 +45,7 @@ class Rule:
     one_by_one: bool = False
     statistics: Statistics | None = None
     normalises: Callable[[nn.Module | None], bool] = lambda module: True
+    tables: Statistics | None = None
     sums: Statistics | None = None
     gives_means: bool = False
 
