@@ -43,6 +43,9 @@ RECIPES = {
         "Muon 0.003": {"muon": 0.003},
         "Muon 0.01": {"muon": 0.01},
         "Muon 0.03": {"muon": 0.03},
+        "Muon 0.1": {"muon": 0.1},
+        "Muon 0.03, adaptive S": {"muon": 0.03, "adaptive": "gradient"},
+        "Muon 0.03, batch 512": {"muon": 0.03, "batch": 512},
     },
     "gauss-newton": {
         "as it is": {},
@@ -56,7 +59,7 @@ RECIPES = {
         "warm-up over a quarter": {"warmup": 0.25},
         "batch 32, doubled four times": {"growth": 5},
         "batch 512": {"batch": 512},
-        "adaptive S by |ghat|^2": {"adaptive": "gradient"},
+        "adaptive S by ghat^2": {"adaptive": "gradient"},
         "adaptive S by ghat^2 / H_jj": {"adaptive": "decrease"},
         "S for 3 steps, H averaged 0.67": {"redraw": 3, "average": 0.67},
         "Muon on the step 0.01": {"muon": 0.01},

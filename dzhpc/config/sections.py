@@ -203,13 +203,15 @@ class Sparsity(Section):
 class Optim(Section):
     """The optimiser (torch.optim, or damped Gauss-Newton) and its learning-rate schedule, evaluated at every step."""
 
-    name: Literal["sgd", "adam", "gauss-newton"] = Field(
-        "sgd", description="torch.optim.SGD or Adam; gauss-newton: the outputs of CGE's queries as columns of the Jacobian"
+    name: Literal["sgd", "adam", "muon", "gauss-newton"] = Field(
+        "sgd",
+        description="torch.optim's (muon: SGD for vectors); gauss-newton: outputs of CGE's queries as columns of the Jacobian",
     )
-    lr: Moderate = Field(0.1, description="the peak learning rate")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd; gauss-newton: of the step")
-    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton: decoupled")
-    nesterov: bool = Field(False, description="sgd, gauss-newton")
+    lr: Moderate = Field(0.1, description="the peak learning rate; muon: of matrices and kernels, try 0.03")
+    lr_vectors: Moderate = Field(0.1, description="muon: the peak learning rate of all others, which SGD moves")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd, muon; gauss-newton: of the step")
+    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton, matrices of muon: decoupled")
+    nesterov: bool = Field(False, description="sgd, muon, gauss-newton")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
     warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")
     milestones: list[Epochs] = Field([], description="step: the epochs at which lr is multiplied by gamma")
@@ -247,6 +249,8 @@ class Optim(Section):
         """See :class:`Section`."""
         if self.nesterov and (self.name == "adam" or self.momentum == 0):
             yield 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'
+        if self.name == "muon" and config.sparsity.target == "weights":
+            yield 'optim.name = "muon": moves all of a matrix, and sparsity.target = "weights" keeps zeros; use "sgd"'
         if self.name == "gauss-newton" and config.data.shards > 1:
             yield f'data.shards = {config.data.shards}: optim.name = "gauss-newton" takes the batch whole; leave the key out'
         if self.name == "gauss-newton" and config.zo.estimator != "cge":

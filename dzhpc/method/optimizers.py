@@ -15,7 +15,45 @@ def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     return type(kind.__name__, (kind,), methods)
 
 
-SGD, Adam = _bare(torch.optim.SGD), _bare(torch.optim.Adam)
+SGD, Adam, OfMatrices = _bare(torch.optim.SGD), _bare(torch.optim.Adam), _bare(torch.optim.Muon)
+
+
+class Muon(SGD):
+    """torch.optim.Muon for matrices and kernels, these as [out, rest]; SGD at the rate ``lr_vectors`` for biases, gains, scalars.
+
+    Momentum and Nesterov's are those of both. Weight decay of a matrix is decoupled: theta (1 - lr decay) - lr step.
+    """
+
+    def __init__(self, section: Optim, parameters: dict[str, torch.Tensor]):
+        matrices = [p for p in parameters.values() if p.ndim > 1]
+        vectors = [p for p in parameters.values() if p.ndim <= 1]
+        keys = {"momentum": section.momentum, "weight_decay": section.weight_decay, "nesterov": section.nesterov}
+        super().__init__([{"params": matrices, "lr": section.lr}, {"params": vectors, "lr": section.lr_vectors}], **keys)
+        self._flat = [torch.empty_like(p.flatten(1)) for p in matrices]
+        self._muon = OfMatrices(self._flat, lr=section.lr, **keys) if matrices else None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """theta moves by the gradients that parameters hold."""
+        matrices = self.param_groups[0]["params"]
+        gradients = [p.grad for p in matrices]
+        for p in matrices:
+            p.grad = None  # so that SGD leaves it
+        super().step()
+        if self._muon is None:
+            return
+        self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        for p, gradient, flat in zip(matrices, gradients, self._flat, strict=True):
+            flat.copy_(p.flatten(1))
+            flat.grad = gradient.flatten(1)
+            if p in self.state:
+                self._muon.state[flat]["momentum_buffer"] = self.state[p]["momentum_buffer"].flatten(1).contiguous()
+        self._muon.step()
+        for p, gradient, flat in zip(matrices, gradients, self._flat, strict=True):
+            p.grad = gradient
+            p.copy_(flat.view(p.shape))
+            buffer = self.state[p].setdefault("momentum_buffer", torch.empty_like(p))
+            buffer.copy_(self._muon.state[flat]["momentum_buffer"].view(p.shape))
 
 
 class GaussNewton(SGD):
@@ -58,7 +96,16 @@ class GaussNewton(SGD):
 
 
 def make_optimizer(section: Optim, parameters: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
-    """SGD, Adam, or SGD on Gauss-Newton steps over named parameters."""
+    """SGD, Adam, Muon, or SGD on Gauss-Newton steps over named parameters; a group's ``initial_lr`` is its peak rate."""
+    optimizer = _made(section, parameters)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _made(section: Optim, parameters: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
+    if section.name == "muon":
+        return Muon(section, parameters)
     if section.name == "gauss-newton":
         return GaussNewton(section, parameters)
     if section.name == "adam":
@@ -84,8 +131,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, section: Optim, epochs: floa
             return section.gamma ** sum(epoch >= m for m in section.milestones)
         return 1.0
 
-    for group in optimizer.param_groups:
-        group["initial_lr"] = section.lr
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 

@@ -56,7 +56,7 @@ class Loop:
         if self.config.data.shards > 1:
             raise InputError("keys: data.shards: there is no batch to cut; leave the key out")
         if self.config.optim.name not in ("sgd", "adam"):
-            raise InputError(f'optimizer = "{optimizer}": a loop is told losses, and no more; use "sgd" or "adam"')
+            raise InputError(f'optimizer = "{optimizer}": a loop is told losses, and has one learning rate; use "sgd" or "adam"')
         self._given, self._checks = theta0, check
         self._task = Asked(self.config, theta0, self._answer)
         self._estimator = make_estimator(self.config.zo, self.config.run.seed)

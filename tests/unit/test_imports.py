@@ -185,9 +185,9 @@ print('mpi4py.MPI' in sys.modules, torch.cuda.is_initialized(), sorted(dzhpc.__a
 from dzhpc import config, data
 from dzhpc.method import optimizers
 data.load(config.Data(name="digits"), seed=0)
-theta = torch.nn.Parameter(torch.ones(2))
-theta.grad = torch.ones(2)
-for name in ("sgd", "adam"):
+theta = torch.nn.Parameter(torch.ones(2, 2))
+theta.grad = torch.ones(2, 2)
+for name in ("sgd", "adam", "muon"):
     optimizer = optimizers.make_optimizer(config.Optim(name=name), {"theta": theta})
     schedule = optimizers.make_schedule(optimizer, config.Optim(), 1.0, 10, 0)
     optimizer.step(), schedule.step()

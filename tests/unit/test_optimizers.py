@@ -78,7 +78,9 @@ def train(ps, optimizer, schedule, steps):
         schedule.step()
 
 
-@pytest.mark.parametrize("section", [Optim(), Optim(nesterov=True), Optim(momentum=0.0), Optim(name="adam")])
+@pytest.mark.parametrize(
+    "section", [Optim(), Optim(nesterov=True), Optim(momentum=0.0), Optim(name="adam"), Optim(name="muon", nesterov=True)]
+)
 def test_restored_slots_continue_to_the_same_bits(section):
     def start(step=0):
         ps = parameters()
@@ -89,7 +91,11 @@ def test_restored_slots_continue_to_the_same_bits(section):
     train(ps, optimizer, schedule, range(6))
     slots = {s: {n: t.clone() for n, t in ts.items()} for s, ts in optimizers.slots(optimizer, ps).items()}
     values = {name: p.detach().clone() for name, p in ps.items()}
-    expected = {"sgd": ["momentum_buffer"] if section.momentum else [], "adam": ["exp_avg", "exp_avg_sq", "step"]}
+    expected = {
+        "sgd": ["momentum_buffer"] if section.momentum else [],
+        "adam": ["exp_avg", "exp_avg_sq", "step"],
+        "muon": ["momentum_buffer"],
+    }
     assert sorted(slots) == expected[section.name]
     assert all(list(names) == ["weight", "bias", "gain"] for names in slots.values())
     train(ps, optimizer, schedule, range(6, 12))
@@ -114,3 +120,20 @@ def test_sgd_and_adam_take_the_known_first_step():
         p.grad = torch.tensor([1.0])
         optimizers.make_optimizer(section, {"p": p}).step()
         assert float(p.detach()) == pytest.approx(2 + change, rel=1e-6)
+
+
+def test_muon_turns_a_kernel_by_an_orthogonal_matrix_and_leaves_the_rest_to_sgd():
+    """The first step of a matrix G = U S V^T is about -lr sqrt(max(1, rows / columns)) U V^T, whatever S is."""
+    ps = {name: p.detach().double().requires_grad_() for name, p in parameters().items()}
+    before = {name: p.detach().clone() for name, p in ps.items()}
+    for p in ps.values():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    section = Optim(name="muon", lr=0.03, lr_vectors=0.2, momentum=0.9, weight_decay=0.5)
+    optimizers.make_optimizer(section, ps).step()
+    moved = (ps["weight"] - (1 - 0.03 * 0.5) * before["weight"]).detach().flatten(1)
+    u, _, v = torch.linalg.svd(ps["weight"].grad.flatten(1), full_matrices=False)
+    parts = torch.diagonal(u.T @ moved @ v.T) / -0.03
+    assert parts.min() > 0.6 and parts.max() < 1.3  # Newton-Schulz' singular values, in bfloat16
+    assert torch.linalg.norm(moved + 0.03 * u @ torch.diag(parts) @ v) < 0.02 * torch.linalg.norm(moved)
+    for name in ("bias", "gain"):
+        torch.testing.assert_close(ps[name].detach(), before[name] - 0.2 * (ps[name].grad + 0.5 * before[name]))
