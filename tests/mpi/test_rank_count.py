@@ -16,6 +16,7 @@ CONFIGS = {
     "delta": ("digits.toml", COMPILED),
     "rge": ("digits.toml", sets(zo__estimator="rge", zo__q=5, sparsity__scores="random")),
     "central-adam": ("digits.toml", sets(zo__difference="central", optim__name="adam", optim__lr=0.01, sparsity__ratio=0.8)),
+    "muon": ("digits.toml", sets(optim__name="muon", optim__lr=0.02, sparsity__ratio=0.8, stop__steps=4)),
     "regrasp": ("digits.toml", sets(sparsity__pattern="regrasp", sparsity__ratio=0.8)),
     "static-weights": ("digits.toml", sets(sparsity__pattern="static", sparsity__target="weights")),
     "fo-grasp": ("digits.toml", sets(sparsity__pattern="static", sparsity__scores="fo-grasp", stop__steps=3)),
@@ -38,7 +39,7 @@ CONFIGS = {
         + sets(sparsity__q=5, sparsity__redraw_steps=2, optim__name="adam", stop__steps=9),
     ),
 }  # fmt: skip
-FEWER = {"cge-full-engine", "data-of-the-root", "delta", "regrasp", "fo-grasp", "dropout", "objective-rge"}
+FEWER = {"cge-full-engine", "muon", "data-of-the-root", "delta", "regrasp", "fo-grasp", "dropout", "objective-rge"}
 RANKS = {name: (1, 3) if name in FEWER else (1, 2, 3) for name in CONFIGS}  # three is the hardest: slices of unequal size
 
 

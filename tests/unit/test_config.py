@@ -167,6 +167,7 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
         (["sparsity.pattern=regrasp", "sparsity.lpr=a.h5"], 'sparsity.lpr: a fixed file contradicts pattern = "regrasp"'),
         (["optim.name=adam", "optim.nesterov=true"], 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'),
         (["optim.momentum=0.0", "optim.nesterov=true"], "optim.nesterov = true"),
+        (["optim.name=muon", "sparsity.target=weights", "sparsity.pattern=static"], 'optim.name = "muon": moves all of a matrix'),
         (["optim.schedule=step"], 'optim.schedule = "step": needs optim.milestones'),
         (["task.kind=objective"], 'task.kind = "objective": needs task.function'),
         (["task.kind=objective", "task.function=a:B", "zo.estimator=autograd"], 'task.kind = "objective": has no autograd'),
