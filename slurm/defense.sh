@@ -34,7 +34,7 @@ run=$(run_folder "$@") || exit
 case $stage in
     pretrain)
         set -- --set task.loss=mse --set zo.estimator=autograd --set sparsity.ratio=0.0 --set 'model.trainable=["*"]' \
-            --set model.weights= $PRETRAIN "$@" --set "run.name=$(basename "$run")-pretrained"
+            --set model.weights= --set optim.name=adam $PRETRAIN "$@" --set "run.name=$(basename "$run")-pretrained"
         need_input "$@"
         launch train "$INPUT" "$@"
         ;;
