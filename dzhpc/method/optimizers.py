@@ -47,7 +47,7 @@ class Muon(SGD):
             flat.copy_(p.flatten(1))
             flat.grad = gradient.flatten(1)
             if p in self.state:
-                self._muon.state[flat]["momentum_buffer"] = self.state[p]["momentum_buffer"].flatten(1).contiguous()
+                self._muon.state[flat]["momentum_buffer"] = self.state[p]["momentum_buffer"].flatten(1).clone()
         self._muon.step()
         for p, gradient, flat in zip(matrices, gradients, self._flat, strict=True):
             p.grad = gradient

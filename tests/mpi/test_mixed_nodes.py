@@ -38,7 +38,7 @@ def test_a_restart_on_another_processor_warns(place):
     command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", "moved"]
     run([*command, *FEW], place).succeeded()
     known = attributes(checkpoints(place / "moved")[-1], "env")
-    assert {"instruction set", "compiled", "kernels", "run.threads", "device", "torch"} == set(known)
+    assert {"instruction set", "compiled", "kernels", "run.threads", "device", "torch", "data (SHA-256)"} == set(known)
     result = run(["env", "ATEN_CPU_CAPABILITY=default", *command, *sets(stop__steps=3)], place)
     result.error(0, f"instruction set was {known['instruction set']}, now default: bits may differ from an undisturbed run")
 

@@ -137,3 +137,17 @@ def test_muon_turns_a_kernel_by_an_orthogonal_matrix_and_leaves_the_rest_to_sgd(
     assert torch.linalg.norm(moved + 0.03 * u @ torch.diag(parts) @ v) < 0.02 * torch.linalg.norm(moved)
     for name in ("bias", "gain"):
         torch.testing.assert_close(ps[name].detach(), before[name] - 0.2 * (ps[name].grad + 0.5 * before[name]))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (4, 3, 1, 1), (1, 5), (3, 4, 5)])
+def test_muon_does_not_see_how_a_kernel_lies_in_memory(shape):
+    ends = []
+    for layout in [torch.contiguous_format] + [torch.channels_last] * (len(shape) == 4):
+        torch.manual_seed(2)
+        p = nn.Parameter(torch.randn(shape).contiguous(memory_format=layout))
+        optimizer = optimizers.make_optimizer(Optim(name="muon"), {"p": p})
+        for step in range(3):
+            gradients({"p": p}, step)
+            optimizer.step()
+        ends.append(p.detach())
+    assert all(torch.equal(ends[0], end) for end in ends) and ends[0].isfinite().all()

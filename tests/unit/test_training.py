@@ -236,7 +236,7 @@ def classify(images):
     return -abs(images.mean((1, 2, 3))[:, None] - [0.1 * k for k in range(10)])
 """
 CNN = ["model.name=cnn", "model.depth=1"]
-DENOISER = ["task.kind=defense", "task.classifier=asked:classify", "model.name=dncnn", "model.depth=2", "model.width=2"]
+DENOISER = ["task.kind=defense", "task.classifier=counted_box:classify", "model.name=dncnn", "model.depth=2", "model.width=2"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ DENOISER = ["task.kind=defense", "task.classifier=asked:classify", "model.name=d
     ],
 )
 def test_a_forecast_asks_what_the_run_asks(tmp_path, monkeypatch, more, ended_by):
-    (tmp_path / "asked.py").write_text(ASKED)
+    (tmp_path / "counted_box.py").write_text(ASKED)
     monkeypatch.syspath_prepend(tmp_path)
     keys = ["data.name=digits", "data.batch_size=24", "data.augment=false", "data.train_limit=48", "sparsity.q=4"]
     keys += ["zo.engine=full", "optim.lr=0.01", "zo.mu=1e-3", "checkpoint.every_steps=2", *more]
