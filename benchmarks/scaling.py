@@ -35,8 +35,11 @@ HERE = Path(__file__).resolve().parent.parent
 PROBLEMS = {
     "resnet20-90": ("inputs/resnet20.toml", []),
     "resnet20-99": ("inputs/resnet20.toml", ["sparsity.ratio=0.99"]),
-    "sol": ("inputs/sol.toml", []),
-    "defense-cifar10": ("inputs/defense-cifar10.toml", []),
+    "sol": ("inputs/sol.toml", ["optim.name=adam", "stop.epochs=10"]),
+    "defense-cifar10": (
+        "inputs/defense-cifar10.toml",
+        ["optim.name=adam", "data.batch_size=100", "sparsity.ratio=0.3333333", "sparsity.scores=random", "stop.epochs=0.48"],
+    ),
 }
 RANKS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 DRAWS = 3  # simulated steps

@@ -10,7 +10,8 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local input=inputs/sol.toml seeds="0 1 2 3" more="" adam="" methods="ZO-SOL FO-SOL NON" valid method seed name keys runs=""
+    local input=inputs/sol.toml seeds="0 1 2 3" more="" methods="ZO-SOL GN-SOL FO-SOL NON" valid method seed name keys runs=""
+    local adam="optim.name=adam optim.lr=1e-4 optim.warmup_epochs=0 optim.schedule=constant stop.epochs=10 checkpoint.every_steps=484"
     valid="task.valid_parameters=[226274.17,905096.68,3620386.7]" # 160e3, 640e3, 2560e3, each times the root of 2
     if [ "$SIZE" != paper ]; then # Adam by queries takes 15 times the time of Gauss-Newton's (GN-SOL)
         input=inputs/sol-small.toml methods="GN-SOL FO-SOL NON ZO-SOL"
