@@ -17,7 +17,7 @@ from dzhpc.files import benched, curves, study
 from dzhpc.files.metrics import Metrics
 
 STUDIES = ("fig2", "fig4", "fig5", "fig6", "table1", "table2", "a1", "a2", "a3", "a5", "a6", "open", "standin")
-STAGES = {"table2": [1, 2, 4, 6], "fig6": [1, 12, 1]}  # members of each, at the paper's size
+STAGES = {"table2": [1, 2, 4, 6], "fig6": [1, 16, 1]}  # members of each, at the paper's size
 SIZES = ("paper", "small", "look")
 
 
