@@ -39,6 +39,14 @@ warmup_epochs = 0
 [stop]
 epochs = 1
 """
+# Slurm may list a killed step for some seconds.
+ENDED = """
+for k in $(seq 30); do
+    squeue -h -s -o %i > steps
+    if [ "$(cat steps)" = "$SLURM_JOB_ID.batch" ]; then break; fi
+    sleep 1
+done
+"""
 
 
 @pytest.mark.long
@@ -65,7 +73,7 @@ def test_an_mpi_program_within_a_rank_is_a_step_of_its_own(cluster, clone):
     for name, (launcher, words) in runs.items():
         train = [*launcher, sys.executable, "-m", "dzhpc.train", "program.toml", "--run-dir", name, *words]
         lines.append(f"{shlex.join(train)} > {name}.out 2> {name}.err; echo $? > {name}.code")
-    (clone / "programs.sh").write_text("\n".join([*lines, "squeue -h -s -o %i > steps", ""]))
+    (clone / "programs.sh").write_text("\n".join([*lines, ENDED]))
     job = cluster.submit("programs.sh", cwd=clone)
     assert cluster.end_of(job, 300)["JobState"] == "COMPLETED"
 
