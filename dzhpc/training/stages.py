@@ -16,7 +16,8 @@ PARTS = ("direction vectors", "weight perturbation", "model inference", "other a
 def stages(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     """Seconds of d queries by RGE and CGE, engine full, part by part, and of CGE by engine delta; from ``args.queries`` of them.
 
-    Directions, forward passes and the sum are timed alone; the perturbation is what is left, and holds the return to the base:
+    Each is the least of the repeats, since parts are differences. Directions, forward passes and the sum are timed alone; the
+    perturbation is what is left, and holds the return to the base:
     weights, buffers, random state. RGE's sum makes its directions anew, since between ranks only numbers travel.
     """
     device = choose(args)
@@ -49,7 +50,7 @@ def stages(args: argparse.Namespace) -> tuple[dict[str, object], str]:
         for name, do in work.items():
             seconds[name].append(timed(device, do))
     model.load_state_dict(before)
-    took = {name: float(np.median(values)) * (1 if name == "delta" else size / n) for name, values in seconds.items()}
+    took = {name: min(values) * (1 if name == "delta" else size / n) for name, values in seconds.items()}
     rows = [
         _row("rge, q = d", "full", took["slopes"] + took["sum"], took["vectors"], took["forward"], took["sum"]),
         _row("cge", "full", took["cge"], 0.0, took["forward"], 0.0),
@@ -57,7 +58,7 @@ def stages(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     ]
     head = (
         f"{args.model}, {size} parameters, batch {args.batch}, {device}, {args.threads} thread(s); "
-        f"seconds an estimate, from {n} queries, median of {args.repeats}"
+        f"seconds an estimate, from {n} queries, the least of {args.repeats}"
     )
     found = {"parameters": size, "rows": rows}
     return found, f"{head}\n\n{stages_table([found])}"

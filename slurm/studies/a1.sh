@@ -14,7 +14,7 @@ members() {
     local depth queries
     case $SIZE in paper) queries=100000 ;; small) queries=256 ;; look) queries=16 ;; esac # from which the others are extrapolated
     for depth in 1 2 3 4 5; do
-        echo "bench depth$depth stages --model cnn:$depth --queries $queries --repeats 3 --json $DIR/depth$depth.json"
+        echo "bench depth$depth stages --model cnn:$depth --queries $queries --repeats 5 --json $DIR/depth$depth.json"
     done
 }
 
