@@ -164,7 +164,7 @@ def page(about: dict, kept: dict) -> str:
         for size in SIZES:
             if size in kept.get(name, {}):
                 differs = entry.get("differs", {}).get(size) or about["differs"].get(size, "")
-                told = f"*{size}*: {differs.strip()} {kept[name][size]['dates']}".strip()
+                told = f"*{size}*: {differs.strip()} {kept[name][size]['dates']}".strip().rstrip(".")
                 parts.append(f"{told}. `SIZE={size} bash slurm/studies/{name}.sh`")
                 if (RESULTS / f"study-{name}-{size}.png").exists():
                     parts.append(f"![{name}, {size}](study-{name}-{size}.png)")
