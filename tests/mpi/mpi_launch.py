@@ -20,7 +20,6 @@ import numpy as np
 BESIDE = Path(sys.executable).parent / "mpirun"
 MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
 SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"  # the folder for it; /dev/shm without
-NO_LISTENER = "The PMIx server's listener thread failed to start"  # mpirun could not open its own port; we were not started
 ENVIRONMENT = dict(os.environ)  # of the jobs that run batches: what single tests change is not meant for them
 (ABORTED, HUNG) = (-1, -2)  # what became of a case of a batch
 TIMINGS = {"train/step_s", "train/comm_s"}
@@ -119,13 +118,7 @@ def run(
 
 def mpirun(ranks: int, verb: str, *args: object, cwd: Path, **options) -> Result:
     """``mpirun -n RANKS python -m dzhpc.VERB ARGS...``"""
-    return launched([MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args], cwd, **options)
-
-
-def launched(command: Sequence[object], cwd: Path, **options) -> Result:
-    """:func:`run` for a command with mpirun in it: once more where mpirun failed before it started anything."""
-    result = run(command, cwd, **options)
-    return run(command, cwd, **options) if NO_LISTENER in result.err else result
+    return run([MPIRUN, "-n", ranks, sys.executable, "-m", f"dzhpc.{verb}", *args], cwd, **options)
 
 
 class Job:
@@ -230,8 +223,6 @@ def batch(
     """
     files = Path(tempfile.mkdtemp(dir=cwd, prefix=f"job-{ranks}-"))
     code, noise = Job.of(ranks).run(files, cwd, cases, timeout, meanwhile)
-    if NO_LISTENER in noise:  # as launched()
-        code, noise = Job.of(ranks).run(files, cwd, cases, timeout, meanwhile)
     finished = [c.name for c in cases if len(list(files.glob(f"{c.name}.code.*"))) == ranks]
     results = {name: _collect(files, name, ranks) for name in finished}
     if len(finished) < len(cases):

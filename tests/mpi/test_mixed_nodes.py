@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpi_launch import MPIRUN, Result, attributes, checkpoints, launched, run, sets
+from mpi_launch import MPIRUN, Result, attributes, checkpoints, run, sets
 
 FEW = sets(stop__steps=2)
 narrower = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch has no narrower instructions")
@@ -15,7 +15,7 @@ narrower = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAUL
 def train(place: Path, name: str, *args: str, second: list[str]) -> Result:
     """Two ranks, the second with another environment (``env`` arguments)."""
     command = [sys.executable, "-m", "dzhpc.train", "digits.toml", "--run-dir", name, *FEW, *args]
-    return launched([MPIRUN, "-n", 1, *command, ":", "-n", 1, "env", *second, *command], place)
+    return run([MPIRUN, "-n", 1, *command, ":", "-n", 1, "env", *second, *command], place)
 
 
 @narrower

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mpi_launch import MPIRUN, Case, assert_same, batch, bits, column, launched, sets
+from mpi_launch import MPIRUN, Case, assert_same, batch, bits, column, run, sets
 
 from dzhpc.job import process
 
@@ -247,7 +247,7 @@ def test_a_job_that_is_killed_in_the_middle_of_calls_leaves_nothing_and_goes_on(
         mpirun.send_signal(signal.SIGKILL)
 
     words = [MPIRUN, "-n", 2, sys.executable, "-m", "dzhpc.train", *program("killed", work)]
-    launched(words, work, meanwhile=kill)
+    run(words, work, meanwhile=kill)
     until(lambda: not any(process.start_of(pid) for pid in pids), "orphans", 20)
     (work / "slow").unlink()
     batch(1, work, [Case("killed", "train", program("killed", work))])["killed"].succeeded()

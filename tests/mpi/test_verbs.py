@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from mpi_launch import (
     checkpoints,
     column,
     contents,
-    launched,
     run,
     sets,
     tensor,
@@ -246,8 +246,17 @@ def test_nothing_in_the_environment(place):
     """More ranks than cores (where those are few), root or not, with an empty environment."""
     ranks = min(len(os.sched_getaffinity(0)) + 1, 5)
     command = ["env", "-i", "PATH=/usr/bin:/bin", MPIRUN, "-n", ranks, sys.executable, "-m", "dzhpc.info"]
-    result = launched(command, place).succeeded()
+    result = run(command, place).succeeded()
     assert len(re.findall(r"^rank \d: ", result.out, re.MULTILINE)) == ranks
+
+
+def test_what_a_killed_mpirun_left_stops_no_other(tmp_path):
+    """Another mpirun of the same process number does not start where those files are: ours goes elsewhere."""
+    shell = ["env", f"TMPDIR={tmp_path}", "sh", "-c"]
+    files = run([*shell, f"exec {MPIRUN} -n 1 sh -c 'cd ompi.* && ls -p | grep -v /'"], tmp_path).succeeded().out
+    assert "pmix" in files
+    left = f"mkdir ompi.$$ && (cd ompi.$$ && touch {shlex.join(files.split())}) && exec {MPIRUN} -n 1 echo started"
+    assert run([*shell, left], tmp_path).succeeded().out == "started\n"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -260,6 +269,6 @@ def test_a_plain_user(place):
     if readable.code != 0:
         pytest.skip("the virtual environment lies in a folder that other users may not enter")
     as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "-i", "PATH=/usr/bin:/bin", "TMPDIR=/tmp"]
-    result = launched([*as_user, MPIRUN, "-n", 2, sys.executable, "-m", "dzhpc.info"], place)
+    result = run([*as_user, MPIRUN, "-n", 2, sys.executable, "-m", "dzhpc.info"], place)
     assert (result.code, result.err) == (0, "")
     assert len(re.findall(r"^rank \d: ", result.out, re.MULTILINE)) == 2
