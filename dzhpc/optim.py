@@ -19,7 +19,8 @@ class ZO(torch.optim.Optimizer):
     params: parameters, all in one group. lr may be changed in ``param_groups[0]``, by a scheduler of torch's, say. Others are
     those of :class:`dzhpc.Loop`, which is the attribute ``loop``. ``state_dict()`` and ``load_state_dict()`` are as torch's: they
     have momentum, and the random numbers to come, but not the parameters, which the model's ``state_dict`` has.
-    Within a step the closure must be one function of the parameters: one batch, one dropout mask, no running statistics.
+    Within a step the closure must be one function of the parameters: one batch, one dropout mask, no running statistics. Where it
+    raises, the parameters are as before, and the next ``step`` begins anew, with another batch perhaps.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-2, **options: object):
@@ -40,6 +41,9 @@ class ZO(torch.optim.Optimizer):
             try:
                 _assign(index, asked)
                 loss = float(_asked(closure))
+            except BaseException:
+                loop.forget()
+                raise
             finally:
                 _assign(index, theta)
             loop.tell([loss])

@@ -31,17 +31,19 @@ class Curvature(ABC):
 
 
 class CrossEntropy(Curvature):
-    """Mean over N samples of -sum_k t_k log softmax(z)_k: N r = p - t, N B = diag p - p p^T = N R^T R, R D ~ sqrt p (D - p^T D).
+    """Mean over N samples of -sum_k t_k log softmax(z)_k. With m = sum t: N r = m p - t, N B = m (diag p - p p^T) = N R^T R,
+    R D ~ sqrt(m p) (D - p^T D).
 
-    log_p: log softmax of the outputs [N, K] float64. targets: probabilities [N, K], or labels [N].
+    log_p: log softmax of the outputs [N, K] float64. targets: weights t >= 0 [N, K], or labels [N], whose m is 1.
     """
 
     def __init__(self, log_p: Tensor, targets: Tensor, dtype: torch.dtype):
         p = log_p.exp()
         t = torch.nn.functional.one_hot(targets, p.shape[1]) if targets.ndim == 1 else targets
+        mass = t.sum(1, keepdim=True, dtype=p.dtype)
         self.size = p.numel()
-        self._p, self._root = p.to(dtype), (p / len(p)).sqrt().to(dtype)
-        self._residual = ((p - t) / len(p)).to(dtype)
+        self._p, self._root = p.to(dtype), (mass * p / len(p)).sqrt().to(dtype)
+        self._residual = ((mass * p - t) / len(p)).to(dtype)
 
     def slopes(self, changes: Tensor) -> Tensor:
         return _summed(changes * self._residual)

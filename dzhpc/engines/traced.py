@@ -80,10 +80,10 @@ class Traced:
         here = dict(zip(self._wide.graph.nodes, self.module.graph.nodes, strict=True))
         keep = lambda node, value: self._keep(here[node], fx.node.map_aggregate(value, _narrowed), None)  # noqa: E731
         note = lambda node, values: self._note(self._wide)(here[node], values)  # noqa: E731
-        output = _Recorder(self._wide, note, keep).run(inputs.double())
+        output = _Recorder(self._wide, note, keep).run(inputs.double() if inputs.is_floating_point() else inputs)
         for wide, narrow in zip(self._wide.buffers(), self.module.buffers(), strict=True):
             narrow.copy_(wide)
-        return output.to(inputs.dtype)
+        return _narrowed(output)
 
     def value(self, node: fx.Node) -> object:
         """What an operation gave in the base pass, if it was kept; a copy of a buffer that operations write to."""

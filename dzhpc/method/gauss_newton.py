@@ -183,5 +183,6 @@ def averaged(before: dict[str, Tensor], coords: np.ndarray, now: dict[str, Tenso
     A mixture of an old matrix on the coordinates that two sets share, and a new one elsewhere, need not be positive.
     """
     same = "coordinates" in before and torch.equal(before["coordinates"], torch.from_numpy(coords))
-    mixed = {name: keep[name] * before[name] + (1 - keep[name]) * value if same else value for name, value in now.items()}
-    return {**mixed, "coordinates": torch.from_numpy(coords)}
+    kept = {name for name in now if same and keep[name] > 0}
+    mixed = {name: keep[name] * before[name] + (1 - keep[name]) * value for name, value in now.items() if name in kept}
+    return {**now, **mixed, "coordinates": torch.from_numpy(coords)}

@@ -44,6 +44,7 @@ class Newton:
         self._size = 0  # M: the numbers of a column
         self._loss = math.nan  # at theta
         self._still = False  # whether it was said that there is nothing to gain
+        self._averages: dict[str, Tensor] = {}  # what the optimiser is to keep once the step is made
         self.solve_s = 0.0
 
     @property
@@ -75,6 +76,7 @@ class Newton:
         for asked in range(method.TRIES):
             delta, predicted, least = self._solved(system, damping)
             if not optim.adapt:
+                state.update(self._averages)
                 return -delta, 0
             if not predicted < -method.SMALLEST * abs(self._loss):
                 if not self._still:
@@ -88,7 +90,7 @@ class Newton:
                 break
         else:
             log.info("no step lowers the loss of its batch, with lambda up to %.3g", damping)
-        state["damping"] = torch.tensor(damping, dtype=torch.float64)
+        state.update(self._averages, damping=torch.tensor(damping, dtype=torch.float64))
         if tried and change < 0:
             return -delta, tried
         self._optimizer.rest()
@@ -141,7 +143,7 @@ class Newton:
             keep = {"hessian": optim.average_curvature, "gradient": optim.average_gradient}
             now = method.averaged(self._optimizer.curvature, self._distribution.coords, now, keep)
             kept = {name: now[name] for name in ("hessian", "gradient", "coordinates") if name != "hessian" or averages}
-            self._optimizer.curvature.update({name: t.clone() for name, t in kept.items()})
+            self._averages = {name: t.clone() for name, t in kept.items()}
         diagonal = scalars[:, 1] if small else now["hessian"].diagonal().clone()
         return method.System(now["gradient"], diagonal, optim.damping_kind, now.get("hessian"), gathered)
 

@@ -140,6 +140,10 @@ class Loop:
         if not len(self._rows):
             self._settle()
 
+    def forget(self) -> None:
+        """Ask the step under way anew: what was told of it counts no more, where the loss has become another one, say."""
+        self._begin()
+
     def split(self, thetas: np.ndarray | Tensor) -> dict[str, np.ndarray | Tensor]:
         """Named blocks [P, ...] of thetas [P, d], as theta0 had them; the parameters of a Module."""
         sizes = [p.numel() for p in self.index.parameters]

@@ -11,13 +11,14 @@ STATIC = sets(sparsity__ratio=0.5, sparsity__scores="random", sparsity__pattern=
 DIGITS = ["digits.toml", *GN, *sets(stop__steps=4, optim__trust=0.5, optim__damping_kind="relative")]
 CONFIGS = {
     "adapted": [*WAVES, *sets(optim__adapt=True, optim__damping_kind="marquardt")],
+    "gradients": [*WAVES, *STATIC, *sets(optim__adapt=True, optim__average_gradient=0.5, optim__average_curvature=0.3)],
     "averaged": [*WAVES, *STATIC, *sets(optim__average_curvature=0.8, optim__average_gradient=0.5, zo__difference="central")],
     "digits": DIGITS,
     "sketched": [*DIGITS, *sets(sparsity__ratio=0.9, sparsity__scores="random", optim__sketch=2)],
     "adaptive": [*DIGITS, *sets(sparsity__pattern="adaptive", sparsity__measure="decrease", sparsity__ratio=0.8)],
     "regrasp": [*DIGITS, *sets(sparsity__pattern="regrasp", sparsity__ratio=0.8, optim__adapt=True, zo__engine="reuse")],
 }
-DOWN = {"column": "1 2 2", "bind": "1 2 0", "trial": "0 2 7", "first": "1 0 4"}  # of "adapted", on two ranks
+DOWN = {"column": "1 2 2", "bind": "1 2 0", "trial": "0 2 trial", "first": "1 0 4"}  # of "adapted", on two ranks
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,11 @@ def runs(place):
         cases = [train(name, args, f"{ranks}/{name}") for name, args in CONFIGS.items()]
         if ranks == 2:
             cases += [train(f"down-{k}", CONFIGS["adapted"], f"down-{k}", DOWN=call) for k, call in DOWN.items()]
+            cases.append(train("down-average", CONFIGS["gradients"], "down-average", DOWN=DOWN["trial"]))
         if ranks == 3:
             cases += [train(f"again-{k}", CONFIGS["adapted"], f"down-{k}") for k in DOWN]
             cases += [
+                train("again-average", CONFIGS["gradients"], "down-average"),
                 train("half", [*CONFIGS["averaged"], *sets(stop__steps=2)], "parted"),
                 train("rest", CONFIGS["averaged"], "parted"),
                 train("taken", [*DIGITS, *sets(run__take_over=True)], "taken"),
@@ -65,6 +68,12 @@ def test_a_step_left_unfinished_goes_on_to_the_same_bits(place, runs, where):
     runs[2, f"down-{where}"].error(6, "no license left", "the same command continues from ")
     assert "restarting at step " in runs[3, f"again-{where}"].succeeded().out
     assert_same(bits(place / "1" / "adapted"), bits(place / f"down-{where}"))
+
+
+def test_a_step_left_in_its_trials_averages_once(place, runs):
+    runs[2, "down-average"].error(6, "no license left", "the same command continues from ")
+    runs[3, "again-average"].succeeded()
+    assert_same(bits(place / "1" / "gradients"), bits(place / "down-average"))
 
 
 def test_averages_are_part_of_the_checkpoint(place, runs):

@@ -84,6 +84,7 @@ BY_CHOICE = {
     "sorted": lambda y: y[:, y.argsort(1)[0]],
     "gather": lambda y: y.gather(1, y.argmax(1, keepdim=True).expand(-1, 5)),
     "keyword list": lambda y: torch.cat(tensors=[y[:, :2], y[:, 2:]], dim=1),
+    "infinite where it is masked": lambda y: y.masked_fill(torch.eye(3, 5).bool(), -torch.inf).softmax(1),
 }
 
 
@@ -131,6 +132,19 @@ def test_one_channel_changes_of_the_same_shape_keep_their_own_axes():
     assert relative(delta.differences(coords, 1e-2), full.differences(coords, 1e-2)) < 1e-10
 
 
+class Biased(nn.Module):
+    """Attention with a bias that is learned, beside a parameter without elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.qkv, self.none = nn.Parameter(torch.randn(1, 4)), nn.Linear(3, 9), nn.Parameter(torch.zeros(3, 0))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.expand(4, 4))
+        return torch.cat([attended.mean(1), x[:, 0] @ self.none], 1)
+
+
 def hooked(k):
     """A network with a hook on its k-th layer."""
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
@@ -147,6 +161,7 @@ ODD = {
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(0, 1), nn.Conv2d(3, 3, 1), nn.Flatten(0), nn.Unflatten(0, (1, -1))),
         (1, 2, 3, 4),
     ),
+    "a bias of attention": lambda: (Biased(), (3, 4, 3)),
     "saturated": lambda: (nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 3)), (3, 4)),
 }
 
@@ -162,6 +177,28 @@ def test_odd_layers_are_exact_too(name):
         expected = full.differences(coords, mu)
         assert torch.isfinite(expected).all()
         assert (delta.differences(coords, mu) - expected).norm() <= 1e-10 * expected.norm()
+
+
+class Pixels(nn.Module):
+    """Takes whole numbers, or 16-bit ones, and scales them by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.fc, self.last = nn.Parameter(torch.rand(6) / 255), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.fc(x * self.gain).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16])
+def test_outputs_are_not_rounded_to_the_type_of_the_inputs(dtype):
+    model, inputs, targets = Pixels(), torch.randint(0, 255, (20, 6)).to(dtype), torch.arange(20) % 3
+    delta = dzhpc.make_engine("delta", model, "cross_entropy", queries=0.0)
+    full = dzhpc.make_engine("full", copy.deepcopy(model).double(), "cross_entropy")
+    assert delta.bind(inputs, targets) == pytest.approx(full.bind(inputs.double(), targets), rel=1e-6)
+    coords = np.arange(full.index.size)
+    truth = full.differences(coords, 1e-3)
+    assert float((delta.differences(coords, 1e-3) - truth).norm()) < 1e-3 * float(truth.norm())
 
 
 def test_probabilities_below_the_smallest_number_count_where_their_change_is_large():

@@ -70,7 +70,8 @@ def test_responses_are_jacobian_columns_and_differences_their_reduction(kind, lo
 
 def test_slopes_and_roots_are_those_of_the_loss():
     logits = torch.randn(4, 5, dtype=torch.float64)
-    for loss, targets in (("cross_entropy", torch.tensor([0, 4, 2, 2])), ("mse", torch.randn(4, 5, dtype=torch.float64))):
+    labels, weights, wanted = torch.tensor([0, 4, 2, 2]), 3 * torch.rand(4, 5).double(), torch.randn(4, 5, dtype=torch.float64)
+    for loss, targets in (("cross_entropy", labels), ("cross_entropy", weights), ("mse", wanted)):
         engine = dzhpc.make_engine("full", lambda x: x + shift, loss, parameters={"shift": (shift := torch.zeros_like(logits))})
         engine.bind(logits, targets)
         value = lambda z, loss=engine.loss, targets=targets: loss(z, targets)  # noqa: E731
@@ -267,3 +268,6 @@ def test_averages_begin_anew_with_a_new_set():
     state = method.averaged(state, first, now(2), keep)
     assert float(state["hessian"][0, 0]) == pytest.approx(1.2) and float(state["gradient"][0]) == 1.5
     assert float(method.averaged(state, second, now(7), keep)["hessian"][0, 0]) == 7
+    gradients = {name: state[name] for name in ("gradient", "coordinates")}  # all that is kept where H is not averaged
+    found = method.averaged(gradients, first, now(3), keep | {"hessian": 0.0})
+    assert float(found["hessian"][0, 0]) == 3 and float(found["gradient"][0]) == 2.25

@@ -163,6 +163,22 @@ def test_an_optimiser_with_a_closure_makes_the_same_steps():
     assert optimizer.loop.step == 4 and optimizer.loop.queries == 16
 
 
+def test_a_closure_that_raises_leaves_nothing_of_its_batch_for_the_next_one():
+    theta = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer, batches = ZO([theta], lr=0.1, mu=1e-6), iter([5.0, 5.0, None, 0.0, 0.0, 0.0])
+
+    def closure():
+        if (batch := next(batches)) is None:
+            raise KeyboardInterrupt
+        return theta.square().sum() + 1000 * batch
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert theta.tolist() == [1.0, -2.0]
+    assert optimizer.step(closure) == pytest.approx(5.0)
+    torch.testing.assert_close(theta.detach(), torch.tensor([0.8, -1.6], dtype=torch.float64), rtol=1e-4, atol=0)
+
+
 def test_the_optimisers_state_dict_goes_on_as_torchs_does():
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 

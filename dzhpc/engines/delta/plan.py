@@ -70,7 +70,7 @@ class Plans:
         return self._sized[shape].get(self.routes[owner].kind)
 
     def _route(self, owner: int) -> Route:
-        users = self._traced.users(owner)
+        users = self._traced.users(owner) if self._index.parameters[owner].numel() else ()
         nodes: list[fx.Node] = []
         for node in self._traced.downstream(owner):
             if not self._is_constant(node) and (node in users or any(a in nodes for a in node.all_input_nodes)):

@@ -92,12 +92,16 @@ def attention(op: Operation) -> Change:
     query, key, value = op.args[:3]
     scale = op.kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
     keys, scores, blind, weights = op.cached("attention", lambda: _attention(op, scale))
-    change, (dq, dk, dv) = None, op.changes[:3]
+    change, (dq, dk, dv, dm) = None, [*op.changes, None][:4]
     dk = None if dk is None else Change(dk.dense(key).transpose(-2, -1) * scale)
     matmul = lambda args, kwargs: args[0] @ args[1]  # noqa: E731
     if dq is not None or dk is not None:
-        change = bilinear(Operation(matmul, (query, keys), {}, [dq, dk], scores))
-        data = softened(op.kernels, scores, weights, change.data, -1)
+        change = bilinear(Operation(matmul, (query, keys), {}, [dq, dk], scores)).data
+    if dm is not None:
+        bias = expanded(aligned(dm.dense(op.args[3]), scores), scores)
+        change = bias if change is None else change + bias
+    if change is not None:
+        data = softened(op.kernels, scores, weights, change, -1)
         masked = op.arg(3, "attn_mask") is not None or op.arg(5, "is_causal", False)
         change = Change(data.masked_fill(blind, 0) if masked else data)
     return bilinear(Operation(matmul, (weights, value), {}, [change, dv], op.value))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dzhpc.engines.batch import changed
 from dzhpc.engines.delta.change import Change, Operation, flattened, shifted
 
 Statistics = Callable[[Operation], tuple[Tensor, ...]]
@@ -56,7 +57,7 @@ def one_by_one(op: Operation) -> Change:
     base, rows = op.run(op.args, op.kwargs), []  # not op.value, which may stem from a float64 pass
     for k in range(count):
         args = [shifted(a, c, k) for a, c in zip(op.args, op.changes, strict=True)]
-        rows.append(op.run(tuple(args), op.kwargs) - base)
+        rows.append(changed(op.run(tuple(args), op.kwargs), base))
     return Change(torch.stack(rows))
 
 
