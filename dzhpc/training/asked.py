@@ -1,5 +1,6 @@
 """The objective of a :class:`dzhpc.Loop`: somebody else is asked for its losses; and its input."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from dzhpc.errors import InputError
 from dzhpc.tasks.objective import Blocks, ObjectiveEngine
 from dzhpc.tasks.protocol import Cost, Task
 
+log = logging.getLogger("dzhpc")
 ASKED = "dzhpc:Loop"  # what a checkpoint calls the loss
 
 
@@ -53,10 +55,15 @@ def config_of(
                   "schedule": "constant"},
     }  # fmt: skip
     for key, value in keys.items():
-        section, dot, name = key.partition(".")
+        section, dot, name = str(key).partition(".")
         if not dot or section in ("task", "sparsity"):
             raise InputError(
                 f'keys: {key!r}: expected SECTION.KEY of a section but [task] and [sparsity], such as "optim.momentum"'
             )
         table.setdefault(section, {})[name] = value
-    return configuration.parse(table, "dzhpc.Loop")
+    config = configuration.parse(table, "dzhpc.Loop")
+    why = configuration.idle(config) | {key: "dzhpc.Loop" for key in keys if key.partition(".")[0] not in ("zo", "optim")}
+    why.pop("stop.epochs", None)  # the schedule's length
+    for line in configuration.lines({key: reason for key, reason in why.items() if key in keys}):
+        log.warning(line)
+    return config

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dzhpc import config as configuration
 from dzhpc import tasks
 from dzhpc.config import Config
 from dzhpc.config.names import looked_in
@@ -110,6 +111,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     Where the loss ends in user code it is bound twice, which tells noise: with other random numbers, since nothing but a network
     under engine ``full`` may draw any. Raises InputError. Buffers and random numbers are left as they were. Collective.
     """
+    for line in configuration.lines(configuration.idle(task.config)) if world.is_root else ():
+        log.info(line)
     check_made(world, task.made())
     losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():

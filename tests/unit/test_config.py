@@ -35,6 +35,27 @@ def test_every_shipped_input_is_valid(project):
     assert {p.stem for p in inputs} >= {"digits", "cnn", "resnet20"}
     for path in inputs:
         assert config.load(path).run.name == path.stem
+        assert config.idle(config.load(path)) == {}
+
+
+IDLE = {
+    "optim.name=sgd": ("optim.trust=1", "optim.lr_vectors=1"), "optim.name=adam": ("optim.momentum=0.5", "optim.adapt=true"),
+    "zo.estimator=rge": ("zo.precision=bf16", "zo.compile=on"), "zo.estimator=cge": ("zo.q=3",),
+    "zo.engine=full": ("zo.memory_mb=9",),
+    "sparsity.pattern=static": ("sparsity.redraw_steps=7", "sparsity.share=0.1"), "sparsity.ratio=0": ("sparsity.q=9",),
+    "optim.schedule=cosine": ("optim.milestones=[1]",),
+    "task.kind=objective": ("data.batch_size=3", "stop.target_accuracy=0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", IDLE)
+def test_keys_that_have_no_effect_beside_others_are_named(choice):
+    function = ["task.function=m:F"] if "objective" in choice else []
+    found = config.idle(config.load(None, [choice, *function, *IDLE[choice]]))
+    key, _, value = choice.partition("=")
+    reason = f'{key} = "{value}"' if value.isalpha() else f"{key} = {value}"
+    assert found == {text.partition("=")[0]: reason for text in IDLE[choice]}
+    assert config.lines(found) == [f"{', '.join(found)}: no effect with {reason}"]
 
 
 def test_precedence_is_defaults_file_command_line(tmp_path):

@@ -179,6 +179,12 @@ def test_a_closure_that_raises_leaves_nothing_of_its_batch_for_the_next_one():
     torch.testing.assert_close(theta.detach(), torch.tensor([0.8, -1.6], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+def test_keys_that_a_loop_does_not_follow_are_named(caplog):
+    keys = {"zo.q": 3, "stop.steps": 4, "stop.epochs": 3.0, "optim.momentum": 0.5, "optim.schedule": "cosine"}
+    dzhpc.Loop(np.ones(3), keys=keys)
+    assert caplog.messages == ['zo.q: no effect with zo.estimator = "cge"', "stop.steps: no effect with dzhpc.Loop"]
+
+
 def test_the_optimisers_state_dict_goes_on_as_torchs_does():
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 
