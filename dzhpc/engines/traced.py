@@ -137,6 +137,8 @@ class Traced:
 class Traces:
     """The trace of a model in the mode and for the number of axes at hand: made, and compared with the model, when they change.
 
+    So it is where a number, a text or a tensor is another one that somebody gave a module as an attribute: a trace holds these.
+
     Raises InputError for a model that is no torch.nn.Module, that torch.fx cannot trace, that draws random numbers in its forward
     pass, or whose trace does not reproduce it.
     """
@@ -147,18 +149,20 @@ class Traces:
         self._model, self._parameters, self._loss, self._pinned, self._engine = model, parameters, loss, pinned, engine
         self._whole = whole
         self._made_for: object = None  # modes of the modules, axes of the inputs
+        self._held: list[object] = []  # attributes of the modules
         self._traced: Traced | None = None
 
     def current(self, inputs: Tensor, targets: Tensor, start: Moment, wanted: Set[fx.Node] | None) -> Traced:
         """The trace for a batch. A new one was run once and holds the ``wanted`` values; buffers are as at ``start`` again."""
         made_for = (self._modes(), inputs.ndim)  # train and eval trace differently
-        if made_for != self._made_for:
+        if made_for != self._made_for or not _equal(self._attributes(), self._held):
             try:
                 traced = Traced(self._model, self._parameters, self._engine, self._whole)
                 self._compare(traced, inputs, targets, start, wanted)
             finally:
                 self._pinned.rewind(start)
             self._traced, self._made_for = traced, made_for
+            self._held = self._attributes()  # as passes leave them: what counts its passes is not traced again
         return self._traced
 
     @contextmanager
@@ -170,6 +174,10 @@ class Traces:
             yield
         finally:
             self._switch(now)
+
+    def _attributes(self) -> list[object]:
+        tables = (table for m in self._model.modules() for table in (vars(m), m._buffers))
+        return [value for table in tables for value in table.values() if isinstance(value, (int, float, str, Tensor))]
 
     def _modes(self) -> list[bool]:
         return [m.training for m in self._model.modules()]
@@ -242,6 +250,14 @@ class Traces:
                     f"{type(self._model).__name__} reads what an earlier pass has left (kept by a hook?), which engine "
                     f'"{self._engine}" cannot repeat; use engine = "full"'
                 )
+
+
+def _equal(some: list[object], others: list[object]) -> bool:
+    """Whether attributes are the same: tensors by identity, since a trace sees what is written into them."""
+    same = (
+        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in zip(some, others, strict=False)
+    )
+    return len(some) == len(others) and all(same)
 
 
 def need_module(model: object, engine: str) -> None:

@@ -30,6 +30,7 @@ from torch import nn
 import dzhpc
 from dzhpc.engines.network import NetworkEngine
 from dzhpc.engines.protocol import Engine, WhiteBox
+from dzhpc.engines.tracing import trace
 from dzhpc.errors import InputError
 from dzhpc.method import scores as pruning
 from dzhpc.models.cnn import SimpleCNN
@@ -257,6 +258,33 @@ def test_full_uses_common_random_numbers(net):
     assert torch.equal(engine.differences([0, 1], 0.0), torch.zeros(2, dtype=torch.float64))
     base = engine.bind(*batch)
     assert base != engine.bind(*batch)  # another step, other random numbers
+
+
+class Attributes(nn.Module):
+    """A number, a tensor and a buffer that others may set; it counts its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.heat, self.mask, self.passes = nn.Linear(3, 4).double(), 1.0, torch.ones(4).double(), 0
+        self.register_buffer("gain", torch.ones(4).double())
+
+    def forward(self, x):
+        self.passes += 1
+        return torch.tanh(self.fc(x) * self.heat * self.mask) * self.gain
+
+
+@pytest.mark.parametrize("kind", ["reuse", "delta"])
+def test_attributes_that_somebody_sets_between_two_batches_are_seen(kind, monkeypatch):
+    model, (inputs, targets), traces = Attributes(), (torch.randn(5, 3).double(), torch.arange(5) % 4), []
+    monkeypatch.setattr("dzhpc.engines.traced.trace", lambda *args: traces.append(1) or trace(*args))
+    engine = dzhpc.make_engine(kind, model, "cross_entropy")
+    for name, value in (("heat", 2.0), ("mask", torch.tensor([1.0, 0, 3, 1]).double()), ("gain", torch.rand(4).double())):
+        engine.bind(inputs, targets), engine.bind(inputs, targets)
+        setattr(model, name, value)
+        engine.bind(inputs, targets)
+        expected = by_copies(model, "cross_entropy", inputs, targets, range(16), 1e-2)
+        torch.testing.assert_close(engine.differences(range(16), 1e-2), expected, rtol=1e-9, atol=1e-14)
+    assert len(traces) == 4
 
 
 def test_switching_between_train_and_eval_mode_traces_anew():
