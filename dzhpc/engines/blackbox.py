@@ -94,6 +94,24 @@ class BlackBox:
         return inputs.clone()
 
 
+class Residuals(BlackBox):
+    """A black box that gives m residuals to each theta [P, m]; an infinite one says that a theta is infeasible."""
+
+    def check(self, answers: Tensor, count: int) -> None:
+        if answers.ndim != 2 or len(answers) != count or not answers.shape[1]:
+            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; expected [{count}, m], a row a theta")
+        if self._shape is not None and answers.shape[1:] != self._shape:
+            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; before it was m = {self._shape[0]}")
+
+
+class Losses(BlackBox):
+    """A black box that gives one loss to each theta. Which of them is no number, the trainer finds and names."""
+
+    def check(self, answers: Tensor, count: int) -> None:
+        if answers.shape != (count,):
+            raise InputError(f"{self.name}: gave losses {list(answers.shape)}; expected [{count}], one a theta")
+
+
 class BlackBoxLoss:
     """mean over the batch of criterion(box(outputs), targets), for many perturbed outputs at once.
 

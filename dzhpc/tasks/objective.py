@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dzhpc.config import Config, called, import_object, is_function, paths
 from dzhpc.config.tasks import ObjectiveKeys
 from dzhpc.engines.batch import changed
-from dzhpc.engines.blackbox import BlackBox
+from dzhpc.engines.blackbox import Losses, Residuals
 from dzhpc.engines.curvature import Curvature, Squares
 from dzhpc.engines.network import checked
 from dzhpc.engines.protocol import PLAIN
@@ -23,6 +23,7 @@ from dzhpc.tasks.command import Program, Query, function_of
 from dzhpc.tasks.protocol import Cost, Task
 
 log = logging.getLogger("dzhpc")
+ROUNDED = 0.25  # of mu: by how much a step may differ from it, theta being rounded, before that is said
 
 
 class Blocks(nn.Module):
@@ -51,24 +52,6 @@ class Blocks(nn.Module):
             raise ValueError("it holds no number")
 
 
-class Residuals(BlackBox):
-    """A black box that gives m residuals to each theta [P, m]; an infinite one says that a theta is infeasible."""
-
-    def check(self, answers: Tensor, count: int) -> None:
-        if answers.ndim != 2 or len(answers) != count or not answers.shape[1]:
-            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; expected [{count}, m], a row a theta")
-        if self._shape is not None and answers.shape[1:] != self._shape:
-            raise InputError(f"{self.name}: residuals() gave {list(answers.shape)}; before it was m = {self._shape[0]}")
-
-
-class Losses(BlackBox):
-    """A black box that gives one loss to each theta. Which of them is no number, the trainer finds and names."""
-
-    def check(self, answers: Tensor, count: int) -> None:
-        if answers.shape != (count,):
-            raise InputError(f"{self.name}: gave losses {list(answers.shape)}; expected [{count}], one a theta")
-
-
 class ObjectiveEngine:
     """See :class:`dzhpc.engines.protocol.Engine`; over a user's loss, a chunk of coordinates in one call.
 
@@ -91,6 +74,7 @@ class ObjectiveEngine:
         self._base: Tensor | None = None  # the loss at theta, or its residuals [m]
         self.lost = 0  # infeasible thetas since the last bind
         self._infeasible: list[Tensor] = []  # of the parts of the last call
+        self._said_rounded = False
 
     @property
     def queries(self) -> int:
@@ -145,8 +129,21 @@ class ObjectiveEngine:
         for part in coords.split(self.at_once):
             thetas = theta.repeat(len(part), 1)
             thetas[torch.arange(len(part)), part] += mu
+            self._look_at(part, thetas[torch.arange(len(part)), part] - theta[part], mu)
             values.append(changes(thetas, lambda k, part=part: self.index.describe(int(part[k]))))
         return torch.cat(values) if values else theta.new_zeros(0, *shape)
+
+    def _look_at(self, coords: Tensor, steps: Tensor, mu: float) -> None:
+        """Say once where theta + mu is rounded to something else, or to theta: the slope is then wrong, or 0."""
+        apart = (steps.double() - mu).abs()
+        if self._said_rounded or not apart.numel() or float(apart.max()) <= ROUNDED * abs(mu):
+            return
+        self._said_rounded, k = True, int(apart.argmax())
+        dtype = str(steps.dtype)[6:]
+        log.warning(
+            "%s: mu = %g becomes a step of %g at %s, since theta is %s; raise zo.mu, scale theta, or give it in float64",
+            *(self._box.name, mu, float(steps[k]), self.index.describe(int(coords[k])), dtype),
+        )
 
     def directional(self, directions, mu: float) -> Tensor:
         """l(theta + mu u_i) - l(theta) for each direction [d] -> [q]."""

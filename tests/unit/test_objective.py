@@ -301,6 +301,21 @@ def test_big_endian_arrays_and_negative_strides_are_arrays():
     assert task.bind(2) == 0.5 * ((THETA[::-1] - 2) ** 2 * WEIGHTS).sum()
 
 
+def test_a_step_that_theta_rounds_away_is_said_once(caplog):
+    theta = np.array([1.0, 1e5, 300.0])
+    for dtype in (np.float64, np.float32):
+        blocks = objective.Blocks(theta.astype(dtype))
+        engine = objective.ObjectiveEngine(lambda t, step: (t.astype(float) ** 2).sum(1), blocks, True, 2, 0, "f")
+        engine.bind(0)
+        for _ in range(2):
+            found = engine.differences(range(3), 1e-3)
+        assert bool(found[1]) == (dtype == np.float64)
+    assert caplog.messages == [
+        "f: mu = 0.001 becomes a step of 0 at theta[1] (coordinate 1), since theta is float32; raise zo.mu, scale theta, or give "
+        "it in float64"
+    ]
+
+
 def test_an_infeasible_theta_stays_out_of_the_step_and_is_counted_and_named(monkeypatch, caplog):
     monkeypatch.setattr(objective.log, "propagate", True)
     task, free = task_of("Walled"), task_of("Numpy")
