@@ -47,7 +47,7 @@ def scaled(*shape):
 def test_convolutions_and_their_means_are_those_of_float64(kernels, dtype):
     plain = Window((3, 3), (1, 1), (1, 1))
     for (batch, c, o, h, w), (window, border) in itertools.product(
-        [(37, 5, 7, 9, 6), (16, 16, 18, 8, 8), (130, 3, 1, 4, 11), (65, 33, 4, 1, 5)],
+        [(37, 5, 7, 9, 6), (16, 16, 18, 8, 8), (130, 3, 1, 4, 11), (65, 33, 4, 1, 5), (17, 150, 9, 5, 6)],
         [(plain, (1, 1, 1, 1)), (plain, (2, 1, 0, 3)), (Window((1, 1), (2, 2), (1, 1)), (0, 0, 0, 0)),
          (Window((5, 3), (2, 1), (1, 2)), (2, 2, 2, 3))],
     ):  # fmt: skip

@@ -42,15 +42,24 @@ inline V all(float x) { return x - V{}; }  // x + 0 would be an operation: -0 + 
 inline V largest(V changing, V fixed) { return fixed > changing ? fixed : changing; }  // NaN of the first stays
 inline V smallest(V a, V b) { return a < b ? a : b; }
 
+#define INLINE __attribute__((always_inline)) inline
+#define APART __attribute__((noinline))  // registers of its own
+
 template <class To, class From>
-inline To as(const From& from) {
+INLINE To as(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
     To to;
     std::memcpy(&to, &from, sizeof(to));
     return to;
 }
 
-inline V widened(Halves h) { return as<V>(__builtin_convertvector(h, Bits) << 16); }
+inline V widened(Halves h) {
+#ifdef PAIRS  // GCC 12 makes two halves of it
+    return as<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(as<__m256i>(h)), 16));
+#else
+    return as<V>(__builtin_convertvector(h, Bits) << 16);
+#endif
+}
 
 inline Halves rounded(V v) {  // to the nearest, to even
 #ifdef PAIRS
@@ -94,6 +103,20 @@ inline void store(T* p, V v, long count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
+// The same where `all` lanes are wanted, or none of them: without a branch where a processor has masks.
+#ifdef PAIRS
+inline unsigned mask(bool all, long count) { return !all ? 0 : count >= LANES ? (1u << LANES) - 1 : (1u << count) - 1; }
+INLINE V load_if(bool all, const Half* p, long count) {
+    return widened(as<Halves>(_mm256_maskz_loadu_epi16(mask(all, count), p)));
+}
+INLINE V load_if(bool all, const float* p, long count) { return as<V>(_mm512_maskz_loadu_ps(mask(all, count), p)); }
+#else
+template <class T>
+INLINE V load_if(bool all, const T* p, long count) {
+    return all ? load(p, count) : V{};
+}
+#endif
+
 inline double total(V v) {
     float lanes[LANES];
     store(lanes, v);
@@ -131,7 +154,7 @@ struct Sums {
 
 // Memory on its way to the second cache. GCC takes a call of what only asks for memory for one without effect.
 template <class T>
-__attribute__((always_inline)) inline void await(const T* from, long values) {
+INLINE void await(const T* from, long values) {
     for (long k = 0; from && k < values; k += 64 / sizeof(T)) __builtin_prefetch(from + k, 0, 2);
 }
 
@@ -177,35 +200,42 @@ constexpr int OUTS = 4;
 #endif
 
 // What a product adds to a sum. Of floats; of pairs of channels, that are bfloat16 or whole numbers, in the bits of a float.
+// BLOCK: channels, or pairs, of which sums are made before they become floats; 0: all.
 struct Floats {
-    static constexpr int CHANNELS = 1;
+    static constexpr int CHANNELS = 1, BLOCK = 0;
     static V add(V sum, const float* weight, V column) { return sum + all(*weight) * column; }
+    static V made(V sum) { return sum; }
 };
 #ifdef PAIRS
 struct Rounded {
-    static constexpr int CHANNELS = 2;
+    static constexpr int CHANNELS = 2, BLOCK = 0;
     static V add(V sum, const float* weight, V column) {
         const __m512i w = _mm512_set1_epi32(as<int>(*weight));
         return as<V>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(column), as<__m512bh>(w)));
     }
+    static V made(V sum) { return sum; }
 };
 struct Whole {
-    static constexpr int CHANNELS = 2;
+    static constexpr int CHANNELS = 2, BLOCK = 32;
     static V add(V sum, const float* weight, V column) {
-        return as<V>(_mm512_dpwssd_epi32(as<__m512i>(sum), as<__m512i>(column), _mm512_set1_epi32(as<int>(*weight))));
+        const __m512i w = _mm512_set1_epi32(as<int>(*weight));
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(column), "v"(w));  // by its C name GCC 12 keeps every sum twice
+        return sum;
     }
+    static V made(V sum) { return __builtin_convertvector(as<Wholes>(sum), V); }
 };
 #else
 using Rounded = Floats;
 using Whole = Floats;
 #endif
-constexpr long MANY = 32;  // channels from which on whole numbers are worth making
+constexpr long MANY = 16;  // channels from which on whole numbers are worth making
 template <class T, class Narrow>
 using ProductOf = std::conditional_t<std::is_same<T, Half>::value, Narrow, Floats>;
 
-// out[o][v] = sum over c of kernel[c][o] * column[c][v], for OUT outputs and COUNT vectors that lie one behind the other.
+// out[o][v] = sum over c of kernel[c][o] * column[c][v], for OUT outputs and COUNT vectors that lie one behind the other; on top
+// of what is there, if `more`.
 template <class Product, int OUT, int COUNT>
-inline void multiply(const float* kernel, const float* columns, long depth, float* out) {
+inline void multiply(const float* kernel, const float* columns, long depth, bool more, float* out) {
     V sum[OUT][COUNT] = {};
     for (long c = 0; c < depth; ++c, columns += WIDE, kernel += PANEL) {
         V column[COUNT];
@@ -219,29 +249,38 @@ inline void multiply(const float* kernel, const float* columns, long depth, floa
 #pragma GCC unroll 8
     for (int o = 0; o < OUT; ++o)
 #pragma GCC unroll 2
-        for (int v = 0; v < COUNT; ++v) store(out + o * WIDE + v * LANES, sum[o][v]);
+        for (int v = 0; v < COUNT; ++v) {
+            float* to = out + o * WIDE + v * LANES;
+            const V made = Product::made(sum[o][v]);
+            store(to, Product::BLOCK && more ? load(to) + made : made);
+        }
 }
 
 template <class Product, int COUNT>
-inline void multiply(const float* kernel, const float* columns, long depth, long outputs, float* out) {
-    if (OUTS == PANEL && outputs > 4) return multiply<Product, OUTS, COUNT>(kernel, columns, depth, out);
+inline void multiply(const float* kernel, const float* columns, long depth, long outputs, bool more, float* out) {
+    if (OUTS == PANEL && outputs > 4) return multiply<Product, OUTS, COUNT>(kernel, columns, depth, more, out);
     for (long o = 0; o < std::min<long>(PANEL, outputs); o += 4)
-        multiply<Product, 4, COUNT>(kernel + o, columns, depth, out + o * WIDE);
+        multiply<Product, 4, COUNT>(kernel + o, columns, depth, more, out + o * WIDE);
 }
 
 // The first panel of `outputs` [depth, PANEL] times columns [depth, WIDE], of which `lanes` count -> [PANEL, WIDE].
 template <class Product>
 inline void product(const float* kernel, const float* columns, long depth, long outputs, long lanes, float* out) {
-    long b = 0;
-    for (; b + LANES < lanes; b += 2 * LANES) multiply<Product, 2>(kernel, columns + b, depth, outputs, out + b);
-    if (b < lanes) multiply<Product, 1>(kernel, columns + b, depth, outputs, out + b);
+    const long block = Product::BLOCK ? Product::BLOCK : depth;
+    for (long c = 0; c < depth; c += block) {
+        const float *from = columns + c * WIDE, *of = kernel + c * PANEL;
+        const long some = std::min(block, depth - c);
+        long b = 0;
+        for (; b + LANES < lanes; b += 2 * LANES) multiply<Product, 2>(of, from + b, some, outputs, c > 0, out + b);
+        if (b < lanes) multiply<Product, 1>(of, from + b, some, outputs, c > 0, out + b);
+    }
 }
 
 // Transformed tiles lie so far apart that they do not fall into the same places of a cache.
 inline long apart(long values) { return values + 64; }
 
 // B' d of Winograd's F(4 x 4, 3 x 3), for one row or column of six.
-inline void transform(const V d[6], V out[6]) {
+INLINE void transform(const V d[6], V out[6]) {
     const V a = d[4] - d[2] * 4, b = d[3] - d[1] * 4, c = d[4] - d[2], e = (d[3] - d[1]) * 2;
     out[0] = d[0] * 4 - d[2] * 5 + d[4];
     out[1] = a + b;
@@ -252,7 +291,7 @@ inline void transform(const V d[6], V out[6]) {
 }
 
 // A' m.
-inline void transform_back(const V m[6], V out[4]) {
+INLINE void transform_back(const V m[6], V out[4]) {
     const V a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
     out[0] = m[0] + a + c;
     out[1] = b + e * 2;
@@ -262,84 +301,231 @@ inline void transform_back(const V m[6], V out[4]) {
 
 inline long filled(long lanes) { return (lanes + LANES - 1) / LANES * LANES; }
 
-// B' d B of one tile, whose first output is at (y, x), of all channels -> [lanes / WIDE, 36, C, WIDE].
-template <class T>
-void transform_tile(const Convolution& s, const T* image, long y, long x, long lanes, float* columns) {
-    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
-    const long step = apart(s.channels * WIDE), above = y - s.top, before = x - s.left;
-    long places[6][6];
-    bool inside[6][6];
-    for (int i = 0; i < 6; ++i)
-        for (int j = 0; j < 6; ++j) {
-            inside[i][j] = above + i >= 0 && above + i < s.height && before + j >= 0 && before + j < s.width;
-            places[i][j] = inside[i][j] ? (above + i) * row + (before + j) * pixel : 0;
-        }
-    for (long c = 0; c < s.channels; ++c, image += plane)
-        for (long b = 0; b < lanes; b += LANES) {
-            V w[6][6], d[6];
-#pragma GCC unroll 6
-            for (int j = 0; j < 6; ++j) {
-                for (int i = 0; i < 6; ++i) {
-                    const T* from = image + places[i][j] + b;
-                    d[i] = inside[i][j] ? load(from, lanes - b) : V{};
-                    if (j > 1) __builtin_prefetch(from + plane);  // of the next channel; columns 0 and 1 were the last tile's
-                }
-                transform(d, w[j]);  // w[j][i]: column j
-            }
-            float* to = columns + b / WIDE * 36 * step + c * WIDE + b % WIDE;
-#pragma GCC unroll 6
-            for (int i = 0; i < 6; ++i) {
-                const V line[6] = {w[0][i], w[1][i], w[2][i], w[3][i], w[4][i], w[5][i]};
-                V out[6];
-                transform(line, out);
-#pragma GCC unroll 6
-                for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * step, out[j]);
-            }
-        }
+INLINE void transform_row(const V columns[6][6], int i, V out[6]) {
+    const V line[6] = {columns[0][i], columns[1][i], columns[2][i], columns[3][i], columns[4][i], columns[5][i]};
+    transform(line, out);
 }
+
+// B' d B of tiles of all channels, in floats: columns [slice / WIDE, 36, C, WIDE].
+template <class T>
+struct FloatTiles {
+    const Convolution& s;
+    const long step;  // floats from one of the 36 frequencies to the next
+    Scratch<float> columns;
+    const T* image = nullptr;
+    long lanes = 0;
+
+    FloatTiles(const Convolution& s, long slice) : s(s), step(apart(s.channels * WIDE)), columns(slice / WIDE * 36 * step) {}
+    void start(const T* from, long count) { image = from, lanes = count; }
+    void take_rows(long) {}
+    const float* units(long) const { return nullptr; }
+
+    APART void make(long y, long x) {  // of the tile whose first output is at (y, x)
+        const long plane = s.height * s.width * s.batch, above = y - s.top, before = x - s.left, apart = step;
+        long places[6][6];
+        bool inside[6][6];
+        for (int i = 0; i < 6; ++i)
+            for (int j = 0; j < 6; ++j) {
+                inside[i][j] = above + i >= 0 && above + i < s.height && before + j >= 0 && before + j < s.width;
+                places[i][j] = inside[i][j] ? ((above + i) * s.width + before + j) * s.batch : 0;
+            }
+        for (long c = 0; c < s.channels; ++c)
+            for (long b = 0; b < lanes; b += LANES) {
+                V w[6][6];
+#pragma GCC unroll 6
+                for (int j = 0; j < 6; ++j) {
+                    V d[6];
+#pragma GCC unroll 6
+                    for (int i = 0; i < 6; ++i) {
+                        const T* from = image + c * plane + b + places[i][j];
+                        d[i] = load_if(inside[i][j], from, lanes - b);
+                        if (j > 1) __builtin_prefetch(from + plane);  // columns 0 and 1 were the last tile's
+                    }
+                    transform(d, w[j]);  // w[j][i]: column j
+                }
+                float* to = columns.data + b / WIDE * 36 * step + c * WIDE + b % WIDE;
+#pragma GCC unroll 6
+                for (int i = 0; i < 6; ++i) {
+                    V out[6];
+                    transform_row(w, i, out);
+#pragma GCC unroll 6
+                    for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * apart, out[j]);
+                }
+            }
+    }
+};
 
 #ifdef PAIRS
-constexpr float STEPS = 4095;  // of the largest of all channels in magnitude: 12 bits and a sign
+constexpr float STEPS = 16383;                // whole numbers of a transformed value: 14 bits and a sign
+constexpr long BOUNDS = 16;                   // bounds of a tile
+constexpr int BOUND[6] = {0, 1, 1, 2, 2, 3};  // rows of B that are alike but for signs have one
 
-// Columns of floats [lanes / WIDE, 36, C, WIDE] -> whole numbers in pairs of channels, in the same places [.., C / 2, WIDE], and
-// what one of them means [lanes / WIDE, 36, WIDE], a number for each sample and frequency. NaN and infinity leave as NaN.
-inline void to_whole(float* columns, long channels, long lanes, float* units) {
-    const long step = apart(channels * WIDE);
-    for (long b = 0; b < lanes; b += LANES)
-        for (long n = 0; n < 36; ++n) {
-            float* column = columns + (b / WIDE * 36 + n) * step + b % WIDE;
-            Bits top = as<Bits>(all(1e-30f));
-            for (long c = 0; c < channels; ++c) {
-                const Bits size = as<Bits>(load(column + c * WIDE)) & 0x7fffffff;  // sorted as the numbers are, NaN above all
-                top = size > top ? size : top;
+// The absolute values of B' times those of d, its four rows that differ.
+INLINE void bound(const V d[6], V out[4]) {
+    out[0] = d[0] * 4 + d[2] * 5 + d[4];
+    out[1] = (d[1] + d[2]) * 4 + (d[3] + d[4]);
+    out[2] = (d[1] + d[3]) * 2 + (d[2] + d[4]);
+    out[3] = d[1] * 4 + d[3] * 5 + d[5];
+}
+
+// Some rows of an image of halves and the zeros around it, in pairs of channels: [held, slice / WIDE, C / 2, W', WIDE]; row r of
+// the image with its border is at r % held.
+struct Rows {
+    typedef uint16_t Both __attribute__((vector_size(64)));
+    const Convolution& s;
+    const long held, slice, depth, width;
+    Scratch<float> pairs;
+    Scratch<Half> sizes;  // the largest magnitude in all channels [held, slice / WIDE, W', WIDE]; NaN above all
+    const Half* image = nullptr;
+    long lanes = 0, taken = 0;
+
+    Rows(const Convolution& s, long slice, long held, long width)
+        : s(s), held(held), slice(slice), depth((s.channels + 1) / 2), width(width), pairs(held * slice * depth * width),
+          sizes(held * slice * width) {}
+    float* row(long r, long b) { return pairs.data + (r % held * (slice / WIDE) + b / WIDE) * depth * width * WIDE; }
+    Half* size(long r, long b) { return sizes.data + (r % held * (slice / WIDE) + b / WIDE) * width * WIDE; }
+    void start(const Half* from, long count) { image = from, lanes = count, taken = 0; }
+
+    void take(long end) {  // rows before `end`, of which the last `held` stay
+        for (; taken < end; ++taken)
+            for (long b = 0; b < lanes; b += WIDE) {
+                std::memset(size(taken, b), 0, width * WIDE * sizeof(Half));
+                if (taken >= s.top && taken < s.top + s.height)
+                    take_block(taken, b);
+                else
+                    std::memset(row(taken, b), 0, depth * width * WIDE * sizeof(float));
             }
-            const V unit = as<V>(top) * all(1 / STEPS), scale = all(STEPS) / as<V>(top);
-            store(units + (b / WIDE * 36 + n) * WIDE + b % WIDE, unit + (as<V>(top) - as<V>(top)));
-            for (long c = 0; c < channels; c += 2) {
-                const V even = load(column + c * WIDE) * scale;
-                const V odd = c + 1 < channels ? load(column + (c + 1) * WIDE) * scale : V{};
-                const __m512i low = _mm512_cvtps_epi32(as<__m512>(even)), high = _mm512_cvtps_epi32(as<__m512>(odd));
-                store(column + c / 2 * WIDE, as<V>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16))));
+    }
+
+    void take_block(long r, long b) {
+        Bits places;  // of 16 pairs: of the first's halves, 0 to 31, and the second's
+        for (uint32_t v = 0; v < LANES; ++v) places[v] = v | (v + WIDE) << 16;
+        const __m512i low = as<__m512i>(places), high = as<__m512i>(places + 0x100010);
+        const long pixel = s.batch, plane = s.height * s.width * pixel, count = std::min<long>(WIDE, lanes - b);
+        const long pixels = s.width, channels = s.channels, line = width * WIDE;
+        const Half* from = image + (r - s.top) * s.width * pixel + b;
+        float* pair = row(r, b) + s.left * WIDE;
+        Half* const tops = size(r, b) + s.left * WIDE;
+        for (long c = 0; c < channels; c += 2, from += 2 * plane, pair += line) {
+            float* to = pair;
+            Half* top = tops;
+            const bool two = c + 1 < channels;
+            for (long x = 0; x < pixels; ++x, to += WIDE, top += WIDE) {
+                Both even = {}, odd = {}, most;
+                const Half* at = from + x * pixel;
+                if (two && count == WIDE) {
+                    std::memcpy(&even, at, sizeof(even));
+                    std::memcpy(&odd, at + plane, sizeof(odd));
+                } else {
+                    std::memcpy(&even, at, count * sizeof(Half));
+                    if (two) std::memcpy(&odd, at + plane, count * sizeof(Half));
+                }
+                __builtin_prefetch(at + 2 * plane, 0, 2);
+                __builtin_prefetch(at + 3 * plane, 0, 2);
+                std::memcpy(&most, top, sizeof(most));
+                const Both a = even & 0x7fff, o = odd & 0x7fff, larger = a > o ? a : o;
+                most = larger > most ? larger : most;
+                std::memcpy(top, &most, sizeof(most));
+                store(to, as<V>(_mm512_permutex2var_epi16(as<__m512i>(even), low, as<__m512i>(odd))));
+                store(to + LANES, as<V>(_mm512_permutex2var_epi16(as<__m512i>(even), high, as<__m512i>(odd))));
             }
         }
-}
+    }
+};
+
+// The same in whole numbers, pairs of channels: columns [slice / WIDE, 36, C / 2, WIDE]. No value of a frequency and sample is
+// larger than STEPS, and one means a unit, [slice / WIDE, BOUNDS, WIDE].
+struct WholeTiles {
+    const Convolution& s;
+    const long step;
+    Rows rows;
+    Scratch<float> columns, unit, scale;
+
+    WholeTiles(const Convolution& s, long slice)
+        : s(s), step(apart((s.channels + 1) / 2 * WIDE)), rows(s, slice, 6, (s.columns + 3) / 4 * 4 + 2),
+          columns(slice / WIDE * 36 * step), unit(slice * BOUNDS), scale(slice * BOUNDS) {}
+    void start(const Half* from, long count) { rows.start(from, count); }
+    void take_rows(long y) { rows.take(y + 6); }
+    const float* units(long b) const { return unit.data + b * BOUNDS; }
+
+    void find_units(long y, long x, long b) {  // NaN and infinity leave as NaN
+        V w[6][4];
+        for (int j = 0; j < 6; ++j) {
+            V d[6];
+            for (int i = 0; i < 6; ++i) d[i] = load(rows.size(y + i, b) + (x + j) * WIDE + b % WIDE);
+            bound(d, w[j]);
+        }
+        for (int i = 0; i < 4; ++i) {
+            const V line[6] = {w[0][i], w[1][i], w[2][i], w[3][i], w[4][i], w[5][i]};
+            V tops[4];
+            bound(line, tops);
+            for (int j = 0; j < 4; ++j) {
+                const V top = largest(tops[j], all(1e-30f));
+                const long to = (b / WIDE * BOUNDS + i * 4 + j) * WIDE + b % WIDE;
+                store(unit.data + to, top * all(1 / STEPS) + (top - top));
+                store(scale.data + to, all(STEPS) / top);
+            }
+        }
+    }
+
+    APART void make(long y, long x) {
+        const V magic = all(12582912.0f);  // 1.5 2^23: the last bits of a sum with it are the whole number
+        const long apart = step, line = rows.width * WIDE, depth = rows.depth;
+        for (long b = 0; b < rows.lanes; b += LANES) {
+            find_units(y, x, b);
+            const float *from[6], *scales = scale.data + b / WIDE * BOUNDS * WIDE + b % WIDE;
+            for (int i = 0; i < 6; ++i) from[i] = rows.row(y + i, b) + x * WIDE + b % WIDE;
+            float* to = columns.data + b / WIDE * 36 * apart + b % WIDE;
+            for (long c = 0, at = 0; c < depth; ++c, to += WIDE, at += line) {
+                V even[6][6], odd[6][6];
+#pragma GCC unroll 6
+                for (int j = 0; j < 6; ++j) {
+                    V d[6], e[6];
+#pragma GCC unroll 6
+                    for (int i = 0; i < 6; ++i) {
+                        const Bits both = as<Bits>(load(from[i] + at + j * WIDE));
+                        d[i] = as<V>(both << 16), e[i] = as<V>(both & 0xffff0000);
+                    }
+                    transform(d, even[j]);
+                    transform(e, odd[j]);
+                }
+#pragma GCC unroll 6
+                for (int i = 0; i < 6; ++i) {
+                    V low[6], high[6];
+                    transform_row(even, i, low);
+                    transform_row(odd, i, high);
+#pragma GCC unroll 6
+                    for (int j = 0; j < 6; ++j) {
+                        const V times = load(scales + (BOUND[i] * 4 + BOUND[j]) * WIDE);
+                        const Bits first = as<Bits>(low[j] * times + magic), second = as<Bits>(high[j] * times + magic);
+                        store(to + (i * 6 + j) * apart, as<V>((first & 0xffff) | second << 16));
+                    }
+                }
+            }
+        }
+    }
+};
+#else
+using WholeTiles = FloatTiles<Half>;
 #endif
 
-// Values of one output that leave together: up to SIDE x SIDE pixels, one vector each; with `centred` their sums are added up.
-template <int SIDE, class T>
-inline void leave(const Convolution& s, T* out, const T* centred, long high, long wide, long count, const V values[SIDE][SIDE],
+// Values of one output that leave together: up to SIDE x SIDE pixels (FULL: all), one vector each; with `centred` their sums are
+// added up.
+template <int SIDE, bool FULL, class T>
+INLINE void leave(const Convolution& s, T* out, const T* centred, long high, long wide, long count, const V values[SIDE][SIDE],
                   Sums& sums) {
-    const long row = s.columns * s.batch;
+    const long pixel = s.batch, row = s.columns * pixel;  // what is stored might be s, as far as a compiler knows
+    const bool summed = s.centred;
     V plain = {}, crossed = {};
 #pragma GCC unroll 4
     for (long i = 0; i < SIDE; ++i) {
-        if (i >= high) break;
+        if (!FULL && i >= high) break;
 #pragma GCC unroll 4
         for (long j = 0; j < SIDE; ++j) {
-            if (j >= wide) break;
-            store(out + i * row + j * s.batch, values[i][j], count);
-            if (!s.centred) continue;
-            const V c = load(centred + i * row + j * s.batch, count);
+            if (!FULL && j >= wide) break;
+            store(out + i * row + j * pixel, values[i][j], FULL ? LANES : count);
+            if (!summed) continue;
+            const V c = load(centred + i * row + j * pixel, FULL ? LANES : count);
             plain += values[i][j];
             crossed += values[i][j] * (c + c + values[i][j]);
         }
@@ -351,19 +537,36 @@ inline void leave(const Convolution& s, T* out, const T* centred, long high, lon
 // Where `pixels` neighbouring values of one output leave: asked for while their products are made, since memory is not read on
 // for long enough in a tile to be foreseen.
 template <class T>
-__attribute__((always_inline)) inline void await(const Convolution& s, const T* out, const T* centred, long pixels, long lanes) {
+INLINE void await(const T* out, const T* centred, long pixel, long pixels, long lanes) {
     for (long j = 0; j < pixels; ++j) {
-        await(out + j * s.batch, lanes);
-        if (s.centred) await(centred + j * s.batch, lanes);
+        await(out + j * pixel, lanes);
+        if (centred) await(centred + j * pixel, lanes);
     }
 }
+
+// Rows of all channels, asked for bit by bit while others are worked on: runs of a slice are too short to be foreseen.
+template <class T>
+struct Ahead {
+    const T* from;
+    long plane, pixel, run, lanes, left, pixels = 0;  // channels that are left, pixels of the one at hand
+
+    Ahead(const Convolution& s, const T* image, long row, long rows, long lanes)
+        : from(image + row * s.width * s.batch), plane(s.height * s.width * s.batch), pixel(s.batch), run(rows * s.width),
+          lanes(lanes), left(image && run > 0 ? s.channels : 0) {}
+    void ask(long count) {
+        for (; count > 0 && left; --count) {
+            await(from + pixels * pixel, lanes);
+            if (++pixels == run) pixels = 0, from += plane, --left;
+        }
+    }
+};
 
 constexpr long FREQUENCY = PANEL * WIDE + 16;  // floats from one of the 36 products to the next
 
 // The outputs of a panel that begins with o, at (y, x), of `lanes` (WIDE at most) samples that begin with `first`.
-// units: of whole numbers [36, WIDE]; of: the panel's own, an output [PANEL], `between` floats from one frequency to the next.
+// units: of whole numbers [BOUNDS, WIDE]; of: the panel's own, of its outputs' [36, PANEL].
 template <class Product, class T>
-void transform_panel(const Convolution& s, const float* products, const float* units, const float* of, long between, long p, long o,
+APART void transform_panel(const Convolution& s, const float* products, const float* units, const float* of, long p, long o,
                      long y, long x, long first, long lanes, Sums* sums) {
     const long high = std::min(4L, s.rows - y), wide = std::min(4L, s.columns - x), count = std::min<long>(PANEL, s.outputs - o);
     const long plane = s.rows * s.columns * s.batch, at = o * plane + (y * s.columns + x) * s.batch + first;
@@ -378,17 +581,20 @@ void transform_panel(const Convolution& s, const float* products, const float* u
 #pragma GCC unroll 6
                 for (int i = 0; i < 6; ++i) {
                     m[i] = load(products + (i * 6 + j) * FREQUENCY + b);
-                    if constexpr (Product::CHANNELS == 2) {
-                        const V unit = load(units + (i * 6 + j) * WIDE + b) * all(of[(i * 6 + j) * between + k]);
-                        m[i] = __builtin_convertvector(as<Wholes>(m[i]), V) * unit;
-                    }
+#ifdef PAIRS
+                    if constexpr (Product::CHANNELS == 2)
+                        m[i] *= load(units + (BOUND[i] * 4 + BOUND[j]) * WIDE + b) * all(of[(i * 6 + j) * PANEL + k]);
+#endif
                 }
                 transform_back(m, back);
                 for (int i = 0; i < 4; ++i) r[i][j] = back[i];
             }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) transform_back(r[i], values[i]);
-            leave<4>(s, out + b, centred + b, high, wide, lanes - b, values, sums[k]);
+            if (high == 4 && wide == 4 && lanes - b >= LANES)
+                leave<4, true>(s, out + b, centred + b, 4, 4, LANES, values, sums[k]);
+            else
+                leave<4, false>(s, out + b, centred + b, high, wide, lanes - b, values, sums[k]);
         }
 }
 
@@ -398,7 +604,11 @@ inline long slice_for(long depth) {
     while (lanes > WIDE && depth * lanes * 4 > 320 * 1024) lanes /= 2;
     return lanes;
 }
-inline long winograd_slice(const Convolution& s) { return slice_for(36 * s.channels); }
+template <class T>
+inline long winograd_slice(const Convolution& s) {
+    const bool whole = s.channels >= MANY && ProductOf<T, Whole>::CHANNELS == 2;  // rows of the image are held beside the columns
+    return whole ? WIDE : slice_for(36 * s.channels);
+}
 inline long direct_slice(const Convolution& s) { return slice_for(s.tall * s.wide * s.channels); }
 
 inline void write_sums(const Convolution& s, long p, long slice, long slices, const std::vector<Sums>& sums) {
@@ -411,39 +621,55 @@ inline void write_sums(const Convolution& s, long p, long slice, long slices, co
 template <class Product, class T>
 void winograd_by(const Convolution& s) {
     constexpr bool whole = Product::CHANNELS == 2;
-    const long depth = whole ? (s.channels + 1) / 2 : s.channels, between = (depth + whole) * PANEL;
-    const long slice = winograd_slice(s), slices = slices_of(s.batch, slice), plane = s.height * s.width * s.batch;
-    const long area = s.rows * s.columns * s.batch;
-    parallel(s.coords * slices, s.threads, [&](long begin, long end) {
-        Scratch<float> columns(slice / WIDE * 36 * apart(s.channels * WIDE)), products(36 * FREQUENCY), units(slice * 36);
+    const long depth = whole ? (s.channels + 1) / 2 : s.channels, panel = 36 * (depth + whole) * PANEL;
+    const long slice = winograd_slice<T>(s), slices = slices_of(s.batch, slice), plane = s.height * s.width * s.batch;
+    const long pixel = s.batch, line = s.columns * pixel, area = s.rows * line;
+    const T* centred = static_cast<const T*>(s.centred);
+    parallel(s.coords * slices, s.threads, [=, &s](long begin, long end) {
+        std::conditional_t<whole, WholeTiles, FloatTiles<T>> tiles(s, slice);
+        Scratch<float> products(36 * FREQUENCY);
         std::vector<Sums> sums(s.outputs);
+        const auto image_of = [&](long k) {
+            return static_cast<const T*>(s.images) + k / slices * s.channels * plane + k % slices * slice;
+        };
         for (long k = begin; k < end; ++k) {
             const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first), full = filled(lanes);
-            const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
+            const T* image = image_of(k);
             const T* out = static_cast<const T*>(s.outs) + p * s.outputs * area;
             std::fill(sums.begin(), sums.end(), Sums());
-            for (long y = 0; y < s.rows; y += 4)
+            tiles.start(image, lanes);
+            for (long y = 0; y < s.rows; y += 4) {
+                tiles.take_rows(y);
+                const bool last = y + 4 >= s.rows;
+                const T* next = last ? (k + 1 < end ? image_of(k + 1) : nullptr) : image;
+                const long from = last ? 0 : std::max(0L, y + 6 - s.top), to = std::min(s.height, (last ? 6 : y + 10) - s.top);
+                Ahead<T> ahead(s, next, from, to - from, std::min(lanes, s.batch - (k + 1) % slices * slice));
+                const long calls = (s.columns + 3) / 4 * ((s.outputs + PANEL - 1) / PANEL) * ((full + WIDE - 1) / WIDE) * 36;
+                const long share = (ahead.run * s.channels + calls - 1) / calls;
+                const long high = std::min(4L, s.rows - y);
                 for (long x = 0; x < s.columns; x += 4) {
-                    transform_tile(s, image, y, x, lanes, columns.data);
-#ifdef PAIRS
-                    if constexpr (Product::CHANNELS == 2) to_whole(columns.data, s.channels, lanes, units.data);
-#endif
+                    const long across = std::min(4L, s.columns - x);
+                    tiles.make(y, x);
                     for (long o = 0; o < s.outputs; o += PANEL)
                         for (long b = 0; b < full; b += WIDE) {
                             const long wide = std::min<long>(WIDE, full - b), count = std::min<long>(PANEL, s.outputs - o);
-                            const float* kernels = s.kernels + o / PANEL * 36 * between;
+                            const float* kernels = s.kernels + o / PANEL * panel;
+                            const float* columns = tiles.columns.data + b / WIDE * 36 * tiles.step;
+                            const float* of = kernels + 36 * depth * PANEL;
+                            const long at = o * area + y * line + x * pixel + first + b;
                             for (long n = 0; n < 36; ++n) {
-                                if (n / 4 < count && y + n % 4 < s.rows) {
-                                    const long at = (o + n / 4) * area + ((y + n % 4) * s.columns + x) * s.batch + first + b;
-                                    await(s, out + at, static_cast<const T*>(s.centred) + at, std::min(4L, s.columns - x), wide);
-                                }
-                                product<Product>(kernels + n * between, columns.data + (b / WIDE * 36 + n) * apart(s.channels * WIDE),
-                                                 depth, count, wide, products.data + n * FREQUENCY);
+                                const long from = at + n / 4 * area + n % 4 * line;
+                                if (n / 4 < count && n % 4 < high)
+                                    await(out + from, centred ? centred + from : nullptr, pixel, across, wide);
+                                if (LANES == 16) ahead.ask(share);  // narrower products take so long that memory keeps up
+                                product<Product>(kernels + n * depth * PANEL, columns + n * tiles.step, depth, count, wide,
+                                                 products.data + n * FREQUENCY);
                             }
-                            transform_panel<Product, T>(s, products.data, units.data + b * 36, kernels + depth * PANEL, between, p, o, y,
-                                                        x, first + b, std::min(wide, lanes - b), &sums[o]);
+                            transform_panel<Product, T>(s, products.data, tiles.units(b), of, p, o, y, x, first + b,
+                                                        std::min(wide, lanes - b), &sums[o]);
                         }
                 }
+            }
             write_sums(s, p, k % slices, slices, sums);
         }
     });
@@ -458,20 +684,20 @@ void winograd(const Convolution& s) {
 // [lanes / WIDE, kh kw C, WIDE]: what the outputs at (y, x) are made of, zeros beyond the image.
 template <class Product, class T>
 void gather(const Convolution& s, const T* image, long y, long x, long lanes, long depth, float* columns) {
-    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row;
+    const long pixel = s.batch, row = s.width * pixel, plane = s.height * row, channels = s.channels, next = s.right * pixel;
     for (long i = 0; i < s.tall; ++i)
         for (long j = 0; j < s.wide; ++j) {
             const long h = y * s.down + i * s.dilate_down - s.top, w = x * s.right + j * s.dilate_right - s.left;
             const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
             const T* from = image + (inside ? h * row + w * pixel : 0);
-            for (long c = 0; c < s.channels; c += Product::CHANNELS, from += Product::CHANNELS * plane, columns += WIDE)
+            for (long c = 0; c < channels; c += Product::CHANNELS, from += Product::CHANNELS * plane, columns += WIDE)
                 for (long b = 0; b < lanes; b += LANES) {
                     V value = inside ? load(from + b, lanes - b) : V{};
-                    __builtin_prefetch(from + s.right * pixel + b);  // of the next outputs
+                    __builtin_prefetch(from + next + b);  // of the next outputs
                     if constexpr (Product::CHANNELS == 2) {
-                        const bool two = c + 1 < s.channels;
+                        const bool two = c + 1 < channels;
                         value = as<V>(as<Bits>(value) >> 16 | as<Bits>(inside && two ? load(from + plane + b, lanes - b) : V{}));
-                        if (two) __builtin_prefetch(from + plane + s.right * pixel + b);
+                        if (two) __builtin_prefetch(from + plane + next + b);
                     }
                     store(columns + b / WIDE * depth * WIDE + b % WIDE, value);
                 }
@@ -484,7 +710,8 @@ void direct(const Convolution& s) {
     const long slice = direct_slice(s), slices = slices_of(s.batch, slice);
     const long depth = s.tall * s.wide * ((s.channels + Product::CHANNELS - 1) / Product::CHANNELS);
     const long plane = s.height * s.width * s.batch, area = s.rows * s.columns * s.batch;
-    parallel(s.coords * slices, s.threads, [&](long begin, long end) {
+    const bool summed = s.centred;
+    parallel(s.coords * slices, s.threads, [=, &s](long begin, long end) {
         Scratch<float> columns(depth * slice), products(PANEL * WIDE);
         std::vector<Sums> sums(s.outputs);
         for (long k = begin; k < end; ++k) {
@@ -500,12 +727,14 @@ void direct(const Convolution& s) {
                             const long at = o * area + (y * s.columns + x) * s.batch + first + b;
                             T* out = static_cast<T*>(s.outs) + p * s.outputs * area + at;
                             const T* centred = static_cast<const T*>(s.centred) + at;
-                            for (long n = 0; n < count; ++n) await(s, out + n * area, centred + n * area, 1, wide);
+                            for (long n = 0; n < count; ++n)
+                                await(out + n * area, summed ? centred + n * area : nullptr, 0, 1, wide);
                             product<Product>(s.kernels + o * depth, columns.data + b * depth, depth, s.outputs - o, wide, products.data);
                             for (long n = 0; n < count; ++n)
                                 for (long v = 0; v < wide; v += LANES) {
                                     const V values[1][1] = {{load(products.data + n * WIDE + v)}};
-                                    leave<1>(s, out + n * area + v, centred + n * area + v, 1, 1, lanes - b - v, values, sums[o + n]);
+                                    const long to = n * area + v;
+                                    leave<1, false>(s, out + to, centred + to, 1, 1, lanes - b - v, values, sums[o + n]);
                                 }
                         }
                 }
@@ -655,6 +884,7 @@ struct Worker {
                             const D* d = changes(p, c, h, x, count, step, rows.data);
                             const X* centred = static_cast<const X*>(s.centred) +
                                                ((channel(p, c) * s.height + h) * s.width + x) * s.batch + first;
+                            if (s.source == 2) await_run(centred + s.height * s.width * s.batch, count);
                             Sums& to = found[(p - begin) * own + c];
                             if (step == lanes && s.batch == lanes) {
                                 add_up(d, centred, count * lanes, factor, to);
@@ -689,6 +919,13 @@ struct Worker {
             }
     }
 
+    // Of the next channel's plane, which follows a run too short to be foreseen.
+    template <class T>
+    INLINE void await_run(const T* from, long count) const {
+        if (s.batch == lanes) return await(from, count * lanes);
+        for (long k = 0; k < count; ++k) await(from + k * s.batch, lanes);
+    }
+
     template <int POOL>
     void tile(long p, long c, long y, long x, long count, long pool, const Coefficients& k) {
         const long own = own_channels(), ch = channel(p, c), area = s.height * s.width;
@@ -706,6 +943,11 @@ struct Worker {
         const long beside = (y * pool * s.width + x * pool) * s.batch + first;
         if (s.residual == 1) dense = static_cast<const O*>(s.residuals) + (p * own + c) * area * s.batch + beside;
         if (s.residual == 2 && s.residual_channel[p] == ch) single = static_cast<const float*>(s.residuals) + p * area * s.batch + beside;
+        if (s.source == 2)
+            for (long i = 0; i < pool; ++i) {
+                if (centred) await_run(centred + area * s.batch + i * row, count * pool);
+                if (value) await_run(value + area * s.batch + i * row, count * pool);
+            }
         float* mean = s.mean ? static_cast<float*>(s.outs) + (p * own + c) * s.batch + first : nullptr;
         O* out = s.mean ? nullptr : static_cast<O*>(s.outs) + (p * own + c) * s.rows * s.columns * s.batch + leaves;
         const Tile t{d, step, row, s.batch, lanes, count, pool, s.relu != 0, centred, value, left_over, dense, single, mean, out,
@@ -933,22 +1175,28 @@ double cross_entropy(const float* d, const float* log_p, const float* p, const i
 
 // 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3): 36 products for 16 outputs instead of 144 (Lavin and Gray, Fast Algorithms for
 // Convolutional Neural Networks, CVPR 2016). kernels [O / 8, 36, C, 8], O filled up by zeros; of halves in MANY channels, where there
-// are products of pairs, [O / 8, 36, C / 2 + 1, 8]: whole numbers, and behind them what one of them means.
+// are products of pairs, [O / 8, 36 C / 2 + 36, 8]: whole numbers, and behind them what one of them means.
 extern "C" void winograd_floats(const Convolution* s) { winograd<float>(*s); }
 extern "C" void winograd_halves(const Convolution* s) { winograd<Half>(*s); }
-extern "C" int64_t winograd_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice(*s)); }
+extern "C" int64_t winograd_floats_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice<float>(*s)); }
+extern "C" int64_t winograd_halves_slices(const Convolution* s) { return slices_of(s->batch, winograd_slice<Half>(*s)); }
 
 // Any kernel, stride and dilation. kernels [O / 8, kh, kw, C, 8], O filled up by zeros; of halves where there are products of pairs
 // [O / 8, kh, kw, C / 2, 8] of bfloat16.
 extern "C" void direct_floats(const Convolution* s) { direct<float>(*s); }
 extern "C" void direct_halves(const Convolution* s) { direct<Half>(*s); }
-extern "C" int64_t direct_slices(const Convolution* s) { return slices_of(s->batch, direct_slice(*s)); }
+extern "C" int64_t direct_floats_slices(const Convolution* s) { return slices_of(s->batch, direct_slice(*s)); }
+extern "C" int64_t direct_halves_slices(const Convolution* s) { return slices_of(s->batch, direct_slice(*s)); }
 
 // A convolution into conv.outs, of as many coordinates as there are threads, and the pass behind it.
-extern "C" void winograd_floats_and(const Convolution* s, const Pass* b) { layer<float>(*s, *b, winograd<float>, winograd_slices(s)); }
-extern "C" void winograd_halves_and(const Convolution* s, const Pass* b) { layer<Half>(*s, *b, winograd<Half>, winograd_slices(s)); }
-extern "C" void direct_floats_and(const Convolution* s, const Pass* b) { layer<float>(*s, *b, direct<float>, direct_slices(s)); }
-extern "C" void direct_halves_and(const Convolution* s, const Pass* b) { layer<Half>(*s, *b, direct<Half>, direct_slices(s)); }
+#define AND_BEHIND(HOW, KIND, T)                                                  \
+    extern "C" void HOW##_##KIND##_and(const Convolution* s, const Pass* behind) { \
+        layer<T>(*s, *behind, HOW<T>, HOW##_##KIND##_slices(s));                   \
+    }
+AND_BEHIND(winograd, floats, float)
+AND_BEHIND(winograd, halves, Half)
+AND_BEHIND(direct, floats, float)
+AND_BEHIND(direct, halves, Half)
 
 // Changes and base values of floats; planes to halves, beside base values of halves; all of halves.
 extern "C" void pass_floats(const Pass* s) { pass<float, float, float>(*s); }

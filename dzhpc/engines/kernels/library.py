@@ -22,8 +22,8 @@ BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 PANEL = 8  # outputs of a convolution that are made at once
 BATCH = 16  # samples that fill a vector; of a smaller batch most of it would be empty
 _KINDS = {torch.float32: "floats", torch.bfloat16: "halves"}  # in names of functions
-LARGEST_WHOLE, LARGEST_SUM = 32767, (2**31 - 2**20) / 4096 - 2**15  # of weights; sums are of products with numbers up to 4096
-MANY = 32  # channels from which on they are worth making
+MANY, BLOCK = 16, 64  # channels from which on whole numbers are worth making; whose products are one sum
+LARGEST_WHOLE, LARGEST_SUM = 32767, (2**31 - 2**20) / 2**14 - BLOCK  # of weights; products are with numbers below 2**14
 DEEPEST = 8  # pixels on a side of a max pool's window
 
 
@@ -130,11 +130,12 @@ class Library:
         layer = Layer(apart(images), kernels, outputs, window, border, how)
         beside = None if centred is None else apart(centred.to(images.dtype))
         s, out = self._convolution(layer, len(images), beside)
-        slices, sums = getattr(self._functions, f"{how}_slices")(ctypes.byref(s)), None
+        name, sums = f"{how}_{_KINDS[images.dtype]}", None
         if centred is not None:
+            slices = getattr(self._functions, f"{name}_slices")(ctypes.byref(s))
             sums = torch.empty(len(images), outputs, slices, 2, dtype=torch.float64)
             s.sums = sums.data_ptr()
-        getattr(self._functions, f"{how}_{_KINDS[images.dtype]}")(ctypes.byref(s))
+        getattr(self._functions, name)(ctypes.byref(s))
         means = None if sums is None else sums.sum(2).div_(beside.numel() // outputs)
         return out.movedim(-1, 1), means
 
@@ -231,8 +232,8 @@ def apart(x: Tensor) -> Tensor:
 def winograd_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """G g G' of a layer's weights [O, C, 3, 3] -> [O / 8, 36, C, 8], zeros beyond O, for changes of a type.
 
-    bfloat16 of MANY channels, where there are products of pairs: [O / 8, 36, C / 2 + 1, 8], pairs of whole numbers of 16 bits,
-    so large that no sum leaves 32 bits, and behind them, for each output, what one of them means.
+    bfloat16 of MANY channels, where there are products of pairs: [O / 8, 36 C / 2 + 36, 8], pairs of whole numbers of 16 bits,
+    so large that no sum of BLOCK channels leaves 32 bits, and behind them [36, 8], for each output, what one of them means.
     """
     rows = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
     g = torch.tensor(rows, dtype=torch.float64) / 24
@@ -240,11 +241,10 @@ def winograd_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     panels = panels.permute(0, 3, 4, 2, 1).flatten(1, 2)
     if dtype != torch.bfloat16 or not multiplies_pairs() or weight.shape[1] < MANY:
         return panels.float().contiguous()
-    sizes = panels.abs()
-    largest, total = sizes.amax(2, keepdim=True), sizes.sum(2, keepdim=True)
-    unit = torch.maximum(largest / LARGEST_WHOLE, total / LARGEST_SUM).clamp(min=1e-30).float()
+    total = torch.stack([block.abs().sum(2, keepdim=True) for block in panels.split(BLOCK, 2)]).amax(0)
+    unit = torch.maximum(panels.abs().amax(2, keepdim=True) / LARGEST_WHOLE, total / LARGEST_SUM).clamp(min=1e-30).float()
     whole = _in_pairs((panels / unit.double()).round().to(torch.int16), 2)
-    return torch.cat([whole, unit], 2).contiguous()
+    return torch.cat([whole.flatten(1, 2), unit.flatten(1, 2)], 1).contiguous()
 
 
 def direct_weights(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -295,6 +295,6 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
         library = shared_library(SOURCE, compiler, ("-ffp-contract=fast", "-Wno-psabi", *flags))
     except OSError as error:
         return str(error)
-    for name in ("winograd_slices", "direct_slices"):
-        getattr(library, name).restype = ctypes.c_int64
+    for name in ("winograd_floats", "winograd_halves", "direct_floats", "direct_halves"):
+        getattr(library, f"{name}_slices").restype = ctypes.c_int64
     return library
