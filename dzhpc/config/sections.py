@@ -210,7 +210,7 @@ class Optim(Section):
     lr: Moderate = Field(0.1, description="the peak learning rate; muon: of matrices and kernels, try 0.03")
     lr_vectors: Moderate = Field(0.1, description="muon: the peak learning rate of all others, which SGD moves")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd, muon; gauss-newton: of the step")
-    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton, matrices of muon: decoupled")
+    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton, muon (only matrices; try 0.05): decoupled")
     nesterov: bool = Field(False, description="sgd, muon, gauss-newton")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
     warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")

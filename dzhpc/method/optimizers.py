@@ -21,14 +21,16 @@ SGD, Adam, OfMatrices = _bare(torch.optim.SGD), _bare(torch.optim.Adam), _bare(t
 class Muon(SGD):
     """torch.optim.Muon for matrices and kernels, these as [out, rest]; SGD at the rate ``lr_vectors`` for biases, gains, scalars.
 
-    Momentum and Nesterov's are those of both. Weight decay of a matrix is decoupled: theta (1 - lr decay) - lr step.
+    Momentum and Nesterov's are those of both. Only matrices decay, decoupled from the step, theta (1 - lr decay) - lr step, which takes
+    a hundred times SGD's decay; vectors would lose to it.
     """
 
     def __init__(self, section: Optim, parameters: dict[str, torch.Tensor]):
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
         keys = {"momentum": section.momentum, "weight_decay": section.weight_decay, "nesterov": section.nesterov}
-        super().__init__([{"params": matrices, "lr": section.lr}, {"params": vectors, "lr": section.lr_vectors}], **keys)
+        groups = [{"params": matrices, "lr": section.lr}, {"params": vectors, "lr": section.lr_vectors, "weight_decay": 0.0}]
+        super().__init__(groups, **keys)
         self._flat = [torch.empty_like(p.flatten(1)) for p in matrices]
         self._muon = OfMatrices(self._flat, lr=section.lr, **keys) if matrices else None
 
