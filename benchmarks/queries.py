@@ -26,6 +26,7 @@ CNN = [
     *("optim.weight_decay=0.0", "eval.every_epochs=1", "checkpoint.every_minutes=2"),
 ]
 RATES = {"sgd": (0.1, 0.3, 1.0), "adam": (1e-3, 3e-3, 1e-2), "gauss-newton": (0.03, 0.1, 0.3), "rge": (1e-3, 1e-2, 1e-1)}
+FORWARD = "zo.estimator=fg-w"  # exact slopes: what RGE's noise of differences costs
 WARM_UP = 0.06  # of a run
 RGE = ["zo.estimator=rge"]
 METHODS = {  # name -> (whose rates, keys)
@@ -40,6 +41,8 @@ METHODS = {  # name -> (whose rates, keys)
     ),
     **{f"rge-{q}": ("rge", [*RGE, f"zo.q={q}", "sparsity.ratio=0.0"]) for q in (1, 16, 192)},
     **{f"rge-{q}-plain": ("rge", [*RGE, f"zo.q={q}", "sparsity.ratio=0.0", "optim.momentum=0.0"]) for q in (1, 16, 192)},
+    **{f"fzoo-{q}": ("rge", ["zo.estimator=fzoo", f"zo.q={q}", "sparsity.ratio=0.0"]) for q in (16, 192)},
+    **{f"fg-w-{q}": ("rge", [FORWARD, f"zo.q={q}", "sparsity.ratio=0.0"]) for q in (1, 16, 192)},
 }
 
 

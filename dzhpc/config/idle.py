@@ -19,7 +19,7 @@ def idle(config) -> dict[str, str]:
         ("optim", ("lr_vectors",), f'optim.name = "{optim.name}"', optim.name != "muon"),
         ("optim", ("momentum",), f'optim.name = "{optim.name}"', optim.name == "adam"),
         ("optim", ("milestones", "gamma"), f'optim.schedule = "{optim.schedule}"', optim.schedule != "step"),
-        ("zo", ("q",), estimator, not own and zo.estimator not in ("rge", "pattern", "fg-w", "lg-fg-a")),
+        ("zo", ("q",), estimator, not own and zo.estimator not in ("rge", "fzoo", "pattern", "fg-w", "lg-fg-a")),
         ("zo", ("difference",), estimator, zo.estimator in ("autograd", *SEE_THE_NETWORK)),
         ("zo", ("engine", "compile", "memory_mb"), objective, bool(objective)),
         ("zo", ("precision", "emulate_bf16", "compile"), estimator, not singly and not objective),

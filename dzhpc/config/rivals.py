@@ -15,6 +15,8 @@ def conflicts(config) -> Iterator[str]:
         yield f"{says}: cannot see through a solver; use cge, rge or autograd"
     if zo.estimator == "lg-fg-a" and config.data.shards > 1:
         yield f"data.shards = {config.data.shards}: {says} has parts of its own"
+    if zo.estimator == "fzoo" and zo.q == 1:
+        yield f"zo.q = 1: {says} divides by a standard deviation; expected two directions at least"
     if zo.estimator == "pattern":
         yield from _of_a_search(config, says)
 

@@ -26,7 +26,7 @@ from dzhpc.config.values import (
     Total,
 )
 
-ESTIMATORS = ("cge", "rge", "autograd", "latent", "pattern", *rivals.SEE_THE_NETWORK)
+ESTIMATORS = ("cge", "rge", "fzoo", "autograd", "latent", "pattern", *rivals.SEE_THE_NETWORK)
 
 
 def _estimator(value: str) -> str:
@@ -123,10 +123,10 @@ class Zo(Section):
 
     estimator: Annotated[str, AfterValidator(_estimator)] = Field(
         "cge",
-        description="cge: coordinate-wise; rge: random directions; autograd: first-order; latent (defense, model ae-ds): "
-        "coordinate-wise on the code of an autoencoder, and the chain rule before it; pattern: pattern search; rivals "
-        "that see the network: fg-w, lg-fg-a (forward gradients), fa, dfa (random feedback), align-ada, align-zero (feedback by "
-        'the starting weights); or "package.module:Class"',
+        description="cge: coordinate-wise; rge: random directions; fzoo: rge over the standard deviation of its slopes; "
+        "autograd: first-order; latent (defense, model ae-ds): coordinate-wise on the code of an autoencoder, and the chain rule "
+        "before it; pattern: pattern search; rivals that see the network: fg-w, lg-fg-a (forward gradients), fa, dfa (random "
+        'feedback), align-ada, align-zero (feedback by the starting weights); or "package.module:Class"',
     )
     engine: Literal["full", "reuse", "delta"] = Field(
         "delta", description="how differences are evaluated; objectives have their own"
@@ -134,8 +134,8 @@ class Zo(Section):
     mu: Moderate = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
     q: Directions | None = Field(
         None,
-        description="rge: directions per step; None: the number of active coordinates; fg-w, lg-fg-a: passes per step; None: 1; "
-        "pattern: moves per step, an even number; None: all",
+        description="rge, fzoo (two at least): directions per step; None: the number of active coordinates; fg-w, lg-fg-a: "
+        "passes per step; None: 1; pattern: moves per step, an even number; None: all",
     )
     difference: Literal["forward", "central"] = Field("forward", description="central costs two queries a coordinate")
     precision: Literal["fp32", "bf16"] = Field(
@@ -210,7 +210,9 @@ class Optim(Section):
     lr: Moderate = Field(0.1, description="the peak learning rate; muon: of matrices and kernels, try 0.03")
     lr_vectors: Moderate = Field(0.1, description="muon: the peak learning rate of all others, which SGD moves")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd, muon; gauss-newton: of the step")
-    weight_decay: Decay = Field(5e-4, description="L2, added to the gradient; gauss-newton, muon (only matrices; try 0.05): decoupled")
+    weight_decay: Decay = Field(
+        5e-4, description="L2, added to the gradient; gauss-newton, muon (only matrices; try 0.05): decoupled"
+    )
     nesterov: bool = Field(False, description="sgd, muon, gauss-newton")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="cosine ends at 0 after stop.epochs")
     warmup_epochs: Epochs = Field(3.0, description="linear from 0 to lr")

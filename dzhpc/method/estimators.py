@@ -202,6 +202,20 @@ class RGE(Estimator):
         return derive(self.seed, "rge", step)
 
 
+class FZOO(RGE):
+    """RGE divided by the standard deviation of its slopes, so that a step's length does not follow the scale of the loss.
+
+    Source: FZOO (arXiv 2506.09034), which divides by that of the losses: this ``optim.lr`` is its rate / mu.
+    """
+
+    def units(self, n: int) -> int:
+        return max(super().units(n), 2)
+
+    def combine(self, engine, coords: np.ndarray, step: int, values: Tensor) -> Tensor:
+        estimate, spread = super().combine(engine, coords, step, values), values.std()
+        return estimate / spread if spread > 0 else estimate
+
+
 class FirstOrder(Estimator):
     """Back-propagation, the baseline: no unit, no perturbation."""
 
@@ -227,6 +241,7 @@ class Latent(FirstOrder):
 ESTIMATORS = {  # the rivals lie in modules of their own, which know this one
     "cge": "dzhpc.method.estimators:CGE",
     "rge": "dzhpc.method.estimators:RGE",
+    "fzoo": "dzhpc.method.estimators:FZOO",
     "autograd": "dzhpc.method.estimators:FirstOrder",
     "latent": "dzhpc.method.estimators:Latent",
     "pattern": "dzhpc.method.pattern_search:PatternSearch",

@@ -21,8 +21,8 @@ SGD, Adam, OfMatrices = _bare(torch.optim.SGD), _bare(torch.optim.Adam), _bare(t
 class Muon(SGD):
     """torch.optim.Muon for matrices and kernels, these as [out, rest]; SGD at the rate ``lr_vectors`` for biases, gains, scalars.
 
-    Momentum and Nesterov's are those of both. Only matrices decay, decoupled from the step, theta (1 - lr decay) - lr step, which takes
-    a hundred times SGD's decay; vectors would lose to it.
+    Momentum and Nesterov's are those of both. Only matrices decay, decoupled from the step: theta (1 - lr decay) - lr step. That
+    takes a hundred times SGD's decay, which would pull gains to zero.
     """
 
     def __init__(self, section: Optim, parameters: dict[str, torch.Tensor]):

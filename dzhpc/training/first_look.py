@@ -40,7 +40,7 @@ def look(
     advice: list[str] = []
     g = estimate.detach().double().cpu().numpy()
     try:
-        if config.zo.estimator in ("cge", "rge") and len(g) and not g.any():
+        if config.zo.estimator in ("cge", "rge", "fzoo") and len(g) and not g.any():
             said.append("no perturbation changed the loss")
             advice.append(f"raise zo.mu (now {estimator.zo.mu:g}), or see that the loss depends on theta")
         if estimator.by_coordinate and g.any():

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from nets import Quadratic, tanh_net, vectors
 
 import dzhpc
+from dzhpc.config import Zo
 from dzhpc.engines.losses import LOSSES
-from dzhpc.method.estimators import direction, rge_slopes, rge_sum
+from dzhpc.method.estimators import direction, make_estimator, rge_slopes, rge_sum
 from dzhpc.models.resnet import resnet20
 
 
@@ -86,6 +87,20 @@ def test_rge_gives_a_tensor_of_its_parameters_shape_by_name():
     slopes = rge_slopes(engine, range(10), 1e-3, 1, coords)
     expected = sum(s * direction(1, i, len(coords), engine.index) for i, s in enumerate(slopes)) / 10
     assert torch.allclose(flat(engine, estimate), expected, rtol=1e-12)
+
+
+def test_fzoo_is_rge_over_the_spread_of_its_slopes_whatever_the_scale_of_the_loss():
+    found, model, batch = [], tanh_net(4, 3, 4), vectors()
+    for scale in (1.0, 1e4):
+        engine = bound(model, batch, "full", lambda out, y, scale=scale: scale * LOSSES["mse"](out, y))
+        coords, estimator = np.arange(0, engine.index.size, 2), make_estimator(Zo(estimator="fzoo", q=6, mu=1e-4), 3)
+        slopes = estimator.evaluate(engine, coords, 1, range(6))
+        found.append(estimator.combine(engine, coords, 1, slopes))
+        plain = make_estimator(Zo(estimator="rge", q=6), 3).combine(engine, coords, 1, slopes)
+        torch.testing.assert_close(found[-1], plain / np.std(slopes.numpy(), ddof=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=0)
+    assert found[0].abs().min() > 0
+    assert not estimator.combine(engine, coords, 1, torch.zeros(6, dtype=torch.float64)).any()
 
 
 def test_rge_directions_are_functions_of_seed_and_index():
