@@ -14,8 +14,10 @@ def idle(config) -> dict[str, str]:
     estimator, own = f'zo.estimator = "{zo.estimator}"', is_function(zo.estimator)
     singly = own or zo.estimator in ("cge", "pattern")  # asks for single coordinates
     objective = f'task.kind = "{kind}"' if kind == "objective" else ""
+    fresh = sparsity.ratio > 0 and sparsity.redraw_steps in (None, 1) and sparsity.pattern == "adaptive" and sparsity.share < 1
     rows = (
         ("optim", NEWTON, f'optim.name = "{optim.name}"', optim.name != "gauss-newton"),
+        ("optim", ("average_curvature", "average_gradient"), "another S at each step", fresh),
         ("optim", ("lr_vectors",), f'optim.name = "{optim.name}"', optim.name != "muon"),
         ("optim", ("momentum",), f'optim.name = "{optim.name}"', optim.name == "adam"),
         ("optim", ("milestones", "gamma"), f'optim.schedule = "{optim.schedule}"', optim.schedule != "step"),

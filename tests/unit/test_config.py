@@ -58,6 +58,12 @@ def test_keys_that_have_no_effect_beside_others_are_named(choice):
     assert config.lines(found) == [f"{', '.join(found)}: no effect with {reason}"]
 
 
+def test_averages_over_the_steps_of_one_set_need_one():
+    keys = ["optim.name=gauss-newton", "optim.average_curvature=0.5", "sparsity.pattern=adaptive"]
+    assert config.idle(config.load(None, keys)) == {"optim.average_curvature": "another S at each step"}
+    assert config.idle(config.load(None, [*keys, "sparsity.redraw_steps=9"])) == {}
+
+
 def test_precedence_is_defaults_file_command_line(tmp_path):
     path = write(tmp_path, "[zo]\nmu = 1e-2\nq = 7\n")
     found = config.load(path, ["zo.mu=1e-4", "zo.mu=2e-4"])
