@@ -31,6 +31,8 @@ class _Tracer(fx.Tracer):
 
 def trace(model: nn.Module, name: str, engine: str, whole: Container[type]) -> fx.GraphModule:
     """A module as a graph. name, engine: for the errors. whole: layers of users that are kept whole, too. Raises InputError."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f'engine "{engine}": torch.fx cannot trace {name}, a scripted module; use engine = "full"')
     with _as_found(model) as assigned:
         try:
             with _of_inputs_alone(model):

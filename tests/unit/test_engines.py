@@ -273,6 +273,16 @@ class Attributes(nn.Module):
         return torch.tanh(self.fc(x) * self.heat * self.mask) * self.gain
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(5, 3).double())])
+def test_a_scripted_network_is_refused_and_left_as_it_was(make):
+    model, batch = make(nn.Linear(3, 2).double()), (torch.randn(5, 3).double(), torch.arange(5) % 2)
+    for kind in ("reuse", "delta"):
+        with pytest.raises(InputError, match=r'cannot trace .*, a scripted module; use engine = "full"'):
+            dzhpc.make_engine(kind, model, "cross_entropy").bind(*batch)
+    assert dzhpc.make_engine("full", model, "cross_entropy").bind(*batch) > 0
+
+
 @pytest.mark.parametrize("kind", ["reuse", "delta"])
 def test_attributes_that_somebody_sets_between_two_batches_are_seen(kind, monkeypatch):
     model, (inputs, targets), traces = Attributes(), (torch.randn(5, 3).double(), torch.arange(5) % 4), []
