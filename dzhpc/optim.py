@@ -40,7 +40,7 @@ class ZO(torch.optim.Optimizer):
             asked = loop.ask(limit=1)[0]
             try:
                 _assign(index, asked)
-                loss = float(_asked(closure))
+                loss = _number(_asked(closure))
             except BaseException:
                 loop.forget()
                 raise
@@ -82,6 +82,14 @@ def _asked(closure: Callable[[], Tensor | float]) -> Tensor | float:
         if "does not require grad" not in str(error):
             raise
         raise InputError("the closure calls backward(), and needs none: expected it to give the loss alone") from error
+
+
+def _number(loss: object) -> float:
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"the closure gave {found}; expected the loss, one number") from None
 
 
 def _assign(index, theta: Tensor) -> None:

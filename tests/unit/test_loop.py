@@ -210,6 +210,8 @@ def test_the_optimisers_state_dict_goes_on_as_torchs_does():
     for wrong, said in ((lambda: again.load_state_dict(torch.optim.Adam(other.parameters()).state_dict()), "of a dzhpc.optim.ZO"),
                         (lambda: again.add_param_group({"params": [torch.ones(1)]}), "has one group"),
                         (lambda: copy.deepcopy(again), "cannot be copied"),
+                        (lambda: again.step(lambda: None), "gave NoneType; expected the loss, one number"),
+                        (lambda: again.step(lambda: net.weight[0]), r"gave a tensor \[3\]; expected the loss, one number"),
                         (lambda: again.step(lambda: asked().backward()), "needs none")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             wrong()
