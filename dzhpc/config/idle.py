@@ -4,7 +4,20 @@ from dzhpc.config.names import is_function
 from dzhpc.config.rivals import SEE_THE_NETWORK
 
 NEWTON = ("damping", "damping_kind", "adapt", "average_curvature", "average_gradient", "trust", "sketch", "memory_mb")
-SCORED = ("target", "scores", "rule", "pattern", "share", "measure", "prune", "redraw_epochs", "redraw_steps", "q", "lpr")
+SCORED = (
+    "target",
+    "scores",
+    "rule",
+    "pattern",
+    "share",
+    "measure",
+    "prune",
+    "redraw_epochs",
+    "redraw_steps",
+    "q",
+    "lpr",
+    "temperature",
+)
 OF_BATCHES = ("name", "path", "image_size", "batch_size", "train_limit", "test_limit", "augment", "mean", "std")
 
 
@@ -35,8 +48,9 @@ def idle(config) -> dict[str, str]:
         ("sparsity", ("share", "measure"), f'sparsity.pattern = "{sparsity.pattern}"', sparsity.pattern != "adaptive"),
         ("sparsity", ("redraw_steps",), f'sparsity.pattern = "{sparsity.pattern}"', sparsity.pattern == "static"),
         ("sparsity", ("redraw_epochs",), f'sparsity.pattern = "{sparsity.pattern}"', sparsity.pattern in ("static", "adaptive")),
-        ("sparsity", ("scores", "q"), "sparsity.lpr", sparsity.lpr is not None),
+        ("sparsity", ("scores", "q", "temperature"), "sparsity.lpr", sparsity.lpr is not None),
         ("sparsity", ("q",), f'sparsity.scores = "{sparsity.scores}"', sparsity.scores != "zo-grasp"),
+        ("sparsity", ("temperature",), f'sparsity.scores = "{sparsity.scores}"', sparsity.scores != "fo-grasp"),
     )  # fmt: skip
     why: dict[str, str] = {}
     for section, keys, reason, applies in rows:

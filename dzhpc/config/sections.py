@@ -188,12 +188,17 @@ class Sparsity(Section):
     redraw_epochs: Count = Field(5, description="K_sparse: draw a new S every so many epochs (not adaptive)")
     redraw_steps: Count | None = Field(None, description="draw a new S every so many steps instead")
     q: Directions = Field(192, description="zo-grasp: directions per RGE")
+    temperature: Moderate = Field(
+        1.0, description="fo-grasp: logits are divided by it before weights are scored (the authors' code: 200)"
+    )
     lpr: str | None = Field(None, description="read the ratios from this file (python -m dzhpc.prune) instead of scoring")
 
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
         if self.target == "weights" and self.pattern != "static":
             yield f'sparsity.pattern = "{self.pattern}": sparsity.target = "weights" needs "static"'
+        if self.temperature != 1 and config.task.kind != "classification":
+            yield f'sparsity.temperature = {self.temperature:g}: divides logits, which task.kind = "{config.task.kind}" has not'
         if self.pattern == "adaptive" and self.measure == "decrease" and config.optim.name != "gauss-newton":
             yield 'sparsity.measure = "decrease": only optim.name = "gauss-newton" knows the curvature; use "gradient"'
         if self.pattern == "regrasp" and self.lpr:

@@ -97,9 +97,10 @@ class NetworkEngine(ABC):
                 values.append(slope.clone())
         return stacked(values, self.index)
 
-    def hessian_gradient(self) -> list[Tensor]:
+    def hessian_gradient(self, through: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """H g by autograd, H the Hessian of the bound loss, one tensor per parameter (needs a twice differentiable white box).
 
+        through: inputs -> outputs in the model's place.
         Raises InputError where an operation has no second derivative.
         """
         self._need_base()
@@ -110,7 +111,7 @@ class NetworkEngine(ABC):
             sdpa_kernel(SDPBackend.MATH),
             torch.enable_grad(),
         ):
-            gradient = self._grad(self._rewound_loss(), create_graph=True)
+            gradient = self._grad(self._rewound_loss(through), create_graph=True)
             return self._grad(sum((g * g.detach()).sum() for g in gradient))
 
     @abstractmethod

@@ -138,8 +138,9 @@ class WhiteBox(Engine, Protocol):
         Raises InputError without a bound batch, RuntimeError (torch's) where some operation has no forward-mode derivative.
         """
 
-    def hessian_gradient(self) -> list[Tensor]:
+    def hessian_gradient(self, through: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """H g, H the Hessian of the bound loss, shaped as :meth:`gradient`. For a loss that is differentiable twice.
 
+        through: inputs -> outputs in the network's place.
         Raises InputError without a bound batch, RuntimeError (torch's) where some operation has no second derivative.
         """

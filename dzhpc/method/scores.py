@@ -77,11 +77,12 @@ def zo_grasp(engine, bind: Callable[[], float], q: int, mu: float, seed: int, sp
     return -theta * (second - first) / mu
 
 
-def fo_grasp(engine, bind: Callable[[], float]) -> Tensor:
-    """GraSP scores [d] by a Hessian-vector product through autograd (eq. 2)."""
+def fo_grasp(engine, bind: Callable[[], float], temperature: float = 1.0) -> Tensor:
+    """GraSP scores [d] by a Hessian-vector product through autograd (eq. 2), of the loss of outputs / ``temperature``."""
     bind()
     index = engine.index
-    return -index.flatten(p.detach() for p in index.parameters) * index.flatten(engine.hessian_gradient())
+    through = None if temperature == 1 else lambda inputs: engine.model(inputs) / temperature
+    return -index.flatten(p.detach() for p in index.parameters) * index.flatten(engine.hessian_gradient(through))
 
 
 def random_scores(index: ParameterIndex, seed: int) -> Tensor:

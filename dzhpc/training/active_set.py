@@ -123,6 +123,8 @@ class Pattern:
             scores = self._scores(number, seed)
         self.queries += self.score_queries
         attrs = {"scores": config.scores, "mu": self._mu, "q": config.q, "seed": self._seed}
+        if config.scores == "fo-grasp" and config.temperature != 1:
+            attrs["temperature"] = config.temperature
         return lpr_from_scores(scores, index, self._task.prunable(), config.ratio, config.rule, model_sha256(task.model), attrs)
 
     def _scores(self, number: int, seed: int) -> torch.Tensor:
@@ -131,7 +133,7 @@ class Pattern:
             log.info("scoring weights: ZO-GraSP, %d queries", self.score_queries)
             return self._by_queries(number, seed)
         if config.scores == "fo-grasp":
-            return fo_grasp(task.engine, lambda: task.bind_for_scores(number))
+            return fo_grasp(task.engine, lambda: task.bind_for_scores(number), config.temperature)
         return random_scores(task.engine.index, seed)
 
     def _by_queries(self, number: int, seed: int) -> torch.Tensor:

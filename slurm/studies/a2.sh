@@ -11,13 +11,14 @@
 #SBATCH --signal=B:USR1@120         # B: to this script, which forwards it
 
 members() {
-    local ratios="0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95" models="resnet20 resnet18" model seed ratio scores
+    local ratios="0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95" models="resnet20 resnet18" model seed ratio scores words
     if [ "$SIZE" != paper ]; then ratios="0.5 0.9 0.95" models=resnet20; fi
     for model in $models; do
         for seed in $SEEDS; do
             for ratio in $ratios; do
                 for scores in random fo-grasp zo-grasp; do
-                    echo "inputs/resnet20.toml $model-$scores/$ratio-seed$seed $AUTOGRAD model.name=$model sparsity.target=weights sparsity.pattern=static sparsity.scores=$scores sparsity.ratio=$ratio run.seed=$seed $MORE"
+                    if [ $scores = fo-grasp ]; then words=$GRASP; else words="sparsity.scores=$scores"; fi
+                    echo "inputs/resnet20.toml $model-$scores/$ratio-seed$seed $AUTOGRAD model.name=$model sparsity.target=weights sparsity.pattern=static $words sparsity.ratio=$ratio run.seed=$seed $MORE"
                 done
             done
         done

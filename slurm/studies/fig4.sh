@@ -18,7 +18,7 @@ members() {
         echo "inputs/resnet20.toml dense/0.0-seed$seed $AUTOGRAD sparsity.ratio=0.0 run.seed=$seed $MORE"
         for ratio in $ratios; do
             echo "inputs/resnet20.toml standin/$ratio-seed$seed $AUTOGRAD sparsity.ratio=$ratio run.seed=$seed $MORE"
-            echo "inputs/resnet20.toml weights/$ratio-seed$seed $AUTOGRAD sparsity.ratio=$ratio sparsity.target=weights sparsity.pattern=static sparsity.scores=fo-grasp run.seed=$seed $MORE"
+            echo "inputs/resnet20.toml weights/$ratio-seed$seed $AUTOGRAD sparsity.ratio=$ratio sparsity.target=weights sparsity.pattern=static $GRASP run.seed=$seed $MORE"
             if [ "$SIZE" = paper ]; then echo "inputs/resnet20.toml deepzero/$ratio-seed$seed sparsity.ratio=$ratio run.seed=$seed"; fi
         done
     done

@@ -191,6 +191,7 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path, content, message):
     ("overrides", "message"),
     [
         (["sparsity.target=weights"], 'sparsity.pattern = "dynamic": sparsity.target = "weights" needs "static"'),
+        (["task.kind=objective", "task.function=a:b", "sparsity.temperature=2"], "sparsity.temperature = 2: divides logits"),
         (["zo.estimator=fzoo", "zo.q=1"], 'zo.q = 1: zo.estimator = "fzoo" divides by a standard deviation'),
         (["sparsity.pattern=regrasp", "sparsity.lpr=a.h5"], 'sparsity.lpr: a fixed file contradicts pattern = "regrasp"'),
         (["optim.name=adam", "optim.nesterov=true"], 'optim.nesterov = true: needs name = "sgd" and a momentum above 0'),

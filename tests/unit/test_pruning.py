@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dzhpc
 from dzhpc import config
+from dzhpc.engines.losses import LOSSES
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.method import scores as pruning
@@ -84,6 +85,14 @@ def test_fo_grasp_scores_are_minus_theta_times_hessian_times_gradient(make):
         h, g = hessian(loss, theta), jacobian(loss, theta)
     assert torch.allclose(scores, -theta * (h @ g), rtol=1e-9, atol=1e-12)
     assert scores.norm() > 1e-3
+
+
+def test_a_temperature_divides_the_outputs_before_they_are_scored():
+    engine, bind, *_ = bindable(tanh_net(4, 5, 4))
+    cool = pruning.fo_grasp(engine, bind, 200.0)
+    engine.loss = lambda outputs, targets: LOSSES["mse"](outputs / 200, targets)
+    torch.testing.assert_close(cool, pruning.fo_grasp(engine, bind), rtol=1e-12, atol=0)
+    assert cool.abs().min() > 0
 
 
 def test_fo_grasp_needs_a_second_derivative():
