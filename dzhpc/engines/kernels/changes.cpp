@@ -718,7 +718,12 @@ void direct(const Convolution& s) {
             const long p = k / slices, first = k % slices * slice, lanes = std::min(slice, s.batch - first), full = filled(lanes);
             const T* image = static_cast<const T*>(s.images) + p * s.channels * plane + first;
             std::fill(sums.begin(), sums.end(), Sums());
-            for (long y = 0; y < s.rows; ++y)
+            for (long y = 0; y < s.rows; ++y) {
+                const long from = std::max(0L, y * s.down + (s.tall - 1) * s.dilate_down + 1 - s.top);
+                const long to = y + 1 < s.rows ? std::min(s.height, from + s.down) : from;
+                Ahead<T> ahead(s, image, from, to - from, lanes);
+                const long calls = s.columns * ((s.outputs + PANEL - 1) / PANEL) * ((full + WIDE - 1) / WIDE);
+                const long share = (ahead.run * s.channels + calls - 1) / calls;
                 for (long x = 0; x < s.columns; ++x) {
                     gather<Product>(s, image, y, x, lanes, depth, columns.data);
                     for (long o = 0; o < s.outputs; o += PANEL)
@@ -729,6 +734,7 @@ void direct(const Convolution& s) {
                             const T* centred = static_cast<const T*>(s.centred) + at;
                             for (long n = 0; n < count; ++n)
                                 await(out + n * area, summed ? centred + n * area : nullptr, 0, 1, wide);
+                            if (LANES == 16) ahead.ask(share);
                             product<Product>(s.kernels + o * depth, columns.data + b * depth, depth, s.outputs - o, wide, products.data);
                             for (long n = 0; n < count; ++n)
                                 for (long v = 0; v < wide; v += LANES) {
@@ -738,6 +744,7 @@ void direct(const Convolution& s) {
                                 }
                         }
                 }
+            }
             write_sums(s, p, k % slices, slices, sums);
         }
     });
