@@ -788,17 +788,27 @@ inline Coefficients coefficients(double mean, double crossed, double s, double g
 template <int SIZE>
 inline void convolved_run(const float* from, const long* places, const float* weights, long size, long count, float* out) {
     V w[SIZE ? SIZE : 1];
-    for (int k = 0; k < SIZE; ++k) w[k] = all(weights[k]);
+    long own[SIZE ? SIZE : 1];  // what is stored might be `places`, as far as a compiler knows
+    for (int k = 0; k < SIZE; ++k) w[k] = all(weights[k]), own[k] = places[k];
     const auto at = [&](long b, auto read) {
         V sum = {};
         if (SIZE)
 #pragma GCC unroll 9
-            for (int k = 0; k < SIZE; ++k) sum += w[k] * read(from + places[k] + b);
+            for (int k = 0; k < SIZE; ++k) sum += w[k] * read(from + own[k] + b);
         else
             for (long k = 0; k < size; ++k) sum += all(weights[k]) * read(from + places[k] + b);
         return sum;
     };
     long b = 0;
+    for (; SIZE && b + 4 * LANES <= count; b += 4 * LANES) {  // four sums, so that none waits for itself
+        V sum[4] = {};
+#pragma GCC unroll 9
+        for (int k = 0; k < SIZE; ++k)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sum[i] += w[k] * load(from + own[k] + b + i * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(out + b + i * LANES, sum[i]);
+    }
     for (; b + LANES <= count; b += LANES) store(out + b, at(b, [](const float* p) { return load(p); }));
     if (b < count) store(out + b, at(b, [&](const float* p) { return load(p, count - b); }), count - b);
 }
