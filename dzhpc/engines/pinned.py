@@ -47,18 +47,15 @@ class Generator:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """The buffers of one module at some time: the tensors that were registered, and copies of their values."""
-
-    registered: dict[str, Tensor | None]
-    values: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Moment:
-    """Buffers, module by module, and states of the random number generators at some time."""
+    """Buffers and states of the random number generators at some time.
 
-    buffers: list[tuple[nn.Module, Slots]]
+    registered: module by module; tensors: all that there are, with copies of their ``values``.
+    """
+
+    registered: list[tuple[nn.Module, dict[str, Tensor | None]]]
+    tensors: list[Tensor]
+    values: list[Tensor]
     random: dict[Generator, bytes]
 
 
@@ -88,13 +85,16 @@ class Pinned:
 
     def note(self) -> Moment:
         """The present."""
-        return Moment([(m, _slots(m)) for m in self._modules], {g: g.state() for g in self._watched})
+        registered = [(m, dict(m._buffers.items())) for m in self._modules]
+        tensors = [b for _, buffers in registered for b in buffers.values() if b is not None]
+        return Moment(registered, tensors, _copies(tensors), {g: g.state() for g in self._watched})
 
     def rewind(self, moment: Moment) -> None:
         """Put buffers and random numbers back to what they were."""
-        for module, slots in moment.buffers:
-            if slots.registered or module._buffers:
-                _fill(module, slots)
+        for module, registered in moment.registered:
+            if registered or module._buffers:
+                _register(module, registered)
+        _put_back(moment.tensors, moment.values)
         for generator in self._watched:
             generator.go_to(moment.random[generator])
 
@@ -112,26 +112,39 @@ class Pinned:
             self.rewind(moment)
 
 
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    values = [torch.empty_like(t) if _plain(t) else t.clone() for t in tensors]
+    _put_back([v for v in values if _plain(v)], [t for t in tensors if _plain(t)])
+    return values
+
+
 @torch.no_grad()
-def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values; one launch for all of a kind, of which a network has dozens (a device would wait for each)."""
+    kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
     for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+        if _plain(tensor) and _plain(value):
+            into, of = kinds.setdefault((tensor.dtype, tensor.device), ([], []))
+            into.append(tensor)
+            of.append(value)
+        else:
+            tensor.copy_(value)
+    for into, of in kinds.values():
+        torch._foreach_copy_(into, of)
 
 
-def _slots(module: nn.Module) -> Slots:
-    registered = dict(module._buffers.items())
-    return Slots(registered, {key: b.clone() for key, b in registered.items() if b is not None})
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
 
 
-def _fill(module: nn.Module, slots: Slots) -> None:
-    """Put a module's buffers back, tensors and values."""
+def _register(module: nn.Module, registered: dict[str, Tensor | None]) -> None:
+    """Put back which tensors are a module's buffers."""
     now = dict(module._buffers.items())
-    for key in now.keys() - slots.registered.keys():
+    for key in now.keys() - registered.keys():
         del module._buffers[key]
-    for key, tensor in slots.registered.items():
+    for key, tensor in registered.items():
         if key not in now or now[key] is not tensor:
             module._buffers[key] = tensor
-    _put_back((slots.registered[key] for key in slots.values), slots.values.values())
 
 
 def _generators(device: torch.device) -> list[Generator]:

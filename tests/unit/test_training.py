@@ -76,7 +76,7 @@ def test_an_estimator_that_is_none_is_named():
     with pytest.raises(InputError, match=r"zo\.estimator = math:sqrt: expected a subclass of"):
         make_estimator(Zo(estimator="math:sqrt"), 0)
     with pytest.raises(
-        InputError, match=r"zo.estimator = 'fga': expected 'cge', 'rge', 'autograd', 'latent', .* or 'package.module:Class'"
+        InputError, match=r"zo.estimator = 'fga': expected 'cge', 'rge', 'fzoo', 'autograd', .* or 'package.module:Class'"
     ):
         config.parse({"zo": {"estimator": "fga"}}, "input")
 
