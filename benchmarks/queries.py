@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dzhpc.errors import NumericalError
 from dzhpc.files.metrics import load_columns
 
 HERE = Path(__file__).resolve().parent.parent
@@ -55,8 +56,11 @@ def run(args: argparse.Namespace, method: str, rate: float, seed: int) -> tuple[
     epochs = steps / (images // 128)
     keys += [f"stop.epochs={epochs}", f"optim.warmup_epochs={WARM_UP * epochs}", f"run.dir={args.out}"]
     command = [sys.executable, "-m", "dzhpc.train", "--quiet", *(word for key in keys for word in ("--set", key))]
-    subprocess.run(command, check=True, cwd=HERE)
-    return load_columns(args.out / name / "metrics.h5")
+    code = subprocess.run(command, check=False, cwd=HERE).returncode
+    if code not in (0, NumericalError.exit_code):
+        raise SystemExit(f"{name}: exit code {code}")
+    train, evaluation = load_columns(args.out / name / "metrics.h5")
+    return train, evaluation | ({"loss": np.array([np.inf])} if code else {})  # diverged: no rate to choose
 
 
 def steps_of(args: argparse.Namespace, method: str) -> int:
