@@ -410,6 +410,36 @@ def _noting(called, name, function):
     return noted
 
 
+class Shifted(nn.Module):
+    """Biases in front of a BatchNorm; one of the layers is read elsewhere too where it is ``shared``."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.conv, self.norm, self.fc, self.tokens = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 6), nn.BatchNorm1d(6)
+        self.last, self.shared = nn.Linear(6, 3), shared
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y).relu() + (y.tanh() if self.shared else 0)
+        return self.last(self.tokens(self.fc(z.mean((2, 3)))).tanh())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda z, t: z.square().mean()], ids=["cross entropy", "own loss"])
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_bias_in_front_of_a_batch_norm_changes_nothing_at_all(train, shared, loss):
+    model = Shifted(shared).double().train(train)
+    full, delta = both(model, torch.randn(5, 3, 6, 6).double(), torch.arange(5) % 3, loss)
+    coords = np.arange(delta.index.size)
+    found, right = delta.differences(coords, 1e-2), full.differences(coords, 1e-2)
+    assert relative(found, right) < 1e-8
+    assert relative(delta.responses(coords, 1e-2), full.responses(coords, 1e-2)) < 1e-8
+    assert delta.queries == full.queries == 1 + 2 * len(coords)
+    said = {line.split()[0] for line in delta.explain().splitlines() if "takes its changes away" in line}
+    for name, gone in (("conv.bias", train and not shared), ("fc.bias", train), ("norm.bias", False)):
+        assert (found[delta.index.range(name)] == 0).all() == (name in said) == gone
+
+
 def test_explain_says_for_each_parameter_what_is_done_or_why_it_is_not():
     model = Between(lambda y: y * (y > 0))
     model.idle = nn.Linear(2, 2)

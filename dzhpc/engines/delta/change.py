@@ -65,6 +65,7 @@ class Origin:
     axis: int = 1
     name: str = ""  # of the parameter in its module
     source: Planes | Layer | None = None  # how our own library makes it, if it can
+    constant: bool = False  # whether it is the same number in all samples and pixels of its channel
 
     def now(self) -> Change:
         """The change itself."""

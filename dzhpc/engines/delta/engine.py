@@ -165,7 +165,7 @@ class Delta(BatchEngine):
         """All programs that differences will need, not compiled yet; equal on all ranks, in one order. No query is counted."""
         self._need_base()
         with self._pinned.unchanged(), self.programs.waiting() as found:
-            for owner in (k for k, route in enumerate(self.routes) if route.propagates and self.programs.compiling):
+            for owner in (k for k, r in enumerate(self.routes) if r.propagates and not r.taken_away and self.programs.compiling):
                 change = self._chunk(owner, np.asarray(self.index.range(self.index.names[owner]))[:1], PROBE)
                 if not self._loss_change.asks:
                     self._loss_change(change, self._base)
@@ -185,6 +185,8 @@ class Delta(BatchEngine):
         name = f"{self.index.names[owner]} {list(self.index.parameters[owner].shape)}"
         if not route.nodes:
             return f"{name}: the output does not depend on it"
+        if route.taken_away:
+            return f"{name}: a BatchNorm takes its changes away, since it subtracts each channel's mean"
         names = [name_of(node) for node in route.nodes[:-1]]
         operations = " ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         if route.refusal:
@@ -245,19 +247,22 @@ class Delta(BatchEngine):
         return changed(self.loss.answered, self._z).to(self.index.dtype)
 
     def _evaluate_chunk(self, coords: np.ndarray, mu: float, singly: Callable, reduce: Callable) -> Tensor:
-        """``reduce(change of the outputs)`` for coordinates [P] of one parameter, or ``singly(coords, mu)``."""
+        """``reduce(change of the outputs)`` for coordinates [P] of one parameter, or ``singly(coords, mu)``; one 0 for all."""
         owner = self.index.owner_of(int(coords[0]))
         route = self.routes[owner]
         if route.refusal:
             self._say_once(f"{route.refusal}: evaluated one coordinate at a time")
         if not route.propagates:
             return singly(coords, mu)
-        found = reduce(self._chunk(owner, coords, mu))
+        nothing = route.taken_away and not self._loss_change.asks
+        found = self._outputs.new_zeros(()) if nothing else reduce(self._chunk(owner, coords, mu))
         self.queries += len(coords)
         return found
 
     def _chunk(self, owner: int, coords: np.ndarray, mu: float) -> Change:
         """The change of the outputs for coordinates [P] of one parameter."""
+        if self.routes[owner].taken_away:
+            return Change(self._outputs.new_zeros(len(coords), *self._outputs.shape))
         nodes, sized = self.routes[owner].nodes, self._sized(owner)
         first, output = nodes[0], nodes[-1].args[0]
         seed = self._propagation.seed(first, self.index.parameters[owner], coords - self.index.offsets[owner], mu)

@@ -97,6 +97,10 @@ class Operations:
         rule = self.rule(node)
         return rule.statistics is not None and rule.normalises(self.module(node))
 
+    def centres(self, node: fx.Node) -> bool:
+        """Whether it subtracts the mean of each channel over the batch: a BatchNorm that normalises by the batch at hand."""
+        return self.rule(node).sums is not None and self.normalises(node)
+
     def value(self, node: fx.Node, layout: Layout) -> Tensor:
         """A base value as it lies beside changes."""
         return self.laid_out(node, "value", layout, lambda: self.network.value(node))

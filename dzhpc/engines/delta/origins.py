@@ -90,7 +90,7 @@ def _bias(axis: int) -> Callable:
         planes = None
         if k == 1 and op.value.ndim == 4:
             planes = _planes(op.value.new_ones(shape[0]).view(1, -1, 1, 1).expand(1, *shape), [0 * place[0]], place[0])
-        return Origin(lambda mu, c: mu.expand(c.shape[0], *shape), [mu, place[0]], place[0], k, source=planes)
+        return Origin(lambda mu, c: mu.expand(c.shape[0], *shape), [mu, place[0]], place[0], k, source=planes, constant=True)
 
     return rule
 

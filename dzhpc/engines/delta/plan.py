@@ -25,6 +25,7 @@ class Route:
     nodes: list[fx.Node]  # from the parameter's operation to the output; empty where the output does not depend on it
     refusal: str  # why its coordinates must be evaluated one at a time; "" if they need not
     kind: tuple | None = None  # first operation, whether its change is dense, its channels' axis: all that the plan depends on
+    taken_away: bool = False  # whether the next operations leave nothing of its changes
 
     @property
     def propagates(self) -> bool:
@@ -81,7 +82,8 @@ class Plans:
         seed = self._propagation.seed(nodes[0], self._index.parameters[owner], np.zeros(1, np.int64), PROBE)
         if seed is None:
             return Route(nodes, f"{name_of(nodes[0])} has no rule for its {self._index.names[owner]}")
-        return Route(nodes, "", (nodes[0], seed.channel is None, seed.axis))
+        kind = nodes[0], seed.channel is None, seed.axis
+        return Route(nodes, "", kind, self._propagation.is_taken_away(nodes[0], seed))
 
     def _refusal(self, owner: int, nodes: list[fx.Node]) -> str:
         """Why no chunk can be propagated along these nodes, if none can; the last reason that is found."""

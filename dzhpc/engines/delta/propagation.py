@@ -55,6 +55,11 @@ class Propagation:
             )
         return origins.of_module(self.operations.at_hand(node), self._names[node, id(parameter)], parameter, local, mu)
 
+    def is_taken_away(self, node: fx.Node, seed: Origin) -> bool:
+        """Whether all that read ``node`` subtract the mean of each channel over the batch, and its change is nothing else."""
+        readers = node.users if seed.constant and seed.axis == 1 else ()
+        return bool(readers) and all(map(self.operations.centres, readers))
+
     def has_kink(self, nodes: list[fx.Node]) -> bool:
         """Whether some of the operations have a kink."""
         return any(self.operations.rule(node).kinked for node in nodes if node.op != "output")
@@ -114,7 +119,7 @@ class Propagation:
     def _centred_behind(self, node: fx.Node) -> Callable[[], Tensor] | None:
         """What an operation that takes means of the node's change calls x less its mean, as it lies beside that change."""
         operations = self.operations
-        norm = next((user for user in node.users if operations.rule(user).sums and operations.normalises(user)), None)
+        norm = next(filter(operations.centres, node.users), None)
         layout = Layout(
             apart=operations.has_library(operations.network.value(node)), rounded=operations.travel != operations.dtype
         )
