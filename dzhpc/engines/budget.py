@@ -1,9 +1,10 @@
-"""How much memory what a chunk makes may take: a rule that knows the kind of device, never what is free on it."""
+"""What a chunk may take of memory, and how many coordinates it may have: rules that know the device, never what is free on it."""
 
 import torch
 
 LITTLE = 64 * 2**20  # our own library goes coordinate by coordinate: more would save little of Python's time
 FILL = 4 * 2**30  # a pass over a quarter of that takes a GPU far longer than a launch
+FEW, MANY = 64, 512  # coordinates: more would save a CPU little; where changes are small, launches would outlast a GPU's passes
 
 
 def budget(device: torch.device) -> tuple[int, str]:
@@ -13,3 +14,8 @@ def budget(device: torch.device) -> tuple[int, str]:
     total = torch.cuda.get_device_properties(device).total_memory
     size = min(FILL, 1 << ((total // 4).bit_length() - 1))
     return size, f"a quarter of the card's {total / 2**30:.1f} GiB, down to a power of two, at most {FILL // 2**30} GiB"
+
+
+def most(device: torch.device) -> int:
+    """Coordinates in a chunk at most: 64 on a CPU, 512 on a GPU."""
+    return MANY if device.type == "cuda" else FEW

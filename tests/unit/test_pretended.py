@@ -82,6 +82,19 @@ def test_the_memory_of_a_chunk_follows_from_the_card(gigabytes, mib):
     assert size == mib * 2**20 and why.startswith(f"a quarter of the card's {gigabytes * 10**9 / 2**30:.1f} GiB, ")
 
 
+def test_a_gpu_has_more_coordinates_at_once_where_their_changes_are_small():
+    sizes = []
+    for channels, pixels in ((8, 32), (64, 8)):
+        with Pretended():
+            convolutions = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 3, padding=1)
+            network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * pixels**2, 10))
+            engine = make_engine("delta", network.to(CUDA), "cross_entropy", "bf16")
+            engine.bind(torch.randn(512, 3, pixels, pixels).to(CUDA), torch.randint(0, 10, (512,)).to(CUDA))
+            sizes.append(max(map(len, engine.cut(engine.index.range("2.weight")))))
+            assert "and 512 coordinates" in engine.explain()
+    assert sizes == [16, 256]  # 4 GiB for four changes of 64 and of 4 MiB
+
+
 def test_the_pretence_sees_what_it_is_there_to_see():
     with Pretended() as gpu:
         x = torch.ones(3, 4).to(CUDA)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from dzhpc.engines.batch import BatchEngine, changed
 from dzhpc.engines.blackbox import BlackBoxLoss
-from dzhpc.engines.budget import budget
+from dzhpc.engines.budget import budget, most
 from dzhpc.engines.delta.change import Change, Origin
 from dzhpc.engines.delta.losschange import LossChange
 from dzhpc.engines.delta.plan import PROBE, Plans, Route, Sized
@@ -37,7 +37,6 @@ log = logging.getLogger("dzhpc")
 COPIES = 4  # of the largest change downstream that are alive at once
 PLAIN_COPIES = 14  # where nothing is compiled: an operation's intermediate values, too
 NAMED = 6  # operations of a route in an explanation
-LARGEST = 64  # coordinates in a chunk: more would save little
 
 
 class Delta(BatchEngine):
@@ -46,7 +45,7 @@ class Delta(BatchEngine):
     precision: "fp32": changes travel in the parameters' own type; "bf16": in bfloat16, statistics and losses as before.
     travel: any other type for changes to travel in, whatever ``precision`` says.
     memory_mb: chunks are cut so that their changes need no more MiB than this (None: a fixed default for each device type).
-    largest: coordinates in a chunk at most.
+    largest: coordinates in a chunk at most (None: a fixed default for each device type).
     queries: that are to come; with the bytes of the first base pass's values they decide, once, whether a compiler pays.
         0: never; inf: always. Without a compiler no kernel of our own is made either.
     emulate: take "bf16" on hardware without bfloat16 products, where it is slower than "fp32" by far.
@@ -65,7 +64,7 @@ class Delta(BatchEngine):
         precision: str = "fp32",
         memory_mb: float | None = None,
         travel: torch.dtype | None = None,
-        largest: int = LARGEST,
+        largest: int | None = None,
         queries: float = math.inf,
         emulate: bool = False,
     ):
@@ -78,7 +77,7 @@ class Delta(BatchEngine):
             )
         dtype, self._queries = self.index.dtype, queries
         self._limit = memory_mb * 2**20 if memory_mb else None
-        self._largest = largest
+        self._largest = largest or most(self.index.device)
         self._said: set[str] = set()
         self.travel = travel or (torch.bfloat16 if precision == "bf16" else dtype)  # the type that changes are kept in
         self._narrow = self.travel != torch.float32 or dtype != torch.float32  # whether float64 base values gain nothing
