@@ -26,7 +26,12 @@ CNN = [
     *("sparsity.ratio=0.95", "sparsity.prune=all", "sparsity.scores=random", "sparsity.redraw_steps=1"),
     *("optim.weight_decay=0.0", "eval.every_epochs=1", "checkpoint.every_minutes=2"),
 ]
-RATES = {"sgd": (0.1, 0.3, 1.0), "adam": (1e-3, 3e-3, 1e-2), "gauss-newton": (0.03, 0.1, 0.3), "rge": (1e-3, 1e-2, 1e-1)}
+RATES = {
+    "sgd": (0.1, 0.3, 1.0, 3.0),
+    "adam": (1e-3, 3e-3, 1e-2, 3e-2),
+    "gauss-newton": (0.03, 0.1, 0.3, 1.0),
+    "rge": (1e-3, 1e-2, 1e-1, 1.0),
+}
 FORWARD = "zo.estimator=fg-w"  # exact slopes: what RGE's noise of differences costs
 WARM_UP = 0.06  # of a run
 RGE = ["zo.estimator=rge"]

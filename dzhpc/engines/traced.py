@@ -97,7 +97,7 @@ class Traced:
     def downstream(self, parameter: int) -> list[fx.Node]:
         """The operations between a parameter and the output, in order; empty where the output does not depend on it."""
         after = closure(self._users[parameter], lambda node: node.users)
-        output = next(reversed(self.module.graph.nodes))
+        output = self.module.graph.output_node()
         before = closure([output], lambda node: node.all_input_nodes)
         return sorted(after & before, key=self.order.get) if output in after else []
 
