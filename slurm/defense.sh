@@ -29,12 +29,13 @@ fi
 stage=${1:-}
 if [ -n "$stage" ]; then shift; fi
 run=$(run_folder "$@") || exit
+run=${run%/}
 
 # The user's arguments come last, so they win; but the pre-training has a run folder of its own.
 case $stage in
     pretrain)
         set -- --set task.loss=mse --set zo.estimator=autograd --set sparsity.ratio=0.0 --set 'model.trainable=["*"]' \
-            --set model.weights= --set optim.name=adam $PRETRAIN "$@" --set "run.name=$(basename "$run")-pretrained"
+            --set model.weights= --set optim.name=adam $PRETRAIN "$@" --set "run.name=$(basename "$run")-pretrained" --run-dir "$run-pretrained"
         need_input "$@"
         launch train "$INPUT" "$@"
         ;;

@@ -75,11 +75,11 @@ def make_data_set(train, test, classes: list[str] | None = None, mean=None, std=
         raise InputError(f"labels run from {low} to {top}, but the data set names {len(classes)} classes")
     images = splits[0].images
     if mean is None or std is None:
+        measured = np.zeros(images.shape[1]), np.ones(images.shape[1])
         if images.dtype == torch.uint8:
             pixels = images.transpose(0, 1).reshape(images.shape[1], -1).double() / 255
-            mean, std = pixels.mean(1), pixels.std(1).clamp_min(1e-6)
-        else:
-            mean, std = np.zeros(images.shape[1]), np.ones(images.shape[1])
+            measured = pixels.mean(1), pixels.std(1).clamp_min(1e-6)
+        mean, std = (own if given is None else given for own, given in zip(measured, (mean, std), strict=True))
     return DataSet(*splits, torch.as_tensor(np.asarray(mean)).float(), torch.as_tensor(np.asarray(std)).float(), list(classes))
 
 

@@ -78,7 +78,10 @@ def local_forward_gradient(
     """
     found: dict[int, Tensor] = {}
 
-    def add(value: Tensor, parameters: Sequence[Tensor], factor: float = 1.0) -> None:
+    def add(value: Tensor, module: nn.Module, factor: float = 1.0) -> None:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters or not value.requires_grad:
+            return
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         found.update({id(p): factor * g for p, g in zip(parameters, gradients, strict=True) if g is not None})
 
@@ -91,16 +94,16 @@ def local_forward_gradient(
                 h = stage.activation(pre[-1], x).detach()
                 masks.append(h > 0)
             logits = head(h.mean(1))
-            value = loss(logits)
-            (error,) = torch.autograd.grad(value, logits, retain_graph=True)
-            add(value, list(head.parameters()))
+            at = logits.detach().requires_grad_()  # a head may be frozen
+            (error,) = torch.autograd.grad(loss(at), at)
+            add((logits * error).sum(), head)
             seen = (error @ head.weight).detach()[:, None, :] / h.shape[1]
             estimates = _activity_gradients(block, x, masks, seen, q, noise)
             total = sum((z * estimate).sum() for z, estimate in zip(pre, estimates, strict=True))
-            add(total, [p for p in block.parameters() if p.requires_grad])
+            add(total, block)
             x = h
         value = loss(model.final(x.mean(1)))
-        add(value, list(model.final.parameters()), FINAL_RATE)
+        add(value, model.final, FINAL_RATE)
     named = model.named_parameters()
     return value.detach(), {name: found.get(id(p), torch.zeros_like(p)) for name, p in named if p.requires_grad}
 

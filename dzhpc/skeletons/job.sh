@@ -11,5 +11,6 @@ BEFORE
 trap 'kill -USR1 $pid' USR1
 mpirun -n "${SLURM_NTASKS:-2}" python -m dzhpc.train NAME/NAME.toml & pid=$!
 while kill -0 $pid 2> /dev/null; do wait $pid; code=$?; done
+if [ "$code" = 138 ]; then wait $pid; code=$?; fi # it ended while the warning was passed on
 if [ "$code" = 75 ] && [ -n "$SLURM_JOB_ID" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -74,11 +74,11 @@ class Newton:
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         damping = float(state["damping"])
         for asked in range(method.TRIES):
-            delta, predicted, least = self._solved(system, damping)
+            delta, gain, predicted, least = self._solved(system, damping)
             if not optim.adapt:
                 state.update(self._averages)
                 return -delta, 0
-            if not predicted < -method.SMALLEST * abs(self._loss):
+            if not gain < -method.SMALLEST * abs(self._loss):
                 if not self._still:
                     log.info("no step is expected to lower the loss of its batch by more than %g of it", method.SMALLEST)
                 self._still = True
@@ -96,28 +96,34 @@ class Newton:
         self._optimizer.rest()
         return torch.zeros_like(delta), tried
 
-    def _solved(self, system: method.System | None, damping: float) -> tuple[Tensor, float, float]:
-        """(delta [n] in the parameters' dtype, what it should change the loss by, the least lambda), from the root's system."""
+    def _solved(self, system: method.System | None, damping: float) -> tuple[Tensor, float, float, float]:
+        """(delta [n] in the parameters' dtype, what lr delta should change the loss by, what all that is added on S should,
+        the least lambda), from the root's system."""
         start, before = time.perf_counter(), self._world.comm_s
 
         def solve() -> np.ndarray:
             delta = system.within(damping, self._config.optim.trust)
-            predicted = system.predicted(delta, self._optimizer.param_groups[0]["lr"])
-            return np.concatenate([[predicted, method.LOWEST * system.scale], delta.numpy()])
+            gain = system.predicted(delta, self._optimizer.param_groups[0]["lr"])
+            added = self._added(delta.to(self._index.dtype))[torch.from_numpy(self._distribution.coords)]
+            predicted = system.predicted(added.cpu().double(), 1.0)
+            return np.concatenate([[gain, predicted, method.LOWEST * system.scale], delta.numpy()])
 
-        found = self._world.numbers_of_root(solve, 2 + len(self._distribution.coords))
-        (predicted, least), delta = found[:2].tolist(), torch.from_numpy(found[2:])
+        found = self._world.numbers_of_root(solve, 3 + len(self._distribution.coords))
+        (gain, predicted, least), delta = found[:3].tolist(), torch.from_numpy(found[3:])
         self.solve_s += time.perf_counter() - start - (self._world.comm_s - before)
         if not torch.isfinite(delta).all():
             raise NumericalError("the Gauss-Newton step is not finite: raise optim.damping")
-        return delta.to(self._index.device, self._index.dtype), predicted, least
+        return delta.to(self._index.device, self._index.dtype), gain, predicted, least
+
+    def _added(self, delta: Tensor) -> Tensor:
+        """What a step adds to theta [d], momentum and weight decay included."""
+        flat = torch.zeros(self._index.size, dtype=self._index.dtype, device=self._index.device)
+        flat[torch.from_numpy(self._distribution.coords).to(flat.device)] = delta.to(flat.device)
+        return self._index.flatten(self._optimizer.move(list(self._index.split(flat).values())))
 
     def _change(self, delta: Tensor) -> float:
         """How the loss of the batch changes at the theta that a step leads to; the root asks. Raises Interrupted."""
-        flat = torch.zeros(self._index.size, dtype=self._index.dtype, device=self._index.device)
-        flat[torch.from_numpy(self._distribution.coords).to(flat.device)] = delta
-        steps = list(self._index.split(flat).values())
-        move = self._index.flatten(self._optimizer.move(steps))
+        move = self._added(delta)
 
         def ask() -> tuple[float, float]:
             return 1.0, float(self._task.engine.directional([move], 1.0)[0])

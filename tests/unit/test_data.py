@@ -219,6 +219,16 @@ def test_mean_and_std_that_are_given_hold_for_floating_point_images_too():
     assert found.normalise(found.train.images).flatten().tolist() == [-0.25, 0.25, 0.75, 1.25]
 
 
+def test_of_mean_and_std_the_one_that_is_given_holds():
+    pixels = torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4)
+    both = ((pixels, [0, 1]), (pixels, [0, 1]))
+    own = data.make_data_set(*both)
+    for key in ("mean", "std"):
+        found = data.make_data_set(*both, **{key: [0.25]})
+        other = {"mean": "std", "std": "mean"}[key]
+        assert float(getattr(found, key)) == 0.25 and torch.equal(getattr(found, other), getattr(own, other))
+
+
 def test_vectors_are_inputs_but_cannot_be_cropped():
     vectors = data.make_data_set((np.ones((4, 5)), [0, 1, 0, 1]), (np.ones((2, 5)), [0, 1]))
     assert data.Batches(vectors, 2, 0, augment=False).batch(0)[0].shape == (2, 5)

@@ -8,11 +8,13 @@ from torch import nn
 
 import dzhpc
 from dzhpc import config, data
+from dzhpc.certify import parser
 from dzhpc.engines import make_engine
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.errors import CheckpointError, InputError, NumericalError
 from dzhpc.files import runfolder
 from dzhpc.files.checkpoint import State
+from dzhpc.job.world import World
 from dzhpc.method.first_order import PARTS
 from dzhpc.models import zoo
 from dzhpc.models.dncnn import DnCNN
@@ -20,6 +22,8 @@ from dzhpc.models.frozen import Frozen
 from dzhpc.models.identity import model_sha256
 from dzhpc.models.resnet import resnet20
 from dzhpc.tasks import make_task
+from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.certification import Certification, classifier_of
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss, load_network
 from dzhpc.tasks.defense.inference import Defense, evaluation_noise, load_defense
 
@@ -350,6 +354,39 @@ def test_a_defence_is_loaded_from_a_checkpoint_a_run_folder_or_an_input(user, tm
     assert torch.equal(load_defense(tmp_path / "input.toml", cpu).denoise(noisy), noisy)  # a new denoiser is the identity
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_defense(tmp_path, cpu)
+
+
+def test_a_record_of_certificates_is_of_one_classifier_and_one_test_set(user, tmp_path):
+    args = parser().parse_args(["i.toml"])
+
+    def record(name, *changes, flip=False):
+        task = white(user, *changes)
+        pixels = data.DataSet(task.data.train, task.data.test, task.data.mean, task.data.std, task.data.classes)
+        if flip:
+            pixels.test = data.Split(pixels.test.images.flip(3), pixels.test.labels)
+        defense = Defense(task.config, pixels, task.model, task.box, torch.contiguous_format)
+        return Certification(World(), defense, args, tmp_path, tmp_path / f"{name}.h5", None)
+
+    about = record("old").about
+    certificates.save(tmp_path / "old.h5", [], {k: v for k, v in about.items() if k not in ("test_set", "normalisation")})
+    assert record("old").open() == {}  # of an earlier version
+    others = {"test_set": ([], True), "normalisation": (["task.classifier_mean=[0.5,0.5,0.5]"], False)}
+    for key, (changes, flip) in others.items():
+        certificates.save(tmp_path / f"{key}.h5", [], about)
+        with pytest.raises(CheckpointError, match=f"was written with {key} = "):
+            record(key, *changes, flip=flip).open()
+    task = white(user)
+    state = State(config=task.config.to_toml(), history=[], step=1, epoch=1.0, queries=0, wall_time_s=0.0, run_uuid="", seed=0,
+                  lpr=None, model_sha256="", coordinates=np.arange(1), env={}, partial=None, params={}, buffers={},
+                  optimizer={})  # fmt: skip
+    folder = runfolder.RunFolder(tmp_path / "run")
+    folder.create()
+    task.config.task.classifier, said = str(folder.path), []
+    for step in (1, 2):  # the run of the classifier has gone on
+        state.step = step
+        folder.save(state, 2)
+        said.append(classifier_of(Defense(task.config, task.data, None, None, torch.contiguous_format)))
+    assert said[0].startswith(f"{folder.path} (SHA-256 ") and said[0] != said[1]
 
 
 def test_what_depends_on_company_cannot_be_certified(user):

@@ -135,6 +135,22 @@ def test_local_estimates_have_the_local_losses_gradient_as_their_mean_and_heads_
     assert float(torch.stack(four).var(0).sum()) == pytest.approx(spread["blocks.1.channel.weight"] / 4, rel=0.2)
 
 
+@pytest.mark.parametrize("frozen", ["heads", "blocks", "blocks.1", "final"])
+def test_what_is_frozen_has_no_estimate_and_the_others_keep_theirs(frozen):
+    model, x, y = mixer()
+    loss = lambda logits: F.cross_entropy(logits, y)  # noqa: E731
+
+    def estimate():
+        draw = torch.Generator().manual_seed(3)
+        return local_forward_gradient(model, x, loss, 1, lambda shape: torch.randn(shape, generator=draw))[1]
+
+    whole = estimate()
+    model.get_submodule(frozen).requires_grad_(False)
+    found = estimate()
+    assert list(found) == [name for name in whole if not name.startswith(f"{frozen}.")]
+    torch.testing.assert_close(found, {name: whole[name] for name in found}, rtol=1e-12, atol=1e-15)
+
+
 def test_the_change_of_a_block_is_a_finite_difference_and_noise_stays_in_its_patch_and_group():
     model, x, _ = mixer()
     x = model.patches(x)

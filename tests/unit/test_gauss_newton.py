@@ -12,12 +12,15 @@ from dzhpc import config
 from dzhpc.engines.blackbox import BlackBox
 from dzhpc.engines.delta.differences import cross_entropy_difference, mse_difference
 from dzhpc.errors import InputError, NumericalError
+from dzhpc.files.runfolder import RunFolder
 from dzhpc.job.world import World
 from dzhpc.method import gauss_newton as method
 from dzhpc.method.optimizers import GaussNewton
+from dzhpc.tasks import make_task
 from dzhpc.tasks.defense.classifier import Answers, ClassifierLoss
 from dzhpc.tasks.objective import Blocks, ObjectiveEngine
 from dzhpc.training import columns
+from dzhpc.training.trainer import Trainer
 
 MU = 1e-5
 
@@ -162,6 +165,9 @@ class Lines:
         draw = np.random.default_rng(5)
         self.a, self.b = draw.standard_normal((30, 6)), draw.standard_normal(30)
 
+    def initial(self):
+        return np.linspace(-1, 1, 6)
+
     def residuals(self, thetas, step):
         return thetas @ self.a.T - self.b
 
@@ -228,6 +234,21 @@ def test_what_the_optimiser_would_do_is_what_it_does():
 
 def test_damping_follows_from_how_right_the_prediction_was():
     assert [method.next_damping(9.0, change, -1.0) for change in (-0.9, -0.5, -0.1, 0.0, np.nan)] == [1, 9, 18, 36, 36]
+
+
+def test_the_prediction_is_that_of_the_step_that_is_tried_momentum_and_decay_included(tmp_path, monkeypatch):
+    """Of a quadratic it is exact."""
+    keys = ["task.kind=objective", f"task.function={__name__}:Lines", "optim.name=gauss-newton", "optim.adapt=true"]
+    keys += ["optim.lr=0.3", "optim.momentum=0.7", "optim.weight_decay=0.05", "optim.warmup_epochs=0", "optim.damping=20"]
+    tried, next_damping = [], method.next_damping
+    monkeypatch.setattr(method, "next_damping", lambda *found: (tried.append(found[1:]), next_damping(*found))[1])
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    task = make_task(config.load(None, [*keys, "sparsity.ratio=0", "stop.steps=8"]), torch.device("cpu"))
+    Trainer(World(), task, folder, quiet=True).run()
+    changes, predicted = np.array(tried).T
+    assert len(tried) >= 8 and (changes < 0).sum() >= 6
+    np.testing.assert_allclose(predicted, changes, rtol=1e-6)
 
 
 def test_a_step_of_which_nothing_was_predicted_tells_nothing_and_an_infinite_matrix_is_said():

@@ -13,12 +13,13 @@ import torch
 from dzhpc.config import path_of
 from dzhpc.config.paths import shown
 from dzhpc.errors import CheckpointError, InputError
+from dzhpc.files.runfolder import RunFolder
 from dzhpc.job.lock import Lock
 from dzhpc.job.log import duration, say_first
 from dzhpc.job.shared_work import share_out
 from dzhpc.job.stopping import Reason, Requests
 from dzhpc.job.world import World
-from dzhpc.models.identity import tensors_sha256
+from dzhpc.models import identity
 from dzhpc.tasks.defense import certificates
 from dzhpc.tasks.defense.inference import Defense
 from dzhpc.tasks.defense.smoothing import ABSTAIN, Certificate, Plan, Smoothed
@@ -37,19 +38,28 @@ def spread(images: int | None, total: int) -> list[int]:
 
 
 def classifier_of(defense: Defense) -> str:
-    """What tells one classifier from another: its name; of a file also its content."""
+    """What tells one classifier from another: its name; of a file, or the newest one of a run folder, also its content."""
     task, path = defense.config.task, path_of(defense.config, "task.classifier")
     name = task.classifier or " ".join(task.command)
+    if path is not None and path.is_dir():
+        path = next(iter(RunFolder(path).checkpoint_files()), path)
     if path is None or not path.is_file():
         return name
     with open(path, "rb") as file:
         return f"{name} (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
 
 
+def pixels_of(defense: Defense) -> dict[str, str]:
+    """What tells the test set from another, and how a classifier from a file normalises its images."""
+    test, network = defense.data.test, defense.box.network
+    values = [round(float(v), 6) for v in torch.cat([network.mean, network.std]).flatten()] if network is not None else ""
+    return {"test_set": identity.fingerprint({"images": test.images, "labels": test.labels}), "normalisation": str(values)}
+
+
 def fingerprint(model: torch.nn.Module | None) -> str:
     """What tells one denoiser from another: a hash of its parameters and buffers; "" without denoiser."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())} if model is not None else {}
-    return tensors_sha256(tensors, content=True) if tensors else ""
+    return identity.tensors_sha256(tensors, content=True) if tensors else ""
 
 
 class Certification:
@@ -74,7 +84,7 @@ class Certification:
             "alpha": args.alpha, "adaptive": args.adaptive, "grid": args.grid, "seed": defense.seed, "batch": args.batch,
             "precision": args.precision, "data": defense.config.data.name, "classifier": classifier_of(defense),
             "denoiser": fingerprint(defense.model), "threads": torch.get_num_threads(),
-            "device": self._data.test.images.device.type, "torch": str(torch.__version__),
+            "device": self._data.test.images.device.type, "torch": str(torch.__version__), **pixels_of(defense),
         }  # fmt: skip
         self._rows: dict[int, Certificate] = {}  # on the root all that is known, on others what was known before
         self._asked = 0  # samples, of this rank in this launch
@@ -119,7 +129,7 @@ class Certification:
             return {}
         rows, about = certificates.load(self.path)
         for key, new in self.about.items():
-            if (old := about.get(key)) == new or key in ("name", "source"):
+            if (old := about.get(key, new)) == new or key in ("name", "source"):  # earlier versions wrote fewer
                 continue
             if key not in BITS:
                 raise CheckpointError(

@@ -30,12 +30,12 @@ ROUNDING = 0.02  # of the answers' spread: what company may change, since half p
 class Classifier(BlackBox):
     """A black box whose answers are a logit or probability for each class [N, K]; -inf is the logit of an excluded one.
 
-    Raises as BlackBox does; InputError for answers that are not [N, classes].
+    network: of a classifier from a file. Raises as BlackBox does; InputError for answers that are not [N, classes].
     """
 
     def __init__(self, function: Callable, classes: int, limit: int, numpy: bool, retries: int, name: str):
         super().__init__(function, limit, numpy, retries, name)
-        self._classes = classes
+        self._classes, self.network = classes, function if isinstance(function, Frozen) else None
 
     def check(self, answers: Tensor, count: int) -> None:
         """Raise InputError or NumericalError for answers to ``count`` images that cannot be right."""

@@ -142,7 +142,7 @@ class Experiment:
         states, which = torch.stack([train.states[s, f] for s, f in some]), [s for s, _ in some]
         try_simulator(self.simulator, config.task, states, train.parameters[which])
         self._where, self._device = self.reference.where(), device
-        self._networks: dict[str, tuple[torch.nn.Module, Correction]] = {}
+        self._networks: dict[int, tuple[torch.nn.Module, Correction]] = {}
 
     @property
     def frames(self) -> int:
@@ -157,10 +157,10 @@ class Experiment:
         return rollout(self.simulator, correction, one, self._where, steps, keep)
 
     def _correction(self, run: Run, checkpoint: int) -> Correction:
-        if run.name not in self._networks:
+        if id(run) not in self._networks:  # runs of two folders may share a name
             model = zoo.build(run.config.model, run.config.run.seed).to(self._device).eval()
-            self._networks[run.name] = model, Correction(model, self.reference)
-        model, correction = self._networks[run.name]
+            self._networks[id(run)] = model, Correction(model, self.reference)
+        model, correction = self._networks[id(run)]
         state = run.checkpoints[checkpoint][1]
         assign(model, state.params, state.buffers)
         return correction
