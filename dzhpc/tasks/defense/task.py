@@ -130,13 +130,28 @@ class DefenseTask(Task):
     def _latent_loss(self) -> QueriedLoss:
         if not hasattr(self.model, "encode") or not hasattr(self.model, "decode"):
             raise InputError(f'zo.estimator = "latent": model {self.config.model.name} has no encode and decode; use ae-ds')
+        self._freeze_decoder()
         losses = lambda images, targets: self.answers.cross_entropy(self.box(images.clamp(0, 1)), targets)  # noqa: E731
         return QueriedLoss(self.model.decode, losses, self.config.zo.mu)
 
+    def _freeze_decoder(self) -> None:
+        """Queries of the code give no gradient of what lies behind it: the optimiser's weight decay alone would move that."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            code = self._code()
+        if not code.requires_grad:
+            raise InputError('zo.estimator = "latent": model.trainable leaves nothing to train in front of the code')
+        for p, gradient in zip(parameters, torch.autograd.grad(code.sum(), parameters, allow_unused=True), strict=True):
+            p.requires_grad_(gradient is not None)
+
     @torch.no_grad()
     def _code_size(self) -> int:
+        return self._code().numel()
+
+    def _code(self) -> Tensor:
+        """Of an image."""
         self.model.eval()  # no running statistics move
-        return self.model.encode(self._laid_out(self.data.normalise(self.data.train.images[:1]))).numel()
+        return self.model.encode(self._laid_out(self.data.normalise(self.data.train.images[:1])))
 
     def _set_mode(self) -> None:
         self.model.train(self.config.task.loss == "mse")
