@@ -1,4 +1,6 @@
-"""Keys that an input sets, and that have no effect beside its others: they are named, since a wrong guess costs a run."""
+"""Keys that have no effect beside others, or one that is seldom meant: they are named, since a wrong guess costs a run."""
+
+from collections.abc import Iterator
 
 from dzhpc.config.names import is_function
 from dzhpc.config.rivals import SEE_THE_NETWORK
@@ -67,3 +69,15 @@ def lines(why: dict[str, str]) -> list[str]:
         f"{', '.join(k for k, r in why.items() if r == reason)}: no effect with {reason}"
         for reason in dict.fromkeys(why.values())
     ]
+
+
+def decays(config) -> Iterator[str]:
+    """What the weight decay of a Config does beside what it is meant for: a line each."""
+    optim, sparsity = config.optim, config.sparsity
+    key = f"optim.weight_decay = {optim.weight_decay:g}"
+    if optim.weight_decay == 0:
+        return
+    if config.task.kind == "objective":
+        yield f"{key}: pulls theta to 0, away from the minimum of the objective; is that meant? If not, set it to 0"
+    if optim.name == "adam" and sparsity.ratio > 0 and sparsity.target == "gradients":
+        yield f"{key}: Adam moves coordinates that were never in S by the whole of optim.lr at each step, towards 0; set it to 0"

@@ -113,6 +113,8 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     """
     for line in configuration.lines(configuration.idle(task.config)) if world.is_root else ():
         log.info(line)
+    for line in configuration.decays(task.config) if world.is_root else ():
+        log.warning(line)
     check_made(world, task.made())
     losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():

@@ -35,7 +35,7 @@ def test_every_shipped_input_is_valid(project):
     assert {p.stem for p in inputs} >= {"digits", "cnn", "resnet20"}
     for path in inputs:
         assert config.load(path).run.name == path.stem
-        assert config.idle(config.load(path)) == {}
+        assert config.idle(config.load(path)) == {} and not list(config.decays(config.load(path)))
 
 
 IDLE = {
@@ -56,6 +56,24 @@ def test_keys_that_have_no_effect_beside_others_are_named(choice):
     reason = f'{key} = "{value}"' if value.isalpha() else f"{key} = {value}"
     assert found == {text.partition("=")[0]: reason for text in IDLE[choice]}
     assert config.lines(found) == [f"{', '.join(found)}: no effect with {reason}"]
+
+
+ADAM = ("optim.name=adam", "sparsity.ratio=0.9")
+OWN = ("task.kind=objective", "task.function=m:F", "sparsity.scores=random")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ((), []), (ADAM[:1], [" never in S "]), (ADAM, [" never in S "]), (("optim.name=adam", "sparsity.ratio=0"), []),
+        ((*ADAM, "optim.weight_decay=0"), []), ((*ADAM, "sparsity.target=weights", "sparsity.pattern=static"), []),
+        (OWN, [" pulls theta to 0"]), ((*OWN, *ADAM), [" pulls theta to 0", " never in S "]),
+        ((*OWN, "optim.weight_decay=0"), []),
+    ],
+)  # fmt: skip
+def test_what_weight_decay_moves_beside_the_gradient_is_said(keys, said):
+    found = list(config.decays(config.load(None, list(keys))))
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
 
 
 def test_averages_over_the_steps_of_one_set_need_one():
