@@ -64,8 +64,9 @@ def run(args: argparse.Namespace, method: str, rate: float, seed: int) -> tuple[
     code = subprocess.run(command, check=False, cwd=HERE).returncode
     if code not in (0, NumericalError.exit_code):
         raise SystemExit(f"{name}: exit code {code}")
-    train, evaluation = load_columns(args.out / name / "metrics.h5")
-    return train, evaluation | ({"loss": np.array([np.inf])} if code else {})  # diverged: no rate to choose
+    if code:  # diverged, perhaps before anything was written: no rate to choose
+        return dict.fromkeys(("step", "queries"), np.zeros(1)), {"step": np.zeros(1), "accuracy": [np.nan], "loss": [np.inf]}
+    return load_columns(args.out / name / "metrics.h5")
 
 
 def steps_of(args: argparse.Namespace, method: str) -> int:
