@@ -86,6 +86,12 @@ class Group:
         return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
     @property
+    def seeds(self) -> str:
+        """How many the means are of, and of how many where others have not ended or have failed."""
+        of, all_of_them = len(self.counted), len(self.results)
+        return f"{of}" if of == all_of_them else f"{of} of {all_of_them}"
+
+    @property
     def reached(self) -> str:
         """Epochs, and of how many where no run is finished."""
         epochs = f"{self.mean('epochs'):.3g}"
@@ -100,11 +106,13 @@ def groups(folder: Path, over: str) -> list[Group]:
     found: dict[str, Group] = {}
     for one in campaign.members(folder):
         if not one.step:
+            log.warning("%s: has made no step (%s), and is in no row", one.name, one.state)
             continue
         path = folder / one.name if (folder / one.name).is_dir() else folder  # which may be a run itself
         settings = _settings(path)
         train, evaluation = load_columns(path / "metrics.h5")
         if not len(evaluation["step"]):
+            log.warning("%s: was never evaluated (%s), and is in no row", one.name, one.state)
             continue
         method = one.name.split("/")[0] if "/" in one.name else ""
         place = settings.get(section, {}).get(key)
@@ -147,7 +155,7 @@ def table(found: list[Group], beside: list[Published], over: str) -> str:
         error = "" if math.isnan(group.error) else f"{group.error:{'.2g' if is_loss else '.2f'}}"
         rows.append(
             f"| {drawing.cell(group.method)} | {drawing.cell(group.place)} | {theirs} | {group.mean():.4g} | {error} "
-            f"| {len(group.counted)} | {group.reached} | {group.mean('queries'):,.0f} | {group.mean('hours'):.3g} |"
+            f"| {group.seeds} | {group.reached} | {group.mean('queries'):,.0f} | {group.mean('hours'):.3g} |"
         )
     rows += [f"| {drawing.cell(one.method)} | {one.place} | {one.accuracy:g} | not run | | | | | |" for one in left]
     return "\n".join(rows)

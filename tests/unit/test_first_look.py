@@ -12,8 +12,9 @@ from dzhpc.tasks.objective import Blocks, ObjectiveEngine
 from dzhpc.training.first_look import look, signal
 
 
-def said(function, mu, theta0=(0.5, 0.5, 0.5), lr=1e-3, **zo):
-    table = {"zo": {"mu": mu, **zo}, "optim": {"lr": lr, "momentum": 0.0}, "sparsity": {"ratio": 0.0}}
+def said(function, mu, theta0=(0.5, 0.5, 0.5), lr=1e-3, momentum=0.0, nesterov=False, **zo):
+    optim = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+    table = {"zo": {"mu": mu, **zo}, "optim": optim, "sparsity": {"ratio": 0.0}}
     settings = config.parse(table, "x")
     engine = ObjectiveEngine(function, Blocks(np.array(theta0)), True, 100, 0, "loss")
     loss, coords = engine.bind(0), np.arange(len(theta0))
@@ -39,10 +40,11 @@ def test_nothing_is_advised_where_all_is_well():
         (lambda thetas, step: bowl(thetas, step).astype(np.float32), 1e-6, {}, "units in the last place"),
         (lambda thetas, step: np.cosh(9 * thetas).sum(1), 0.2, {}, "lower zo.mu to "),
         (bowl, 1e-4, {"lr": 3.0}, r"lower optim.lr below 1: 2 \(1 \+ momentum\) / second derivative"),
+        (bowl, 1e-4, {"lr": 0.8, "momentum": 0.5, "nesterov": True}, "lower optim.lr below 0.75: 2 (1 + momentum) / (1 + 2 mo"),
         (lambda thetas, step: np.ones(len(thetas)), 1e-4, {}, "raise zo.mu (now 0.0001), or see that the loss depends on theta"),
         (lambda thetas, step: bowl(thetas, step) + np.random.default_rng().normal(size=len(thetas)), 1e-3, {}, "is noisy"),
     ],
-    ids=["rounding", "single", "curved", "lr", "flat", "noisy"],
+    ids=["rounding", "single", "curved", "lr", "nesterov", "flat", "noisy"],
 )
 def test_what_is_off_is_named(function, mu, options, advice):
     with pytest.MonkeyPatch.context():
@@ -53,6 +55,10 @@ def test_what_is_off_is_named(function, mu, options, advice):
 def test_a_loss_beyond_float32_is_looked_at_without_a_word_of_numpys():
     with np.errstate(all="raise"):
         assert said(lambda thetas, step: 1e300 * bowl(thetas, step), 1e-4).startswith("first estimate: differences of ")
+
+
+def test_heavy_balls_may_be_longer_than_nesterovs():
+    assert "lower optim.lr" not in said(bowl, 1e-4, lr=0.8, momentum=0.5)
 
 
 def test_the_advice_for_rounding_cures_it():

@@ -117,10 +117,11 @@ def test_a_row_is_a_method_at_a_place_and_its_number_the_mean_of_finished_seeds(
     assert rows == [
         ["deepzero", "0.9", "", "40", "", "1", "2", "2,000", "1"],
         ["deepzero", "0.95", "", "30", "", "1", "1 of 2, not finished", "1,000", "1"],
-        ["dense", "0.0", "92.85", "54", "2.31", "3", "2", "2,000", "1"],
+        ["dense", "0.0", "92.85", "54", "2.31", "3 of 4", "2", "2,000", "1"],
         ["deepzero", "0.99", "73.37", "not run", "", "", "", "", ""],
     ]
     assert "dense/again: has seed 1, as dense/seed1 has, and is left out" in caplog.text
+    assert "deepzero/c: was never evaluated (finished), and is in no row" in caplog.text
     with Image.open(files[1]) as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").resize((400, 200)).getcolors(10**6)) > 20
 
