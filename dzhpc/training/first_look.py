@@ -93,12 +93,12 @@ def _judge(g: np.ndarray, units: float, asked: tuple, config: Config, said: list
         advice.append(f'lower zo.mu to {less}, or use zo.difference = "central": the slope changes within mu')
     if noise > 0.1 * size:
         advice.append("the loss is noisy: the same question has other answers")
-    largest, most, bound = float(bend.max(initial=0.0)), 2 * (1 + optim.momentum), "2 (1 + momentum)"
+    largest, most, less = float(bend.max(initial=0.0)), 2 * (1 + optim.momentum), ""
     if optim.nesterov:
-        most, bound = most / (1 + 2 * optim.momentum), f"{bound} / (1 + 2 momentum)"
+        most, less = most / (1 + 2 * optim.momentum), " / (1 + 2 momentum)"
     second = 2 * largest / zo.mu**2  # derivative
     if optim.name == "sgd" and units >= FEW and largest > 3 * noise and optim.lr * second > most:
-        advice.append(f"lower optim.lr below {most / second:.2g}: {bound} / second derivative")
+        advice.append(f"lower optim.lr below {most / second:.2g}: 2 (1 + momentum) / second derivative{less}")
 
 
 def _beside_exact(

@@ -40,7 +40,7 @@ def test_nothing_is_advised_where_all_is_well():
         (lambda thetas, step: bowl(thetas, step).astype(np.float32), 1e-6, {}, "units in the last place"),
         (lambda thetas, step: np.cosh(9 * thetas).sum(1), 0.2, {}, "lower zo.mu to "),
         (bowl, 1e-4, {"lr": 3.0}, r"lower optim.lr below 1: 2 \(1 \+ momentum\) / second derivative"),
-        (bowl, 1e-4, {"lr": 0.8, "momentum": 0.5, "nesterov": True}, "lower optim.lr below 0.75: 2 (1 + momentum) / (1 + 2 mo"),
+        (bowl, 1e-4, {"lr": 0.8, "momentum": 0.5, "nesterov": True}, " 0.75: 2 (1 + momentum) / second derivative / (1 + 2 mo"),
         (lambda thetas, step: np.ones(len(thetas)), 1e-4, {}, "raise zo.mu (now 0.0001), or see that the loss depends on theta"),
         (lambda thetas, step: bowl(thetas, step) + np.random.default_rng().normal(size=len(thetas)), 1e-3, {}, "is noisy"),
     ],
