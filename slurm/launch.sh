@@ -29,7 +29,8 @@ if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY
 
 # When Slurm will end the job, in seconds since 1970; new versions say so themselves.
 if [ -n "$job" ] && [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-    SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$job" -o %e)" +%s 2> /dev/null) && export SLURM_JOB_END_TIME
+    end=$(squeue -h -j "$job" -o %e) # nothing, where a node has no squeue: that is no date, though `date -d ""` takes it for midnight
+    if [ -n "$end" ] && end=$(date -d "$end" +%s 2> /dev/null); then export SLURM_JOB_END_TIME=$end; fi
 fi
 
 warned=""       # USR1 (the time limit is near) or TERM (preempted or cancelled), once the job was warned

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 
@@ -61,6 +62,16 @@ def test_members_are_valid_inputs_with_names_of_their_own(project, listed, name)
         if size == "paper":
             last = re.search(r"--array=0-(\d+)", (project / "slurm" / "studies" / f"{name}.sh").read_text())
             assert (int(last[1]) + 1 if last else sum(STAGES[name])) == len(members)
+
+
+def test_on_a_node_without_squeue_the_end_of_a_job_is_unknown(project, tmp_path):
+    """By `date -d ""` it was the midnight before: the run stopped at once, and was requeued for ever."""
+    for name in ("date", "id"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    script = 'source slurm/launch.sh; echo "end: ${SLURM_JOB_END_TIME:-}"'
+    words, env = [shutil.which("bash"), "-c", script], {"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "end: \n" and "squeue: command not found" in done.stderr
 
 
 def test_pattern_search_asks_as_often_as_the_run_beside_it(listed):
