@@ -65,7 +65,7 @@ def test_members_are_valid_inputs_with_names_of_their_own(project, listed, name)
 
 
 def test_on_a_node_without_squeue_the_end_of_a_job_is_unknown(project, tmp_path):
-    """By `date -d ""` it was the midnight before: the run stopped at once, and was requeued for ever."""
+    """By `date -d ""` it was the midnight before: the run stopped at once."""
     for name in ("date", "id"):
         (tmp_path / name).symlink_to(shutil.which(name))
     script = 'source slurm/launch.sh; echo "end: ${SLURM_JOB_END_TIME:-}"'
