@@ -19,7 +19,7 @@ from dzhpc.method.first_order import PARTS
 from dzhpc.models import zoo
 from dzhpc.models.dncnn import DnCNN
 from dzhpc.models.frozen import Frozen
-from dzhpc.models.identity import model_sha256
+from dzhpc.models.identity import fingerprint, model_sha256
 from dzhpc.models.resnet import resnet20
 from dzhpc.tasks import make_task
 from dzhpc.tasks.defense import certificates
@@ -387,6 +387,18 @@ def test_a_record_of_certificates_is_of_one_classifier_and_one_test_set(user, tm
         folder.save(state, 2)
         said.append(classifier_of(Defense(task.config, task.data, None, None, torch.contiguous_format)))
     assert said[0].startswith(f"{folder.path} (SHA-256 ") and said[0] != said[1]
+
+
+def test_a_restart_knows_another_classifier_under_the_same_name(user, tmp_path):
+    def found():
+        keys = f"task.classifier={tmp_path / 'net.th'}", "task.classifier_model=own_defense:Net", "task.batch_limit=64"
+        return fingerprint(task_of(*keys, keys=SMALL).examples())
+
+    torch.save(net := user.Net().state_dict(), tmp_path / "net.th")
+    assert (before := found()) == found()
+    net["fc.bias"][2] += 1
+    torch.save(net, tmp_path / "net.th")
+    assert found() != before
 
 
 def test_what_depends_on_company_cannot_be_certified(user):

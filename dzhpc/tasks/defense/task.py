@@ -79,7 +79,9 @@ class DefenseTask(Task):
         return data.load(config.data, config.run.seed)
 
     def examples(self) -> dict[str, Tensor]:
-        return self.data.tensors()
+        network = self.box.network if self.box else None
+        weights = {} if network is None else network.state_dict()
+        return self.data.tensors() | {f"classifier/{name}": t for name, t in weights.items() if t.ndim}
 
     def bind(self, step: int, shard: int = 0) -> float:
         return self._bind(*self.batch(step), shard)
