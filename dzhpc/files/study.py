@@ -125,6 +125,8 @@ def groups(folder: Path, over: str) -> list[Group]:
         group.add(one.name, settings["run"]["seed"], result)
     if not found:
         raise InputError(f"{paths.shown(folder)}: no run below has been evaluated yet")
+    if not any(group.place for group in found.values()):
+        raise InputError(f"--over {over}: no run below has such a key in its input.toml")
     return sorted(found.values(), key=lambda group: (group.method, _order(group.place)))
 
 

@@ -223,6 +223,13 @@ def test_evaluation_counts_the_classifiers_right_answers_with_one_noise_draw_an_
     assert few.cost.evaluation == 10
 
 
+def test_probabilities_of_a_few_classes_alone_are_said_to_be_taken_for_logits(caplog):
+    for answers, said in (([[0.6, 0.0, 0.1]], True), ([[0.9, 0.0, 0.1]], False), ([[0.6, 1.2, 0.1]], False)):
+        caplog.clear()
+        Answers().probabilities(torch.tensor(answers))
+        assert ("do not add up to 1, but to 0.7: they are taken for logits" in caplog.text) == said
+
+
 def test_answers_are_logits_or_probabilities_as_the_first_ones_show():
     logits, p = torch.tensor([[2.0, -1.0], [0.0, 0.0]]), torch.tensor([[0.26, 0.75], [1.0, 0.0]])  # quantised: sums to 1.01
     assert torch.allclose(Answers().probabilities(logits), torch.softmax(logits.double(), 1))

@@ -127,6 +127,12 @@ class Answers:
         if self.are_logits is None:
             self.are_logits = bool((answers < 0).any()) or bool(((answers.sum(1) - 1).abs() > 0.1).any())
             log.info("task.classifier gives %s", "logits" if self.are_logits else "probabilities")
+            if self.are_logits and answers.min() >= 0 and answers.max() <= 1:
+                log.warning(
+                    "task.classifier: its answers lie between 0 and 1 and do not add up to 1, but to %.3g: they are taken for "
+                    "logits; if they are probabilities, give those of all classes",
+                    float(answers.sum(1)[0]),
+                )
         if self.are_logits:
             return F.log_softmax(answers, 1)
         p = answers.clamp_min(SMALLEST)
