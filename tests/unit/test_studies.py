@@ -149,7 +149,7 @@ def test_what_cannot_be_a_study_is_named(runs, tmp_path):
     for over, message in (("ratio", "expected SECTION.KEY"), ("sparsity.ratio", "no run below has been evaluated")):
         with pytest.raises(InputError, match=message):
             curves.write_study(runs / "fig4" / "deepzero" / "c", tmp_path / "out", over, [])
-    with pytest.raises(InputError, match="--over sparsity.ratoi: no run below has such a key"):
+    with pytest.raises(InputError, match=r"--over sparsity\.ratoi: no run below has such a key"):
         study.groups(runs / "fig4", "sparsity.ratoi")
     (tmp_path / "bad.tsv").write_text("fig4\tdense\n")
     with pytest.raises(InputError, match=r"bad\.tsv: cannot be read as a table of published numbers"):
