@@ -140,7 +140,11 @@ class Pattern:
         """ZO-GraSP; of a batch in shards the slopes are the mean of theirs, added in order."""
         task, config, shards = self._task, self._config, Shards(self._task)
         if shards.count == 1:
-            bind = lambda: self._attempt(lambda: task.bind_for_scores(number))  # noqa: E731
+
+            def bind() -> float:
+                pinned_seed(derive(self._seed, "score masks", number))  # dropout's, the same at theta and at theta + mu g
+                return self._attempt(lambda: task.bind_for_scores(number))
+
             return zo_grasp(task.engine, bind, config.q, self._mu, seed, self._split)
 
         def in_shards(q: int, evaluate: Callable[[range], np.ndarray]) -> np.ndarray:

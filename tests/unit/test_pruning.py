@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dzhpc
 from dzhpc import config
 from dzhpc.engines.losses import LOSSES
+from dzhpc.engines.pinned import seed
 from dzhpc.errors import InputError, NumericalError
 from dzhpc.files.lpr import save_lpr
 from dzhpc.method import scores as pruning
@@ -243,6 +244,20 @@ def steps_with_new_sets(pattern, steps):
             pattern.redraw(step)
             found[step] = pattern.coords.tolist()
     return found
+
+
+class Dropping(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 10))
+
+
+def test_both_estimates_of_zo_grasp_see_one_dropout_mask():
+    keys = ["data.name=digits", "data.batch_size=100", "data.augment=false", f"model.name={__name__}:Dropping", "zo.engine=full"]
+    task = make_task(config.load(None, [*keys, "zo.mu=1e-3", "sparsity.q=600"]), torch.device("cpu"))
+    found = Pattern(task, split_over(1)).score().scores.double()
+    seed(derive(0, "score masks", 0))
+    exact = pruning.fo_grasp(task.engine, lambda: task.bind_for_scores(0)).double()
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.6 and 0.5 < found.norm() / exact.norm() < 2
 
 
 def test_dynamic_patterns_are_redrawn_at_their_interval_from_one_score_and_static_ones_never():
