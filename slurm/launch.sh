@@ -11,6 +11,11 @@ if [ -z "${LAUNCHER:-}" ]; then
     if [ "${LAUNCHER%% *}" = mpirun ] && [ "${SLURM_CPUS_PER_TASK:-1}" -gt 1 ]; then LAUNCHER="$LAUNCHER --bind-to none"; fi
 fi
 
+# Since Slurm 22.05 srun gives a task one core, whatever the job has asked for, unless it is told so.
+if [ "${LAUNCHER%% *}" = srun ] && [ "${SLURM_CPUS_PER_TASK:-1}" -gt 1 ]; then
+    export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
+
 # Triton and Inductor compile into these folders: on a parallel file system thousands of small files from every rank are slow,
 # and two nodes of different processors must not share machine code. A node's own disk it is, one folder a user.
 node_local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dzhpc-$(id -u)

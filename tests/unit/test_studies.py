@@ -64,14 +64,28 @@ def test_members_are_valid_inputs_with_names_of_their_own(project, listed, name)
             assert (int(last[1]) + 1 if last else sum(STAGES[name])) == len(members)
 
 
-def test_on_a_node_without_squeue_the_end_of_a_job_is_unknown(project, tmp_path):
-    """By `date -d ""` it was the midnight before: the run stopped at once."""
+def sourced(project, tmp_path, variable, **env):
+    """What slurm/launch.sh makes of a variable in a job, on a node that has nothing but two programs."""
     for name in ("date", "id"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    script = 'source slurm/launch.sh; echo "end: ${SLURM_JOB_END_TIME:-}"'
-    words, env = [shutil.which("bash"), "-c", script], {"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}
-    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=30)
-    assert done.stdout == "end: \n" and "squeue: command not found" in done.stderr
+    words = [shutil.which("bash"), "-c", f'source slurm/launch.sh; echo "found: ${{{variable}:-}}"']
+    env = {"PATH": str(tmp_path), "SLURM_JOB_ID": "7", **env}
+    return subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=30)
+
+
+def test_on_a_node_without_squeue_the_end_of_a_job_is_unknown(project, tmp_path):
+    """By `date -d ""` it was the midnight before: the run stopped at once."""
+    done = sourced(project, tmp_path, "SLURM_JOB_END_TIME")
+    assert done.stdout == "found: \n" and "squeue: command not found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cpus", "found"), [("srun --mpi=pmix", "4", "4"), ("srun --mpi=pmix", "1", ""), ("mpirun -n 2", "4", "")]
+)
+def test_tasks_of_srun_have_the_cores_that_the_job_asked_for(project, tmp_path, launcher, cpus, found):
+    env = {"LAUNCHER": launcher, "SLURM_CPUS_PER_TASK": cpus, "SLURM_JOB_END_TIME": "9"}
+    done = sourced(project, tmp_path, "SRUN_CPUS_PER_TASK", **env)
+    assert (done.stdout, done.stderr) == (f"found: {found}\n", "")
 
 
 def test_pattern_search_asks_as_often_as_the_run_beside_it(listed):
