@@ -3,10 +3,12 @@
 import logging
 import math
 import time
+import tomllib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from dzhpc.files.checkpoint import State
 from dzhpc.files.metrics import Metrics
 from dzhpc.job.log import Line, duration
 
@@ -44,10 +46,13 @@ class Record:
         self._metrics = Metrics(path, run)
         self.evaluated_step, self.accuracy, self.on_record = -1, math.nan, False
 
-    def restore(self, run: str, step: int, interval: int) -> None:
-        """Go on after ``step`` of a run: later rows are dropped, and evaluations that are not due every ``interval`` steps."""
-        self._metrics.run = run
-        self.on_record = self._metrics.restore(step, lambda row: row > 0 and row % interval == 0)
+    def restore(self, found: State, steps_per_epoch: int, every_epochs: int) -> None:
+        """Go on after a checkpoint: later rows are dropped, and evaluations that were never due, now or in an earlier launch."""
+        step, written = found.step, map(tomllib.loads, [*found.history, found.config])
+        due = {every_epochs, *(table.get("eval", {}).get("every_epochs", every_epochs) for table in written)}
+        self._metrics.run = found.run_uuid
+        regular = lambda row: row > 0 and any(row % (epochs * steps_per_epoch) == 0 for epochs in due)  # noqa: E731
+        self.on_record = self._metrics.restore(step, regular)
         if len(self._metrics.eval) and self._metrics.eval[-1, 0] == step:
             self.evaluated_step, self.accuracy = step, float(self._metrics.eval[-1, 3])
 

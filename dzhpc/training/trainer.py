@@ -68,7 +68,7 @@ class Trainer:
             for key, value in self.state.environment().items():
                 if found.env.get(key, value) != value:
                     log.warning("%s was %s, now %s: bits may differ from an undisturbed run", key, found.env[key], value)
-            self._record.restore(found.run_uuid, found.step, self._evaluation_interval)
+            self._record.restore(found, self.task.steps_per_epoch, self.config.eval.every_epochs)
 
     def run(self) -> Reason:
         """Train until something ends the run; the final state is written before this returns. Collective."""

@@ -14,6 +14,7 @@ import dzhpc
 from dzhpc import config
 from dzhpc.config import Zo, sections
 from dzhpc.errors import InputError
+from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.job import log
 from dzhpc.job.stopping import Reason
@@ -229,6 +230,20 @@ def test_a_restart_on_other_data_is_said(tmp_path, caplog):
             again.data.test.images[0, 0, 0, 0] += 1
         trainer.Trainer(World(), again, folder).restore(folder.newest_state()[1])
         assert ("data (SHA-256) was " in caplog.text) == changed
+
+
+def test_evaluations_stay_on_record_where_a_restart_evaluates_less_often(tmp_path):
+    keys = ["data.name=digits", "data.batch_size=24", "data.augment=false", "data.train_limit=48", "model.name=cnn"]
+    keys += ["model.depth=1", "zo.estimator=autograd", "zo.engine=full", "sparsity.ratio=0"]
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for steps, every in ((3, 1), (5, 2), (9, 4)):  # of two an epoch; the last evaluations, after 3 and 5, were due at no interval
+        task = make_task(config.load(None, [*keys, f"stop.steps={steps}", f"eval.every_epochs={every}"]), torch.device("cpu"))
+        run = trainer.Trainer(World(), task, folder, quiet=True)
+        if (state := folder.newest_state()[1]) is not None:
+            run.restore(state)
+        run.run()
+    assert load_columns(folder.metrics)[1]["step"].tolist() == [2, 4, 8, 9]
 
 
 ASKED = """
