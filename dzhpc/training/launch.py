@@ -111,10 +111,9 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     Where the loss ends in user code it is bound twice, which tells noise: with other random numbers, since nothing but a network
     under engine ``full`` may draw any. Raises InputError. Buffers and random numbers are left as they were. Collective.
     """
-    for line in configuration.lines(configuration.idle(task.config)) if world.is_root else ():
+    said = [*configuration.lines(configuration.idle(task.config)), *configuration.decays(task.config)]
+    for line in said if world.is_root else ():
         log.info(line)
-    for line in configuration.decays(task.config) if world.is_root else ():
-        log.warning(line)
     check_made(world, task.made())
     losses, may_draw = [], isinstance(task.engine, (Full, Unrolled))
     with world.together():
