@@ -99,7 +99,7 @@ class Loop:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Of the next step alone: each step ends with the schedule's, so another rate has to be set before each."""
         return self._state.optimizer.param_groups[0]["lr"]
 
     @learning_rate.setter
