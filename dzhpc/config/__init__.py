@@ -3,7 +3,7 @@
 Precedence: defaults < file < ``--set KEY=VALUE``. The defaults are those of ``inputs/resnet20.toml``.
 """
 
-from dzhpc.config.idle import decays, idle, lines
+from dzhpc.config.idle import idle, lines, unmeant
 from dzhpc.config.input import (
     FREE,
     PATHS,
@@ -22,7 +22,7 @@ from dzhpc.config.sections import Data, Model, Optim, Run, Zo
 from dzhpc.config.tasks import SolKeys
 
 __all__ = [
-    "FREE", "PATHS", "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "called", "decays",
+    "FREE", "PATHS", "Config", "Data", "Model", "Optim", "Run", "SolKeys", "Zo", "called",
     "frozen_changes", "idle", "import_object", "is_function",
-    "known_keys", "lines", "load", "look_in", "parse", "parse_written", "path_of", "tables", "value_of",
+    "known_keys", "lines", "load", "look_in", "parse", "parse_written", "path_of", "tables", "unmeant", "value_of",
 ]  # fmt: skip

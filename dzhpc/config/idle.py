@@ -71,9 +71,11 @@ def lines(why: dict[str, str]) -> list[str]:
     ]
 
 
-def decays(config) -> Iterator[str]:
-    """What the weight decay of a Config does beside what it is meant for: a line each."""
-    optim, sparsity = config.optim, config.sparsity
+def unmeant(config) -> Iterator[str]:
+    """What the optimiser of a Config does that is seldom meant, by its warm-up and its weight decay: a line each."""
+    optim, sparsity, epochs = config.optim, config.sparsity, config.stop.epochs
+    if optim.warmup_epochs >= epochs:
+        yield f"optim.warmup_epochs = {optim.warmup_epochs:g}: the run ends at {epochs:g} epochs, before optim.lr is reached"
     key = f"optim.weight_decay = {optim.weight_decay:g}"
     if optim.weight_decay == 0:
         return

@@ -8,6 +8,7 @@ in data, trajectories and certificates with their tasks.
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ from dzhpc.errors import DzhpcError, InputError
 VERSION = 1
 BLOCK = 512
 MAGIC = b"dzhpc sha256 "
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write(path: Path, kind: str, fill: Callable[[File], None], error: type[DzhpcError]) -> None:
@@ -50,12 +52,18 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
         os.fsync(folder)
         os.close(folder)
     except OSError as failure:
-        raise error(
-            f"{shown(path)}: cannot be written ({failure.strerror or failure}); free space, or choose another folder"
-        ) from None
+        raise error(unwritten(path, failure)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def unwritten(path: Path, failure: OSError) -> str:
+    """What to say of a file that could not be written, and what helps."""
+    help = "free space, or choose another folder" if failure.errno in FULL else "choose another folder"
+    if not path.parent.exists():
+        help = f"{shown(path.parent)} is not there"
+    return f"{shown(path)}: cannot be written ({failure.strerror or failure}); {help}"
 
 
 def replaceable(path: Path, error: type[DzhpcError]) -> Path:

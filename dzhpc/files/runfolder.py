@@ -185,9 +185,7 @@ def _write(path: Path, text: str) -> None:
     except OSError as failure:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{paths.shown(path)}: cannot be written ({failure.strerror}); free space, or choose another folder"
-        ) from None
+        raise CheckpointError(h5.unwritten(path, failure)) from None
 
 
 def _is_resolved(path: Path) -> bool:

@@ -15,7 +15,7 @@ from dzhpc.errors import LaunchError
 from dzhpc.job import processor
 
 log = logging.getLogger("dzhpc")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 GPUS_ASKED_FOR = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK")
 
 
@@ -166,11 +166,14 @@ class Stopwatch:
 
 
 def keep_memory() -> None:
-    """Let what is freed stay with this process (glibc): changes come and go, megabytes each, and fresh pages take their time."""
+    """Let what is freed stay with this process (glibc): tensors come and go by the megabyte, and fresh pages take their time.
+
+    No threshold keeps those of more than 32 MiB, hence no mappings at all. What a process holds is then what it once needed.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class PeakMemory:

@@ -111,7 +111,7 @@ def try_out(world: World, task: Task, restarts: bool) -> None:
     Where the loss ends in user code it is bound twice, which tells noise: with other random numbers, since nothing but a network
     under engine ``full`` may draw any. Raises InputError. Buffers and random numbers are left as they were. Collective.
     """
-    said = [*configuration.lines(configuration.idle(task.config)), *configuration.decays(task.config)]
+    said = [*configuration.lines(configuration.idle(task.config)), *configuration.unmeant(task.config)]
     for line in said if world.is_root else ():
         log.info(line)
     check_made(world, task.made())

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from dzhpc import report
-from dzhpc.errors import CheckpointError
+from dzhpc.errors import CheckpointError, InputError
 from dzhpc.tasks.defense import certificates
+from dzhpc.tasks.defense.certification import spread
 from dzhpc.tasks.defense.smoothing import Certificate, certified_radius, confidence_interval
 
 ABOUT = {"name": "zo", "sigma": 0.25, "n": 1000, "alpha": 0.001, "adaptive": False, "grid": 0.25}
@@ -115,3 +116,18 @@ def test_a_record_that_does_not_say_what_it_is_about_is_refused(tmp_path, change
     certificates.save(tmp_path / "a.h5", rows([900]), about)
     with pytest.raises(CheckpointError, match=r"a\.h5: is whole, but not as dzhpc writes it"):
         certificates.write([tmp_path / "a.h5"], tmp_path)
+
+
+@pytest.mark.parametrize(("images", "total"), [(None, 10_000), (50, 500), (7, 10), (1, 3), (500, 500)])
+def test_the_first_images_of_a_record_are_a_fair_sample_of_a_sorted_test_set(images, total):
+    order = spread(images, total)
+    count = images or total
+    assert sorted(order) == [k * total // count for k in range(count)]
+    for first in (2, 5, 20, 100):  # between any two neighbours lie at most twice as many as there would at the best
+        found = np.sort([*order[:first], total])
+        assert np.diff(found).max() <= 2 * np.ceil(total / min(first, count)) + total / count
+
+
+def test_more_images_than_there_are_are_refused():
+    with pytest.raises(InputError, match=r"^--images 11: the test set has 10$"):
+        spread(11, 10)

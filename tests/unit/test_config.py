@@ -35,7 +35,7 @@ def test_every_shipped_input_is_valid(project):
     assert {p.stem for p in inputs} >= {"digits", "cnn", "resnet20"}
     for path in inputs:
         assert config.load(path).run.name == path.stem
-        assert config.idle(config.load(path)) == {} and not list(config.decays(config.load(path)))
+        assert config.idle(config.load(path)) == {} and not list(config.unmeant(config.load(path)))
 
 
 IDLE = {
@@ -67,12 +67,14 @@ OWN = ("task.kind=objective", "task.function=m:F", "sparsity.scores=random")
     [
         ((), []), (ADAM[:1], [" never in S "]), (ADAM, [" never in S "]), (("optim.name=adam", "sparsity.ratio=0"), []),
         ((*ADAM, "optim.weight_decay=0"), []), ((*ADAM, "sparsity.target=weights", "sparsity.pattern=static"), []),
+        (("stop.epochs=3",), ["the run ends at 3 epochs, before optim.lr is reached"]),
+        (("stop.epochs=3", "optim.warmup_epochs=2"), []),
         (OWN, [" pulls theta to 0"]), ((*OWN, *ADAM), [" pulls theta to 0", " never in S "]),
         ((*OWN, "optim.weight_decay=0"), []),
     ],
 )  # fmt: skip
-def test_what_weight_decay_moves_beside_the_gradient_is_said(keys, said):
-    found = list(config.decays(config.load(None, list(keys))))
+def test_what_warm_up_and_weight_decay_do_that_is_seldom_meant_is_said(keys, said):
+    found = list(config.unmeant(config.load(None, list(keys))))
     assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
 
 

@@ -29,12 +29,16 @@ BITS = ("threads", "device", "torch")  # what counts may depend on beside the pa
 
 
 def spread(images: int | None, total: int) -> list[int]:
-    """So many indices of ``total``, evenly spaced from 0; all without a number. Raises InputError if there are not so many."""
-    if images is None:
-        return list(range(total))
+    """So many indices of ``total``, evenly spaced from 0; all without a number. Raises InputError if there are not so many.
+
+    Their order (van der Corput's) spreads the first of them evenly, too: what a stop leaves is no sample of the first classes.
+    """
+    images = total if images is None else images
     if images > total:
         raise InputError(f"--images {images}: the test set has {total}")
-    return [k * total // images for k in range(images)]
+    digits = max(1, (images - 1).bit_length())
+    order = sorted(range(images), key=lambda k: f"{k:0{digits}b}"[::-1])
+    return [k * total // images for k in order]
 
 
 def classifier_of(defense: Defense) -> str:
