@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from dzhpc.errors import InputError
-from dzhpc.files import study
+from dzhpc.files import campaign, study
+from dzhpc.files.metrics import load_columns
 from dzhpc.files.runfolder import RunFolder
 from dzhpc.tasks.defense import certificates
 
@@ -67,21 +68,44 @@ def certified(folder: Path, over: str) -> list[dict]:
 
 
 def evaluated(folder: Path, over: str) -> list[dict]:
-    """Mean absolute errors of the solver in the loop: over the test simulations, then over seeds."""
-    errors, seeds = defaultdict(list), defaultdict(set)
+    """Mean absolute errors of the solver in the loop: over the test simulations that have not diverged, then over seeds.
+
+    Queries, epochs and hours are those of the whole runs, of which a checkpoint was chosen.
+    """
+    errors, runs = defaultdict(list), defaultdict(set)
     path = folder / "evaluation" / "evaluation.tsv"
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file, delimiter="\t"):
-            errors[line["method"], line["steps"], line["seed"]].append(float(line["mae"]))
-            seeds[line["method"], line["steps"]].add(line["seed"])
+            errors[line["method"], line["steps"], line["run"]].append(float(line["mae"]))
+            runs[line["method"], line["steps"]].add(line["run"])
     rows = []
-    for (method, steps), those in seeds.items():
-        means = [float(np.mean(errors[method, steps, seed])) for seed in those]
+    for (method, steps), names in runs.items():
+        all_ = [np.array(errors[method, steps, name]) for name in names]
+        means = [float(one[np.isfinite(one)].mean()) for one in all_ if np.isfinite(one).any()]
+        if not means:
+            continue
         error = float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
-        rows.append(row(method, steps, float(np.mean(means)), error=error, seeds=len(means)))
+        told = [f"{epochs:.2g}"] if (epochs := mean_of(folder, names, "epoch")) else []
+        if diverged := sum(int((~np.isfinite(one)).sum()) for one in all_):
+            told.append(f"{diverged} of {sum(map(len, all_))} diverged")
+        queries, hours = mean_of(folder, names, "queries"), mean_of(folder, names, "rank_hours")
+        more = {"epochs": ", ".join(told), "queries": queries and round(queries), "hours": hours}
+        rows.append(row(method, steps, float(np.mean(means)), error=error, seeds=len(means)) | more)
     return rows
+
+
+def mean_of(folder: Path, runs: set[str], name: str) -> float | None:
+    """Over runs of a campaign, of what their folders say: ``queries``, or an attribute of its members; None without runs."""
+    found = [
+        int(load_columns(folder / run / "metrics.h5")[0]["queries"][-1])
+        if name == "queries"
+        else getattr(campaign.member(folder / run, run), name)
+        for run in runs
+        if run
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def staged(folder: Path, over: str) -> list[dict]:

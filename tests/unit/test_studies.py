@@ -229,3 +229,30 @@ def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper, monkeypa
         ["deepzero", "0.9", "", "40", "", "1", "look", "2", "2,000", "1"],
         ["deepzero", "0.95", "", "30", "", "1", "look", "1 of 2, not finished", "1,000", "1"],
     ]
+
+
+def test_a_simulation_that_diverged_is_in_no_mean_and_counted(tmp_path, paper):
+    for seed, name in enumerate(("NON", "NON-1")):
+        make(tmp_path / name, seed, 0.9, None)
+    (tmp_path / "evaluation").mkdir()
+    head = "method\trun\tseed\tstep\tparameter\tsteps\tmae\tdiverged_at"
+    own = [
+        ("SRC", "", "", 0.3, 0),
+        ("NON", "NON", 0, 0.1, 0),
+        ("NON", "NON", 0, 0.2, 0),
+        ("NON", "NON-1", 1, "inf", 9),
+        ("NON", "NON-1", 1, 0.25, 0),
+    ]
+    lines = [f"{method}\t{run}\t{seed}\t1\t1.0\t500\t{mae}\t{at}" for method, run, seed, mae, at in own]
+    (tmp_path / "evaluation" / "evaluation.tsv").write_text("\n".join([head, *lines]))
+    src, non = paper.evaluated(tmp_path, "steps")
+    assert (src["value"], src["error"], src["seeds"], src["queries"], src["hours"], src["epochs"]) == (
+        0.3,
+        None,
+        1,
+        None,
+        None,
+        "",
+    )
+    assert (non["value"], non["error"], non["seeds"]) == pytest.approx((0.2, 0.05, 2))
+    assert (non["queries"], non["hours"], non["epochs"]) == (2000, 1.0, "2, 1 of 4 diverged")
