@@ -20,7 +20,7 @@ members() {
     done
     for ratio in 0.9 0.99 0.999; do # 8 x 8 pixels: 2 layers of width 48
         for model in autograd cge; do
-            if [ "$SIZE.$model" = look.cge ]; then continue; fi # an hour a run
+            if [ "$SIZE.$model" = look.cge ]; then continue; fi # hours a run
             echo "inputs/digits.toml $model-vit-digits/$ratio zo.estimator=$model model.name=vit-tiny model.depth=2 model.width=48 model.patch=2 model.image_size=8 model.in_channels=1 sparsity.ratio=$ratio optim.name=adam optim.lr=1e-3 optim.weight_decay=0.0 eval.every_epochs=10"
         done
     done
