@@ -60,10 +60,10 @@ def write(path: Path, kind: str, fill: Callable[[File], None], error: type[Dzhpc
 
 def unwritten(path: Path, failure: OSError) -> str:
     """What to say of a file that could not be written, and what helps."""
-    help = "free space, or choose another folder" if failure.errno in FULL else "choose another folder"
+    first = "free space, or " if failure.errno in FULL else ""
     if not path.parent.exists():
-        help = f"{shown(path.parent)} is not there"
-    return f"{shown(path)}: cannot be written ({failure.strerror or failure}); {help}"
+        first = f"make {shown(path.parent)}, or "
+    return f"{shown(path)}: cannot be written ({failure.strerror or failure}); {first}choose another folder"
 
 
 def replaceable(path: Path, error: type[DzhpcError]) -> Path:
