@@ -12,10 +12,11 @@
 IN=inputs/defense-imagenet10.toml
 WHITE='zo.estimator=autograd sparsity.ratio=0.0 model.weights= model.trainable=["*"]'
 members() {
-    local pixels=224 latent=1568 depth=20 width=64 epochs="40 90 20" certify="--images 500 --n 10000" more="" base dncnn ae tune last name
+    local pixels=224 latent=1568 depth=20 width=64 epochs="40 90 20" certify="--images 500 --n 10000" more="" base ae tune last name
+    local ratio=0.3333333 batch=50 # of the fine-tuning: 1152 of the 1,728 weights of the last layer move in a step
     case $SIZE in # epochs: of the classifier, of the pre-training, of the fine-tuning
-        small) pixels=64 latent=192 depth=7 width=32 epochs="20 10 3" certify="--images 50 --n 1000" ;;
-        look) pixels=32 latent=192 depth=4 width=8 epochs="4 4 1" certify="--images 20 --n 100" more="data.train_limit=400" ;;
+        small) pixels=64 latent=192 depth=7 width=32 epochs="40 10 1" ratio=0.6666667 batch=8 certify="--images 50 --n 1000 --adaptive" ;;
+        look) pixels=32 latent=192 depth=4 width=8 epochs="4 4 1" ratio=0.0 certify="--images 20 --n 100" more="data.train_limit=400" ;;
     esac
     read -ra epochs <<< "$epochs"
     base="data.image_size=$pixels $more"
@@ -26,10 +27,8 @@ members() {
     echo "$IN pretrained $base $WHITE task.loss=mse optim.lr=1e-3 stop.epochs=${epochs[1]}"
     echo "$IN pretrained-ae $base $ae $WHITE task.loss=mse optim.lr=1e-3 stop.epochs=${epochs[1]}"
     echo
-    last=model.$((2 * depth - 2)).weight
-    if [ "$width" = 64 ]; then last="$last sparsity.ratio=0.3333333"; else last="$last sparsity.ratio=0.0"; fi # 1152 of 1,728 weights
-    last=${last/ /\"] } last="model.trainable=[\"$last"
-    tune="$base stop.epochs=${epochs[2]}"
+    last="model.trainable=[\"model.$((2 * depth - 2)).weight\"] sparsity.ratio=$ratio"
+    tune="$base data.batch_size=$batch stop.epochs=${epochs[2]}"
     echo "$IN deepzero $tune model.weights=$DIR/pretrained $last"
     echo "$IN ceiling $tune model.weights=$DIR/pretrained $last zo.estimator=autograd"
     echo "$IN fo-ds $tune $WHITE model.weights=$DIR/pretrained optim.lr=1e-5"

@@ -17,7 +17,8 @@ from cases import CASES, RANKS, Case
 from footprint import LIMIT, WRITTEN, key, of, runnable, set_up, start, stored, take
 
 COLUMNS = ["epoch", "grad_norm", "loss", "lr", "queries", "step"]  # of metrics.h5, its memory and timings aside
-ABSOLUTE = {"accuracy": 0.02}  # a few images of the test set are undecided
+# A few images of the test set are undecided. A gradient of 1e-3 is rounding: 6e-8 of a loss of 1, divided by mu = 1e-4.
+ABSOLUTE = {"accuracy": 0.02, "grad_norm": 1e-3}
 
 
 @pytest.fixture(scope="module")
