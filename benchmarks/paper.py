@@ -170,11 +170,12 @@ def take_in(runs: Path, about: dict, kept: dict) -> None:
 
 
 def dates(folder: Path) -> str:
-    """The days on which the launches of a campaign began, and the versions that ran."""
+    """The days on which the launches of a campaign began, the versions that ran, and on what."""
     manifests = [one for path in folder.rglob("launches") for _, one in RunFolder(path.parent).manifests()]
     days = sorted({one["time"][:10] for one in manifests if "time" in one})
     torch = sorted({one["versions"]["torch"] for one in manifests if "torch" in one.get("versions", {})})
-    return f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, torch {', '.join(torch)}" if days else ""
+    devices = sorted({host["device"].partition(" (")[0] for one in manifests for host in one.get("hosts", [])} - {"cpu"})
+    return ", ".join([" to ".join(dict.fromkeys((days[0], days[-1]))), f"torch {', '.join(torch)}", *devices]) if days else ""
 
 
 def page(about: dict, kept: dict) -> str:

@@ -48,9 +48,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """Name and, for a GPU, its UUID."""
+    """A CPU's name, instructions in use and threads; a GPU's name and UUID."""
     if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
+        return f"cpu {processor.name()}, {processor.instruction_set()} ({torch.get_num_threads()} threads)"
     return f"{device} {torch.cuda.get_device_properties(device).name} {uuid(device)}"
 
 

@@ -5,6 +5,7 @@ of what the processor has takes no notice of it, and nor do the libraries below 
 """
 
 import functools
+import platform
 
 import torch
 
@@ -30,3 +31,8 @@ def instruction_set() -> str:
         vectors = "neon"
     products = "bf16" if have & {"avx512_bf16", "bf16", "sve_bf16"} else ""
     return "+".join(filter(None, (vectors, products, "amx" if "amx_bf16" in have else "")))
+
+
+def name() -> str:
+    """What the processor is called, "Intel Xeon" say; what kind of machine it is, where torch does not know."""
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()

@@ -25,9 +25,8 @@ from dzhpc.tasks import fitting
 def machine() -> dict[str, str]:
     """Hardware and versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    cpu = torch.cpu.get_capabilities()
     return {
-        "cpu": f"{cpu.get('cpu_name') or platform.processor()}, {cpu.get('num_physical_cores')} cores",
+        "cpu": f"{processor.name()}, {torch.cpu.get_capabilities().get('num_physical_cores')} cores",
         "instruction set": processor.instruction_set(),
         "bf16 on the cpu": str(devices.has_fast_bf16(torch.device("cpu"))),
         "gpu": gpu,

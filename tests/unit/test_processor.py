@@ -60,6 +60,9 @@ def test_what_torch_uses_is_named():
         assert processor.capabilities() == every
         assert ("+bf16" in processor.instruction_set()) == ("avx512_bf16" in every)
     assert device.has_fast_bf16(torch.device("cpu")) == ("bf16" in processor.instruction_set())
+    assert processor.name()
+    described = f"cpu {processor.name()}, {processor.instruction_set()} ({torch.get_num_threads()} threads)"
+    assert device.describe(torch.device("cpu")) == described
 
 
 @pytest.mark.skipif(torch.cpu.get_capabilities()["architecture"] != "x86_64", reason="the switch is for x86's vectors")

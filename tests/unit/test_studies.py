@@ -108,8 +108,9 @@ def test_published_numbers_belong_to_methods_of_their_study(project, listed):
 def make(folder, seed, ratio, accuracy, state="finished", steps=20, epochs=2.0, loss=1.0):
     """A run folder; an accuracy of None: never evaluated."""
     (folder / "launches").mkdir(parents=True)
-    hosts = [{"rank": 0, "uuid": ""}] * 2
-    (folder / "launches" / "001.json").write_text(json.dumps({"state": state, "seconds": 1800, "hosts": hosts}))
+    about = {"time": f"2026-11-2{seed}T10:00:00+00:00", "versions": {"torch": "2.14.1"}, "state": state, "seconds": 1800}
+    hosts = [{"rank": 0, "uuid": "", "device": "cpu AMD Zen, avx512+bf16 (1 threads)" if seed else "cpu (1 threads)"}] * 2
+    (folder / "launches" / "001.json").write_text(json.dumps(about | {"hosts": hosts}))
     settings = config.load(None, [f"run.seed={seed}", f"sparsity.ratio={ratio}", f"stop.epochs={epochs}"])
     (folder / "input.toml").write_text(settings.to_toml())
     metrics = Metrics(folder / "metrics.h5")
@@ -229,6 +230,7 @@ def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper, monkeypa
         ["deepzero", "0.9", "", "40", "", "1", "look", "2", "2,000", "1"],
         ["deepzero", "0.95", "", "30", "", "1", "look", "1 of 2, not finished", "1,000", "1"],
     ]
+    assert kept["fig4"]["look"]["dates"] == "2026-11-20 to 2026-11-23, torch 2.14.1, cpu AMD Zen, avx512+bf16"
 
 
 def test_a_simulation_that_diverged_is_in_no_mean_and_counted(tmp_path, paper):
