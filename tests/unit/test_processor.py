@@ -79,6 +79,7 @@ def test_the_switch_hides_wider_vectors_and_their_products(level):
     assert 'use "fp32" (or force it by zo.emulate_bf16 = true)' in lines[4]
 
 
+@pytest.mark.long
 @pytest.mark.skipif("avx512_f" not in processor.capabilities(), reason="has no wider vectors than the narrower ones")
 def test_code_compiled_for_wider_vectors_is_not_taken_for_narrower_ones():
     """One cache, filled by a process that uses all there is, then read by one that may not."""
