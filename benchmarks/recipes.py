@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from dzhpc import config, data, make_engine
 from dzhpc.method import gauss_newton as method
@@ -98,7 +99,8 @@ def run(images: Images, kind: str, options: dict, seed: int, steps: int) -> list
     index = engine.index
     lpr = scores.lpr_from_scores(scores.random_scores(index, seed), index, list(index.names), 1 - o["keep"], "signed", "")
     optimizers = made(model, o)
-    rates, sizes, mean, state = [g["lr"] for q in optimizers for g in q.param_groups], torch.zeros(index.size).double(), {}, {}
+    rates, sizes, state = [g["lr"] for q in optimizers for g in q.param_groups], torch.zeros(index.size).double(), {}
+    averaged = AveragedModel(model)
     for t in range(steps):
         size = o["batch"] if o["growth"] == 1 else 32 * 2 ** (o["growth"] * t // steps)
         chosen = torch.randint(0, len(images.labels), (size,), generator=draw)
@@ -109,11 +111,7 @@ def run(images: Images, kind: str, options: dict, seed: int, steps: int) -> list
         else:
             coords = scores.draw(lpr if o["keep"] < 1 else None, index, seed, t // o["redraw"])
         if kind == "gauss-newton":
-            columns = method.columns(engine, coords, MU, "forward").double()
-            now = {"gradient": columns[:, 0], "hessian": columns[:, 2:] @ columns[:, 2:].T}
-            state = method.averaged(state, coords, now, {"gradient": 0.0, "hessian": o["average"]})
-            diagonal, gradient = state["hessian"].diagonal(), now["gradient"]
-            update = -method.System(gradient, diagonal, "absolute", state["hessian"]).solve(o["damping"])
+            update, gradient, diagonal, state = newton(engine, coords, state, o)
         else:
             update = gradient = index.flatten(engine.gradient())[coords]
             diagonal = torch.ones(len(coords))
@@ -122,35 +120,27 @@ def run(images: Images, kind: str, options: dict, seed: int, steps: int) -> list
             sizes = scores.running(sizes, coords, given)
         flat = torch.zeros(index.size)
         flat[coords] = update.float()
+        for p, g in zip(index.parameters, index.split(flat).values(), strict=True):
+            p.grad = g
         warm = o["warmup"] * steps
         factor = (t + 1) / math.ceil(warm) if t < warm else 0.5 * (1 + math.cos(math.pi * (t - warm) / (steps - warm)))
         for group, rate in zip((g for q in optimizers for g in q.param_groups), rates, strict=True):
             group["lr"] = rate * factor
-        for p, g in zip(index.parameters, index.split(flat).values(), strict=True):
-            p.grad = g
-        for q in optimizers:
-            if isinstance(q, torch.optim.Muon):
-                for view in q.param_groups[0]["params"]:
-                    view.grad = view.of.grad.reshape(view.shape)
-                    view.data.copy_(view.of.data.reshape(view.shape))
-            q.step()
-            if isinstance(q, torch.optim.Muon):
-                for view in q.param_groups[0]["params"]:
-                    view.of.data.copy_(view.data.view(view.of.shape))
+        step(optimizers)
         if t >= 2 * steps // 3:
-            for name, p in model.named_parameters():
-                mean[name] = mean.get(name, 0) + p.detach() / (steps - 2 * steps // 3)
-    last = images.judged(model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(mean[name])
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.reset_running_stats()
-                m.momentum = None  # a plain mean
-        for part in images.inputs[:4096].split(512):
-            model(part)
-    return [last, images.judged(model)]
+            averaged.update_parameters(model)
+    update_bn(images.inputs[:4096].split(512), averaged)
+    return [images.judged(model), images.judged(averaged)]
+
+
+def newton(engine, coords: Tensor, state: dict, o: dict) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """(the damped solution, gradient, diagonal of H, averages) of the coordinates, from their columns by queries."""
+    columns = method.columns(engine, coords, MU, "forward").double()
+    now = {"gradient": columns[:, 0], "hessian": columns[:, 2:] @ columns[:, 2:].T}
+    state = method.averaged(state, coords, now, {"gradient": 0.0, "hessian": o["average"]})
+    diagonal = state["hessian"].diagonal()
+    solution = method.System(now["gradient"], diagonal, "absolute", state["hessian"]).solve(o["damping"])
+    return -solution, now["gradient"], diagonal, state
 
 
 def made(model: nn.Module, o: dict) -> list[torch.optim.Optimizer]:
@@ -166,6 +156,18 @@ def made(model: nn.Module, o: dict) -> list[torch.optim.Optimizer]:
             views[-1].of = p
     muon = torch.optim.Muon(views, lr=o["muon"], weight_decay=0.0, momentum=0.95)
     return [muon, sgd([p for p in parameters if p.ndim == 1])]
+
+
+def step(optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of each; Muon's parameters are matrices, and views of the kernels that they stand for."""
+    for optimizer in optimizers:
+        views = optimizer.param_groups[0]["params"] if isinstance(optimizer, torch.optim.Muon) else []
+        for view in views:
+            view.grad = view.of.grad.reshape(view.shape)
+            view.data.copy_(view.of.data.reshape(view.shape))
+        optimizer.step()
+        for view in views:
+            view.of.data.copy_(view.data.view(view.of.shape))
 
 
 def spread(seeds: dict[str, list[float]], k: int) -> str:
