@@ -28,7 +28,7 @@ CNN = [
 PROBLEMS = {  # name -> (input, keys)
     "digits": ("inputs/digits.toml", DIGITS),
     "cnn": ("inputs/cnn.toml", CNN),
-    "cnn-standin": ("inputs/cnn.toml", [*CNN, "zo.estimator=autograd", "zo.engine=full"]),
+    "cnn-standin": ("inputs/cnn.toml", [*CNN, "zo.estimator=autograd"]),
 }
 
 

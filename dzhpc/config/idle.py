@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dzhpc.config.names import is_function
-from dzhpc.config.rivals import SEE_THE_NETWORK
+from dzhpc.config.rivals import FIRST_ORDER
 
 NEWTON = ("damping", "damping_kind", "adapt", "average_curvature", "average_gradient", "trust", "sketch", "memory_mb")
 SCORED = (
@@ -37,7 +37,7 @@ def idle(config) -> dict[str, str]:
         ("optim", ("momentum",), f'optim.name = "{optim.name}"', optim.name == "adam"),
         ("optim", ("milestones", "gamma"), f'optim.schedule = "{optim.schedule}"', optim.schedule != "step"),
         ("zo", ("q",), estimator, not own and zo.estimator not in ("rge", "fzoo", "pattern", "fg-w", "lg-fg-a")),
-        ("zo", ("difference",), estimator, zo.estimator in ("autograd", *SEE_THE_NETWORK)),
+        ("zo", ("difference",), estimator, zo.estimator in FIRST_ORDER),
         ("zo", ("engine", "compile", "memory_mb"), objective, bool(objective)),
         ("zo", ("precision", "emulate_bf16", "compile"), estimator, not singly and not objective),
         ("zo", ("compile", "emulate_bf16"), f'zo.engine = "{zo.engine}"', singly and not objective and zo.engine != "delta"),

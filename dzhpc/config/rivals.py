@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-SEE_THE_NETWORK = ("fg-w", "lg-fg-a", "fa", "dfa", "align-ada", "align-zero")  # beside autograd
+SEE_THE_NETWORK = ("fg-w", "lg-fg-a", "fa", "dfa", "align-ada", "align-zero")
+FIRST_ORDER = ("autograd", *SEE_THE_NETWORK)  # no coordinate is asked for
 IDLE = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0}  # no optimiser
 
 

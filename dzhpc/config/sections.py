@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dzhpc.config import rivals
@@ -129,7 +129,9 @@ class Zo(Section):
         'feedback), align-ada, align-zero (feedback by the starting weights); or "package.module:Class"',
     )
     engine: Literal["full", "reuse", "delta"] = Field(
-        "delta", description="how differences are evaluated; objectives have their own"
+        "delta",
+        description="how differences are evaluated; objectives have their own; full where it is not named and the estimator is "
+        "autograd or sees the network, since what the others keep of a batch is for coordinates",
     )
     mu: Moderate = Field(5e-3, description="smoothing parameter: the length of a perturbation; pattern: the first radius")
     q: Directions | None = Field(
@@ -152,9 +154,16 @@ class Zo(Section):
         None, description="reuse: refuse a batch whose features need more MiB; delta: for a chunk's changes"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _engine(cls, keys: Any) -> Any:
+        """The float64 base pass of engine delta and the values that it keeps cost more than the gradient itself."""
+        return {"engine": "full", **keys} if isinstance(keys, dict) and keys.get("estimator") in rivals.FIRST_ORDER else keys
+
     def conflicts(self, config) -> Iterator[str]:
         """See :class:`Section`."""
-        if self.precision != "fp32" and (self.engine != "delta" or config.task.kind == "objective"):
+        has_none = config.task.kind == "objective" or (self.engine != "delta" and self.estimator not in rivals.FIRST_ORDER)
+        if self.precision != "fp32" and has_none:
             yield f'zo.precision = "{self.precision}": only zo.engine = "delta" has it, which an objective has not'
         yield from rivals.conflicts(config)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
-from dzhpc.config.rivals import SEE_THE_NETWORK
+from dzhpc.config.rivals import FIRST_ORDER
 from dzhpc.config.sections import Section
 from dzhpc.config.values import LARGEST, Count, Finite, Moderate, Pixels, Positive, Seconds, Total
 
@@ -297,4 +297,4 @@ def idle(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def first_order(config) -> bool:
     """Whether gradients by autograd are wanted, of the loss or for scores."""
     scores = config.sparsity.scores == "fo-grasp" and config.sparsity.ratio > 0
-    return scores or config.zo.estimator in ("autograd", *SEE_THE_NETWORK)
+    return scores or config.zo.estimator in FIRST_ORDER

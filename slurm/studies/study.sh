@@ -13,7 +13,7 @@
 
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/launch.sh" || { echo "submit from the root of the clone" >&2; exit 4; }
 export SIZE=${SIZE:-paper} RUNS=${RUNS:-runs/studies} ONLY=${ONLY:-.}
-AUTOGRAD="zo.estimator=autograd zo.engine=full"
+AUTOGRAD="zo.estimator=autograd"
 GRASP="sparsity.scores=fo-grasp sparsity.rule=magnitude sparsity.temperature=200" # as the authors' code scores
 # What most studies of ResNet-20 do, by size: seeds, and what differs from the paper.
 case $SIZE in

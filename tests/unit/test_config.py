@@ -11,6 +11,7 @@ import pytest
 
 from dzhpc import config
 from dzhpc.config import paths
+from dzhpc.config.input import parse_written
 from dzhpc.errors import InputError
 
 
@@ -91,6 +92,24 @@ def test_precedence_is_defaults_file_command_line(tmp_path):
     assert config.load().zo.mu == 5e-3  # nothing of it stays behind
     assert config.load(None, ["model.name=cnn"]).run.name == "cnn"
     assert config.load().run.name == "resnet20"
+
+
+@pytest.mark.parametrize(
+    ("keys", "engine"),
+    [
+        (["zo.estimator=cge"], "delta"),
+        (["zo.estimator=latent", "task.kind=defense", "task.classifier=a:b", "model.name=ae-ds"], "delta"),
+        (["zo.estimator=autograd"], "full"),
+        (["zo.estimator=fa", "task.loss=mse"], "full"),
+        (["zo.estimator=autograd", "zo.engine=delta"], "delta"),
+        (["zo.estimator=autograd", "zo.precision=bf16"], "full"),  # which then has no effect
+    ],
+)
+def test_who_asks_for_no_coordinate_needs_no_engine_for_them(tmp_path, keys, engine):
+    found = config.load(None, keys)
+    assert found.zo.engine == engine
+    assert config.load(write(tmp_path, found.to_toml()), ["run.seed=1"]).zo.engine == engine
+    assert parse_written(found.to_toml(), "input.toml").zo.engine == engine
 
 
 @pytest.mark.parametrize(
