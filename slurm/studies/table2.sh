@@ -15,7 +15,7 @@ members() {
     local pixels=224 latent=1568 depth=20 width=64 epochs="40 90 20" certify="--images 500 --n 10000" more="" base ae tune last name
     local ratio=0.3333333 batch=50 # of the fine-tuning: 1152 of the 1,728 weights of the last layer move in a step
     case $SIZE in # epochs: of the classifier, of the pre-training, of the fine-tuning
-        small) pixels=64 latent=192 depth=7 width=32 epochs="40 10 1" ratio=0.6666667 batch=8 certify="--images 50 --n 1000 --adaptive" ;;
+        small) pixels=64 latent=192 depth=7 width=32 epochs="40 10 0.5" ratio=0.6666667 batch=8 certify="--images 50 --n 1000 --adaptive" ;;
         look) pixels=32 latent=192 depth=4 width=8 epochs="4 4 1" ratio=0.0 certify="--images 20 --n 100" more="data.train_limit=400" ;;
     esac
     read -ra epochs <<< "$epochs"
