@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from dzhpc.config import paths, tasks
 from dzhpc.config.names import is_function
-from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Section, Sparsity, Stop, Zo
+from dzhpc.config.sections import Checkpoint, Data, Eval, Model, Optim, Run, Sparsity, Stop, Zo
+from dzhpc.config.values import Section
 from dzhpc.errors import InputError
 
 FROZEN = ("task", "model", "data", "zo", "sparsity", "optim", "stop.epochs", "run.seed")

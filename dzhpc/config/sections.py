@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dzhpc.config import rivals
@@ -21,6 +21,7 @@ from dzhpc.config.values import (
     Positive,
     Ratio,
     Seconds,
+    Section,
     Seed,
     Threads,
     Total,
@@ -34,16 +35,6 @@ def _estimator(value: str) -> str:
         return value
     names = ", ".join(f"'{name}'" for name in ESTIMATORS)
     raise PydanticCustomError("estimator", f"Input should be {names} or 'package.module:Class'")
-
-
-class Section(BaseModel):
-    """A table of the input file: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    def conflicts(self, config) -> Iterator[str]:
-        """Keys that are each valid, but not together, or not with another section of the Config ``config``: a line each."""
-        return iter(())
 
 
 class Run(Section):

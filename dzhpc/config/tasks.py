@@ -11,8 +11,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from dzhpc.config.names import is_function
 from dzhpc.config.rivals import FIRST_ORDER
-from dzhpc.config.sections import Section
-from dzhpc.config.values import LARGEST, Count, Finite, Moderate, Pixels, Positive, Seconds, Total
+from dzhpc.config.values import LARGEST, Count, Finite, Moderate, Pixels, Positive, Seconds, Section, Total
 
 OWN = "package.module:Class"
 PROGRAMS = ("template", "input", "result", "pattern", "pointer", "concurrency", "scratch")  # which need a command

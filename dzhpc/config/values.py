@@ -1,10 +1,11 @@
-"""The kinds of values that keys have: numbers and their bounds, times."""
+"""What an input file is made of: sections, and the kinds of values that their keys have, numbers and their bounds, times."""
 
 import datetime
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", re.ASCII)
@@ -46,3 +47,13 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=2**15)]  # of a side
 Moderate = Annotated[Positive, AfterValidator(_moderate)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_moderate)]
+
+
+class Section(BaseModel):
+    """A table of the input file: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    def conflicts(self, config) -> Iterator[str]:
+        """Keys that are each valid, but not together, or not with another section of the Config ``config``: a line each."""
+        return iter(())
