@@ -3,8 +3,9 @@
     python benchmarks/paper.py runs/studies          # takes in what is there, and writes the page anew
     python benchmarks/paper.py                       # writes the page anew from what was taken in before
 
-Results taken in are kept in benchmarks/results/studies.json, so that the page survives the run folders; a size of a study that is
-found again replaces what was kept of it. What is said in words, and results of before the studies, are in benchmarks/paper.toml.
+Results taken in are kept in benchmarks/results/studies.json, so that the page survives the run folders, of which some may lie
+on other machines; a row that is found again replaces the one that was kept. A figure has the runs that are there. What is
+said in words, and results of before the studies, are in benchmarks/paper.toml.
 """
 
 import argparse
@@ -161,12 +162,21 @@ def take_in(runs: Path, about: dict, kept: dict) -> None:
                 rows = []
             if not rows:
                 continue
-            kept.setdefault(name, {})[size] = {"rows": rows, "dates": dates(folder)}
+            kept.setdefault(name, {})[size] = joined(kept.get(name, {}).get(size), {"rows": rows, "dates": dates(folder)})
             picture = RESULTS / f"study-{name}-{size}.png"
             if entry.get("read", "runs") == "runs":
                 study.plot(study.groups(folder, entry["over"]), study.published(PUBLISHED, name), entry["over"], picture)
             elif (drawn := folder / PICTURES[name]).exists():
                 shutil.copy(drawn, picture)
+
+
+def joined(before: dict | None, now: dict) -> dict:
+    """What was taken in of a size of a study, and before it what was kept of rows that are not among them."""
+    again = {(one["method"], one["place"]) for one in now["rows"]}
+    rest = [one for one in before["rows"] if (one["method"], one["place"]) not in again] if before else []
+    if not rest:
+        return now
+    return {"rows": rest + now["rows"], "dates": "; ".join(dict.fromkeys((*before["dates"].split("; "), now["dates"])))}
 
 
 def dates(folder: Path) -> str:

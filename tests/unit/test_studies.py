@@ -233,6 +233,19 @@ def test_runs_are_taken_in_beside_each_number_of_the_paper(runs, paper, monkeypa
     assert kept["fig4"]["look"]["dates"] == "2026-11-20 to 2026-11-23, torch 2.14.1, cpu AMD Zen, avx512+bf16"
 
 
+def test_rows_whose_runs_are_gone_are_kept_beside_those_found_again(runs, paper, monkeypatch):
+    kept = {"fig4": {"look": {"rows": [paper.row("dense", "0.0", 50.0), paper.row("other", "0.5", 60.0)], "dates": "then"}}}
+    (runs / "fig4").rename(runs / "look")
+    (runs / "fig4").mkdir()
+    (runs / "look").rename(runs / "fig4" / "look")
+    monkeypatch.setattr(paper, "RESULTS", runs)
+    for _ in range(2):  # the second time nothing is new
+        paper.take_in(runs, {"study": {"fig4": {"title": "", "over": "sparsity.ratio"}}}, kept)
+        found = {(one["method"], one["place"]): round(one["value"], 6) for one in kept["fig4"]["look"]["rows"]}
+        assert found == {("other", "0.5"): 60, ("dense", "0.0"): 54, ("deepzero", "0.9"): 40, ("deepzero", "0.95"): 30}
+        assert kept["fig4"]["look"]["dates"].split("; ") == ["then", paper.dates(runs / "fig4" / "look")]
+
+
 def test_a_simulation_that_diverged_is_in_no_mean_and_counted(tmp_path, paper):
     for seed, name in enumerate(("NON", "NON-1")):
         make(tmp_path / name, seed, 0.9, None)
