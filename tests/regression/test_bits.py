@@ -17,8 +17,7 @@ from cases import CASES, RANKS, Case
 from footprint import LIMIT, WRITTEN, key, of, runnable, set_up, start, stored, take
 
 COLUMNS = ["epoch", "grad_norm", "loss", "lr", "queries", "step"]  # of metrics.h5, its memory and timings aside
-# A few images of the test set are undecided. A gradient of 1e-3 is rounding: 6e-8 of a loss of 1, divided by mu = 1e-4.
-ABSOLUTE = {"accuracy": 0.02, "grad_norm": 1e-3}
+ABSOLUTE = {"accuracy": 0.02}  # a few images of the test set are undecided
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +100,12 @@ def test_bits_are_those_that_are_stored(place, found, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_near_those_of_any_processor(found, name):
     footprint, expected = of_case(found, name), stored()["values"][name]
+    absolute = ABSOLUTE | {"grad_norm": CASES[name].rounding}
     assert footprint.values.keys() == expected.keys()
     far = {
         k: (v, expected[k])
         for k, v in footprint.values.items()
-        if not math.isclose(v, expected[k], rel_tol=0 if k == "queries" else CASES[name].tolerance, abs_tol=ABSOLUTE.get(k, 0))
+        if not math.isclose(v, expected[k], rel_tol=0 if k == "queries" else CASES[name].tolerance, abs_tol=absolute.get(k, 0))
     }
     assert not far, f"{name}: now, stored: {far}"
 
