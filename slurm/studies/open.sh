@@ -12,7 +12,7 @@
 
 members() {
     local ratio model seed vit="optim.name=adam optim.lr=1e-3 optim.weight_decay=0.0"
-    # Five epochs are enough to see where accuracy breaks off, if each is of many steps with an S of its own.
+    # Five epochs are what two cores can do; small batches make many steps of them, and each epoch has an S of its own.
     if [ "$SIZE" = small ]; then MORE="stop.epochs=5 data.batch_size=128 optim.warmup_epochs=1.0 sparsity.redraw_epochs=1"; fi
     for ratio in 0.8 0.9 0.95 0.98 0.99 0.995 0.999; do
         if [ "$SIZE" != look ]; then echo "inputs/resnet20.toml standin-resnet20/$ratio $AUTOGRAD sparsity.ratio=$ratio $MORE"; fi
